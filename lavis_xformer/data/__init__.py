@@ -1,0 +1,1 @@
+"""Builders, datasets and processors that LAVIS lacks."""

@@ -1,0 +1,27 @@
+"""Errors that a user can mend: one clear line, never a traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in the configuration, the data or the environment, with its remedy in the message."""
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """Describe what exists when ``name`` does not, the most similar names first.
+
+    Args:
+        name: what the user wrote.
+        options: the names that exist.
+
+    Returns:
+        ``"did you mean 'a'? There is: a, b, c"``; without the question where nothing is similar.
+    """
+    known = sorted(options)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    ordered = close + [option for option in known if option not in close]
+    question = f"did you mean '{close[0]}'? " if close else ""
+    return f"{question}There is: {', '.join(ordered) or 'nothing'}"

@@ -1,0 +1,1 @@
+"""X-Former's two stages and their parts."""
