@@ -1,0 +1,55 @@
+"""Rank, world size and gathering, safe where there is no process group.
+
+B: samples of this process, W: processes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
+
+
+def is_distributed() -> bool:
+    """Whether a process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number, 0 without a process group."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """How many processes train together, 1 without a process group."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes logs and checkpoints."""
+    return rank() == 0
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Join a tensor over all processes, (B, ...) -> (W * B, ...), in the order of the ranks.
+
+    Gradients flow back to every process: the backward pass *sums* what the processes' losses say about each
+    sample. Each process then holds W times its share of the gradient of the mean over processes, and
+    DistributedDataParallel's averaging makes it exactly the gradient of the loss on the joined batch.
+
+    Args:
+        tensor: (B, ...), of the same shape on every process.
+    """
+    if world_size() == 1:
+        return tensor
+    if tensor.requires_grad:
+        return torch.cat(all_gather_with_gradient(tensor))
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def own_rows(batch_size: int, device: torch.device) -> Tensor:
+    """Where this process's samples lie in a gathered batch: (B,) indices."""
+    return torch.arange(batch_size, device=device) + rank() * batch_size

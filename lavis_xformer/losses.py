@@ -1,0 +1,112 @@
+"""The losses of X-Former's stage 1, as pure functions of tensors.
+
+ITC, ITM and ITG are BLIP-2's (arXiv 2301.12597, section 3.2; LAVIS `blip2_qformer.py`), reconstruction is MAE's (arXiv
+2111.06377). No function knows a model, a process group or a configuration.
+
+B: samples of this process, G: samples of all processes, Q: queries, E: width of the shared
+space, T: text tokens, V: vocabulary, N: image patches, P: values per patch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LABEL_SMOOTHING = 0.1  # BLIP-2's, for ITC and ITG
+NEGATIVE_FLOOR = 1e-4  # BLIP-2's: keeps every negative possible
+
+
+def similarity(image_feats: Tensor, text_feats: Tensor) -> Tensor:
+    """Cosine of each text and the query of each image that fits it best.
+
+    Args:
+        image_feats: (B, Q, E), L2-normalised, one feature a query.
+        text_feats: (G, E), L2-normalised.
+
+    Returns:
+        (B, G), the maximum over the queries.
+    """
+    return torch.einsum("bqe,ge->bgq", image_feats, text_feats).amax(-1)
+
+
+def itc(sim_i2t: Tensor, sim_t2i: Tensor, targets: Tensor) -> Tensor:
+    """Image-text contrastive loss: each image finds its text among all, each text its image.
+
+    Args:
+        sim_i2t: (B, G) similarities divided by the temperature, images to all texts.
+        sim_t2i: (B, G) similarities divided by the temperature, texts to all images.
+        targets: (B,) column of each sample's own partner.
+
+    Returns:
+        The mean of both directions' smoothed cross-entropies, a scalar.
+    """
+    i2t = F.cross_entropy(sim_i2t, targets, label_smoothing=LABEL_SMOOTHING)
+    t2i = F.cross_entropy(sim_t2i, targets, label_smoothing=LABEL_SMOOTHING)
+    return (i2t + t2i) / 2
+
+
+@torch.no_grad()
+def hard_negatives(sim: Tensor, targets: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw one wrong partner a sample, the more likely the more similar, in one batched step.
+
+    Args:
+        sim: (B, G) similarities divided by the temperature.
+        targets: (B,) column of each sample's own partner, which is never drawn.
+        generator: the source of randomness, torch's own by default.
+
+    Returns:
+        (B,) columns.
+
+    Raises:
+        ValueError: G is 1, so there is no wrong partner.
+    """
+    if sim.shape[1] < 2:
+        raise ValueError("a batch of one sample in all has no negative; skip the negatives of ITM")
+    weights = sim.softmax(dim=1) + NEGATIVE_FLOOR  # (B, G)
+    weights = weights.scatter(1, targets.unsqueeze(1), 0.0)
+    return torch.multinomial(weights, 1, generator=generator).flatten()
+
+
+def itm(logits: Tensor, labels: Tensor) -> Tensor:
+    """Image-text matching loss.
+
+    Args:
+        logits: (R, 2) for R pairs; column 1 says "they match".
+        labels: (R,) 1 for a matching pair, 0 for another.
+
+    Returns:
+        The mean cross-entropy, a scalar.
+    """
+    return F.cross_entropy(logits, labels)
+
+
+def itg(logits: Tensor, token_ids: Tensor, pad_id: int) -> Tensor:
+    """Image-grounded text generation loss: each token from those before it.
+
+    Args:
+        logits: (B, T, V) for the next token.
+        token_ids: (B, T) input, beginning with the decoder's start token.
+        pad_id: the padding's id; padding isn't predicted.
+
+    Returns:
+        The smoothed cross-entropy, averaged over all tokens that are not padding, a scalar.
+    """
+    labels = token_ids[:, 1:].flatten()  # (B * (T - 1),)
+    scores = logits[:, :-1].flatten(0, 1)  # (B * (T - 1), V)
+    return F.cross_entropy(scores, labels, ignore_index=pad_id, label_smoothing=LABEL_SMOOTHING)
+
+
+def reconstruction(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """Mean squared error on the masked patches only (MAE, section 3, "Reconstruction target").
+
+    Args:
+        prediction: (B, N, P).
+        target: (B, N, P) pixels, normalised per patch where the checkpoint was trained so.
+        mask: (B, N), 0 is keep, 1 is remove.
+
+    Returns:
+        A scalar.
+    """
+    error = (prediction - target).square().mean(-1)  # (B, N)
+    return (error * mask).sum() / mask.sum()

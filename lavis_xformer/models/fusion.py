@@ -1,0 +1,268 @@
+"""How MAE's features meet BLIP-2's queries: the one seam for every ablation.
+
+A fusion has two hooks, the identity by default: :meth:`Fusion.visual_tokens` changes what the Q-Former reads,
+:meth:`Fusion.refine` changes what it returns. With :class:`NoFusion` the model is BLIP-2.
+
+B: batch, Q: queries, D: width of Q-Former, Nc / Dc: number and width of CLIP's tokens C,
+Nm / Dm: number and width of MAE's tokens M, L: queries of an attention, S: its keys.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Init = Literal["identity", "normal"]
+INIT_STD = 0.02  # BERT's
+
+
+class Attention(nn.Module):
+    """Multi-head attention from one stream to another, or to itself."""
+
+    def __init__(self, *, width: int, context_width: int, heads: int) -> None:
+        """Make the four projections.
+
+        Args:
+            width: of the queries and of the output.
+            context_width: of the keys and values.
+            heads: must divide ``width``.
+        """
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(context_width, width)
+        self.value = nn.Linear(context_width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Attend from x (B, L, width) to context (B, S, context_width); returns (B, L, width)."""
+        query, key, value = (
+            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L or S, width / heads)
+            for projected in (self.query(x), self.key(context), self.value(context))
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return self.out(attended.transpose(1, 2).flatten(-2))  # (B, L, width)
+
+    def weights(self, x: Tensor, context: Tensor) -> Tensor:
+        """The attention map (B, heads, L, S), for looking at; each row sums to 1."""
+        query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        key = self.key(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
+
+
+class CrossAttentionBlock(nn.Module):
+    """A pre-norm transformer decoder layer: [self-attention,] cross-attention, feed-forward."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        context_width: int,
+        heads: int,
+        self_attention: bool = True,
+        init: Init = "identity",
+    ) -> None:
+        """Make the layer.
+
+        Args:
+            width: of the stream that is changed.
+            context_width: of the stream that is read.
+            heads: attention heads.
+            self_attention: whether the stream attends to itself first.
+            init: ``identity`` starts every output projection at zero, so that the layer returns its input.
+        """
+        super().__init__()
+        self.self_norm = nn.LayerNorm(width) if self_attention else None
+        self.self_attention = (
+            Attention(width=width, context_width=width, heads=heads) if self_attention else None
+        )
+        self.cross_norm = nn.LayerNorm(width)
+        self.context_norm = nn.LayerNorm(context_width)
+        self.cross_attention = Attention(width=width, context_width=context_width, heads=heads)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+        self.apply(_initialise)
+        if init == "identity":
+            for attention in (self.self_attention, self.cross_attention):
+                if attention is not None:
+                    _zero(attention.out)
+            _zero(self.feed_forward[-1])
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Change x (B, L, width) by what context (B, S, context_width) says; returns (B, L, width)."""
+        if self.self_attention is not None and self.self_norm is not None:
+            normed = self.self_norm(x)
+            x = x + self.self_attention(normed, normed)
+        x = x + self.cross_attention(self.cross_norm(x), self.context_norm(context))
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Fusion(nn.Module):
+    """What every fusion offers; the base class is the identity."""
+
+    needs_mae: bool = True
+    #: whether ``refine`` changes M, so that reconstructing the masked patches teaches anything
+    aligns_mae: bool = False
+
+    def visual_tokens(self, clip: Tensor, mae: Tensor | None) -> Tensor:
+        """What the Q-Former reads: (B, Nc, Dc) and (B, Nm, Dm) -> (B, N, Dc)."""
+        return clip
+
+    def refine(self, queries: Tensor, mae: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Zq (B, Q, D) and M (B, Nm, Dm) -> Z' (B, Q, D) and M' (B, Nm, Dm)."""
+        return queries, mae
+
+
+class NoFusion(Fusion):
+    """BLIP-2: the Q-Former sees CLIP alone and its output is used as it is."""
+
+    needs_mae = False
+
+    def __init__(self, **sizes: object) -> None:
+        """Take the same arguments as the other fusions and need none of them."""
+        super().__init__()
+
+
+class DualCrossAttention(Fusion):
+    """X-Former (arXiv 2407.13851, section 3): M' = CA1(M, Zq), then Z' = CA2(Zq, M')."""
+
+    aligns_mae = True
+
+    def __init__(
+        self,
+        *,
+        query_width: int,
+        mae_width: int,
+        heads: int,
+        depth: int = 1,
+        self_attention: bool = True,
+        init: Init = "identity",
+        **sizes: object,
+    ) -> None:
+        """Make the two blocks.
+
+        M is brought to the Q-Former's width for the first block and back for MAE's decoder.
+
+        Args:
+            query_width: D.
+            mae_width: Dm.
+            heads: attention heads of both blocks.
+            depth: layers in each of the two blocks.
+            self_attention: whether each layer begins with self-attention.
+            init: ``identity``: M' = M and Z' = Zq exactly at the start; or ``normal``.
+            sizes: what other fusions need.
+        """
+        super().__init__()
+
+        def blocks(context_width: int, block_init: Init) -> nn.ModuleList:
+            return nn.ModuleList(
+                CrossAttentionBlock(
+                    width=query_width,
+                    context_width=context_width,
+                    heads=heads,
+                    self_attention=self_attention,
+                    init=block_init,
+                )
+                for _ in range(depth)
+            )
+
+        self.mae_in = nn.Linear(mae_width, query_width)
+        self.align_blocks = blocks(query_width, "normal")
+        self.mae_out = nn.Linear(query_width, mae_width)
+        self.enrich_blocks = blocks(mae_width, init)
+        _initialise(self.mae_in)
+        _initialise(self.mae_out)
+        if init == "identity":
+            _zero(self.mae_out)
+
+    def align(self, mae: Tensor, queries: Tensor) -> Tensor:
+        """The first cross-attention: M (B, Nm, Dm) asks Zq (B, Q, D); returns M' (B, Nm, Dm)."""
+        x = self.mae_in(mae)  # (B, Nm, D)
+        for block in self.align_blocks:
+            x = block(x, queries)
+        return mae + self.mae_out(x)
+
+    def enrich(self, queries: Tensor, aligned: Tensor) -> Tensor:
+        """The second cross-attention: Zq (B, Q, D) asks M' (B, Nm, Dm); returns Z' (B, Q, D)."""
+        for block in self.enrich_blocks:
+            queries = block(queries, aligned)
+        return queries
+
+    def refine(self, queries: Tensor, mae: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Zq (B, Q, D) and M (B, Nm, Dm) -> Z' (B, Q, D) and M' (B, Nm, Dm)."""
+        assert mae is not None
+        aligned = self.align(mae, queries)
+        return self.enrich(queries, aligned), aligned
+
+
+class Concat(Fusion):
+    """The paper's ablation "concatenation": the Q-Former reads C and a projection of M side by side."""
+
+    def __init__(self, *, clip_width: int, mae_width: int, **sizes: object) -> None:
+        """Make the projection of M from ``mae_width`` (Dm) to ``clip_width`` (Dc)."""
+        super().__init__()
+        self.mae_norm = nn.LayerNorm(mae_width)
+        self.mae_in = nn.Linear(mae_width, clip_width)
+        _initialise(self.mae_in)
+
+    def visual_tokens(self, clip: Tensor, mae: Tensor | None) -> Tensor:
+        """(B, Nc, Dc) and (B, Nm, Dm) -> (B, Nc + Nm, Dc)."""
+        return torch.cat([clip, self.mae_in(self.mae_norm(mae))], dim=1)
+
+
+class EarlyCrossAttention(Fusion):
+    """The paper's ablation "early cross-attention": C asks M before the Q-Former reads it."""
+
+    def __init__(
+        self,
+        *,
+        clip_width: int,
+        mae_width: int,
+        heads: int,
+        depth: int = 1,
+        self_attention: bool = True,
+        init: Init = "identity",
+        **sizes: object,
+    ) -> None:
+        """Make ``depth`` blocks of CLIP's width; the other arguments as in DualCrossAttention."""
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            CrossAttentionBlock(
+                width=clip_width,
+                context_width=mae_width,
+                heads=heads,
+                self_attention=self_attention,
+                init=init,
+            )
+            for _ in range(depth)
+        )
+
+    def visual_tokens(self, clip: Tensor, mae: Tensor | None) -> Tensor:
+        """(B, Nc, Dc) and (B, Nm, Dm) -> (B, Nc, Dc)."""
+        for block in self.blocks:
+            clip = block(clip, mae)
+        return clip
+
+
+FUSIONS: dict[str, type[Fusion]] = {
+    "dual": DualCrossAttention,
+    "none": NoFusion,
+    "concat": Concat,
+    "early": EarlyCrossAttention,
+}
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=INIT_STD)
+        nn.init.zeros_(module.bias)
+
+
+def _zero(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)

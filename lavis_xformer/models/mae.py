@@ -1,0 +1,121 @@
+"""The frozen masked autoencoder: features M, masking, and the decoder that must still work on M'.
+
+Around transformers' ``ViTMAEForPreTraining`` (MAE, arXiv 2111.06377). The hub's model shuffles its tokens even where
+nothing is masked and draws masks in eval mode too; here the mask is an argument and without one the tokens keep
+the order of the image.
+
+B: batch, N: patches, Nv: visible patches, Nm = 1 + Nv: tokens with CLS, Dm: width, P = 3 * patch size ** 2.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import ViTMAEForPreTraining
+
+from lavis_xformer.models.frozen import freeze
+
+
+class MaeFeatures(NamedTuple):
+    """What the encoder saw and said."""
+
+    tokens: Tensor  #: M (B, Nm, Dm), CLS first
+    mask: Tensor  #: (B, N), 0 is keep, 1 is remove
+    ids_restore: Tensor  #: (B, N), from the shuffled order back to the image's
+
+
+class MaskedAutoencoder(nn.Module):
+    """Encoder and decoder, both frozen; gradients pass through the decoder to M'."""
+
+    def __init__(self, *, model: ViTMAEForPreTraining, norm_pix_loss: bool | None = None) -> None:
+        """Freeze the model.
+
+        Args:
+            model: with its decoder.
+            norm_pix_loss: whether the decoder predicts pixels normalised per patch; the model's own configuration
+                decides where this is None.
+        """
+        super().__init__()
+        self.model = freeze(model)
+        if norm_pix_loss is not None:
+            self.model.config.norm_pix_loss = norm_pix_loss
+
+    @property
+    def width(self) -> int:
+        """Dm."""
+        return int(self.model.config.hidden_size)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the input in pixels."""
+        return int(self.model.config.image_size)
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return int(self.model.vit.embeddings.num_patches)
+
+    @torch.no_grad()
+    def encode(
+        self, pixels: Tensor, *, mask_ratio: float = 0.0, noise: Tensor | None = None
+    ) -> MaeFeatures:
+        """Compute M.
+
+        Args:
+            pixels: (B, 3, S, S), normalised as ImageNet.
+            mask_ratio: share of the patches that are hidden from the encoder; 0 keeps all, in order.
+            noise: (B, N) random numbers; the patches with the smallest are kept. Drawn where it is None.
+
+        Returns:
+            The tokens, the mask and the way back to the image's order.
+        """
+        vit = self.model.vit
+        patches = vit.embeddings.patch_embeddings(pixels) + vit.embeddings.position_embeddings[:, 1:]
+        visible, mask, ids_restore = random_mask(patches, mask_ratio=mask_ratio, noise=noise)
+        cls = vit.embeddings.cls_token + vit.embeddings.position_embeddings[:, :1]  # (1, 1, Dm)
+        tokens = torch.cat([cls.expand(len(pixels), -1, -1), visible], dim=1)  # (B, Nm, Dm)
+        tokens = vit.layernorm(vit.encoder(tokens).last_hidden_state)
+        return MaeFeatures(tokens=tokens, mask=mask, ids_restore=ids_restore)
+
+    def decode(self, tokens: Tensor, ids_restore: Tensor) -> Tensor:
+        """Predict all patches (B, N, P) from M or M' (B, Nm, Dm)."""
+        return self.model.decoder(tokens, ids_restore).logits
+
+    def target(self, pixels: Tensor) -> Tensor:
+        """What the decoder should predict for ``pixels`` (B, 3, S, S): (B, N, P)."""
+        patches = self.model.patchify(pixels)  # (B, N, P)
+        if not self.model.config.norm_pix_loss:
+            return patches
+        mean = patches.mean(-1, keepdim=True)
+        variance = patches.var(-1, keepdim=True)
+        return (patches - mean) / (variance + 1e-6).sqrt()
+
+
+def random_mask(
+    patches: Tensor, *, mask_ratio: float, noise: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep a random subset of the patches, each sample its own (MAE, section 3, "Masking").
+
+    Args:
+        patches: (B, N, Dm).
+        mask_ratio: share that is removed, in [0, 1).
+        noise: (B, N); the patches with the smallest are kept. Drawn where it is None.
+
+    Returns:
+        The visible patches (B, Nv, Dm), the mask (B, N) with 0 keep and 1 remove, and ids_restore (B, N).
+    """
+    batch, count, width = patches.shape
+    keep = int(count * (1 - mask_ratio))
+    if keep == count:
+        order = torch.arange(count, device=patches.device).expand(batch, -1)
+        return patches, torch.zeros(batch, count, device=patches.device), order
+    if noise is None:
+        noise = torch.rand(batch, count, device=patches.device)
+    ids_shuffle = noise.argsort(dim=1)
+    ids_restore = ids_shuffle.argsort(dim=1)
+    visible = patches.gather(1, ids_shuffle[:, :keep, None].expand(-1, -1, width))
+    mask = torch.ones(batch, count, device=patches.device)
+    mask[:, :keep] = 0
+    return visible, mask.gather(1, ids_restore), ids_restore
