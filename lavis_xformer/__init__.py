@@ -1,0 +1,77 @@
+"""X-Former (ECCV 2024) as a plugin for LAVIS 1.0.2.
+
+Importing this package costs next to nothing: torch and LAVIS are imported by :func:`register`, which
+``import lavis`` calls by itself where the package is installed (see :mod:`lavis_xformer.autoload`).
+"""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from torch import nn
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "load_model_and_preprocess", "register"]
+
+# What registers names with LAVIS, in the order in which it does.
+_REGISTERING = (
+    "lavis.runners",
+    "lavis_xformer.models.registry",
+    "lavis_xformer.data.registry",
+    "lavis_xformer.tasks",
+    "lavis_xformer.schedules",
+    "lavis_xformer.runner",
+)
+
+
+def register() -> None:
+    """Add the models, data, tasks, schedules and runner of this package to LAVIS's registry.
+
+    May be called any number of times. LAVIS's hard-wired cache folder gives way to
+    :func:`lavis_xformer.paths.cache_folder`; its lists of models and datasets, snapshots, are taken anew.
+    """
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    from lavis.common.registry import registry
+    from lavis.datasets import builders
+    from lavis import models
+
+    from lavis_xformer.paths import LAVIS_CACHE, cache_folder
+
+    for name in _REGISTERING:
+        if find_spec(name):
+            import_module(name)
+    paths = registry.mapping["paths"]
+    if paths["cache_root"] == LAVIS_CACHE:
+        paths["cache_root"] = str(cache_folder())
+    models.model_zoo.model_zoo = models.ModelZoo().model_zoo
+    builders.dataset_zoo.dataset_zoo = builders.DatasetZoo().dataset_zoo
+
+
+def load_model_and_preprocess(
+    name: str, model_type: str | None = None, is_eval: bool = False, device: str = "cpu"
+) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
+    """Load a model and its processors, as LAVIS's function of this name; the type may be left out.
+
+    Args:
+        name: a model of LAVIS's registry, as ``xformer``.
+        model_type: one of its types; left out, the class's ``DEFAULT_MODEL_TYPE`` (``mini`` for the models of
+            this package: it runs offline), or its only type.
+        is_eval: whether to put the model in eval mode.
+        device: where to put it.
+
+    Returns:
+        The model, the processors of images and those of texts, each with the keys ``train`` and ``eval``.
+
+    Raises:
+        UserError: the model or the type does not exist, or the type is left out and the class names no default.
+    """
+    register()
+    from lavis.models import load_model_and_preprocess as load
+
+    from lavis_xformer.config import choose_model_type
+
+    return load(name, choose_model_type(name, model_type), is_eval=is_eval, device=device)

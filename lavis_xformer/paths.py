@@ -1,0 +1,66 @@
+"""Where things are: the shipped configurations and the user's cache folder.
+
+In a clone, ``configs/`` and ``projects/`` lie beside the package; in an installed copy they lie inside it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lavis_xformer.errors import UserError
+
+CACHE_VARIABLE = "LAVIS_XFORMER_CACHE"
+LAVIS_CACHE = "/export/home/.cache/lavis"  # what LAVIS 1.0.2 hard-wires
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def shipped_folder(name: str) -> Path:
+    """Return the shipped folder ``configs`` or ``projects``."""
+    inside = _PACKAGE / name
+    return inside if inside.is_dir() else _PACKAGE.parent / name
+
+
+def config_path(relative: str) -> str:
+    """Return the absolute path of a default configuration, in the form LAVIS's class attributes want.
+
+    LAVIS joins these paths to its own folder, which leaves an absolute path as it is.
+
+    Args:
+        relative: path below ``configs/``, as ``models/xformer_mini.yaml``.
+    """
+    return str(shipped_folder("configs") / relative)
+
+
+def project_path(path: str) -> Path:
+    """Find a run's YAML: the path as given, or else below the shipped ``projects/`` folder.
+
+    So ``--cfg-path projects/xformer/pretrain.yaml`` works from any folder.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    projects = shipped_folder("projects")
+    shipped = projects.parent / path
+    if shipped.is_file() and projects in shipped.parents:
+        return shipped
+    known = sorted(str(file.relative_to(projects.parent)) for file in projects.rglob("*.yaml"))
+    raise UserError(
+        f"--cfg-path {path}: there is no such file here ({Path.cwd()}). "
+        f"Shipped with lavis_xformer: {', '.join(known)}"
+    )
+
+
+def cache_folder() -> Path:
+    """Return the folder for downloads and rendered data.
+
+    It is ``$LAVIS_XFORMER_CACHE``, else ``$XDG_CACHE_HOME/lavis-xformer``, else ``~/.cache/lavis-xformer``;
+    never :data:`LAVIS_CACHE`. The folder is not created.
+    """
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser().resolve()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser().resolve() / "lavis-xformer"
