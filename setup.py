@@ -19,9 +19,13 @@ class BuildWithConfigs(build_py):
     """Puts the top-level YAML folders inside the package, where an installed copy finds them."""
 
     def run(self) -> None:
-        """Copy them after the modules; an editable install reads them where they are."""
+        """Copy them after the modules; an editable install reads them where they are.
+
+        It needs the data files all the same, which setuptools leaves out of its editable wheels.
+        """
         super().run()
         if self.editable_mode:
+            self.run_command("install_data")
             return
         for folder in SHIPPED_FOLDERS:
             target = Path(self.build_lib, "lavis_xformer", folder)
