@@ -1,0 +1,267 @@
+"""What both stages share: CLIP, MAE, the Q-Former and the fusion, from an image to Zq and Z'.
+
+Only this module touches LAVIS's Q-Former. Weights have the names of LAVIS's BLIP-2 (``visual_encoder``, ``ln_vision``,
+``Qformer``, ``query_tokens``), so that its checkpoints fit.
+
+B: batch, Q: queries, D: width of the Q-Former, Nc / Dc: CLIP's tokens C, Nm / Dm: MAE's tokens M, N: image patches,
+T: text tokens, S: side of the image.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from lavis.models.blip2_models.blip2 import Blip2Base, LayerNorm
+from omegaconf import DictConfig
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as BertOutput
+
+from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.images import unpack
+from lavis_xformer.models import towers
+from lavis_xformer.models.frozen import freeze, is_frozen
+from lavis_xformer.models.fusion import FUSIONS, Fusion
+from lavis_xformer.models.mae import MaeFeatures, MaskedAutoencoder
+from lavis_xformer.paths import config_path
+
+Precision = Literal["fp32", "fp16", "bf16"]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Tokens(NamedTuple):
+    """What the two encoders say about a batch of images."""
+
+    clip: Tensor  #: C (B, Nc, Dc), or what the fusion made of C and M for the Q-Former to read
+    mae: MaeFeatures | None  #: M and its mask; None where the fusion needs no MAE
+    pixels: Tensor | None  #: (B, 3, S, S) as MAE saw them, the target of reconstruction
+
+    @property
+    def mae_tokens(self) -> Tensor | None:
+        """M (B, Nm, Dm)."""
+        return None if self.mae is None else self.mae.tokens
+
+
+class XFormerBase(Blip2Base):
+    """The two frozen encoders, the Q-Former between them and the language, and the fusion."""
+
+    #: loaded where a user names no type: ships with the package and runs offline
+    DEFAULT_MODEL_TYPE: ClassVar[str] = "mini"
+    #: what ``from_config`` reads, beside LAVIS's arch, model_type, load_finetuned, finetuned and pretrained
+    CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset(
+        "vit_model vit_weights image_size drop_path_rate use_grad_checkpoint vit_precision freeze_vit mae_model "
+        "mae_norm_pix_loss mae_image_size bert num_query_token cross_attention_freq fusion fusion_depth "
+        "fusion_self_attention fusion_init fusion_heads max_txt_len blip2_pretrained".split()
+    )
+
+    #: prefixes of trainable weights that a checkpoint may lack, and of such that only another stage has
+    may_miss: ClassVar[tuple[str, ...]] = ()
+    may_ignore: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        *,
+        visual_encoder: nn.Module,
+        mae: MaskedAutoencoder | None,
+        qformer: nn.Module,
+        tokenizer: Any,
+        fusion: Fusion,
+        image_size: int,
+        freeze_vit: bool = True,
+        vit_precision: Precision = "fp16",
+        max_txt_len: int = 32,
+    ) -> None:
+        """Put the built parts together.
+
+        Args:
+            visual_encoder: CLIP's image encoder, (B, 3, S, S) -> C (B, Nc, Dc), with ``num_features`` = Dc.
+            mae: the masked autoencoder; None where the fusion needs none.
+            qformer: LAVIS's ``BertLMHeadModel`` with the configuration of :func:`towers.qformer_config`.
+            tokenizer: BERT's, with the decoder's start token as ``bos_token``.
+            fusion: one of :data:`FUSIONS`.
+            image_size: side of CLIP's input in pixels.
+            freeze_vit: whether CLIP stays as it is; MAE always does.
+            vit_precision: of the two encoders on a GPU; on a CPU they run in fp32.
+            max_txt_len: longest text in tokens.
+        """
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.visual_encoder = freeze(visual_encoder) if freeze_vit else visual_encoder
+        self.ln_vision = LayerNorm(visual_encoder.num_features)
+        self.mae = mae if fusion.needs_mae else None
+        self.Qformer = qformer
+        self.Qformer.resize_token_embeddings(len(tokenizer))
+        self._copy_text_weights_to_queries()
+        self.query_tokens = nn.Parameter(
+            torch.randn(1, qformer.config.query_length, qformer.config.hidden_size)
+            * qformer.config.initializer_range
+        )
+        self.fusion = fusion
+        self.image_size = image_size
+        self.vit_precision: Precision = vit_precision
+        self.max_txt_len = max_txt_len
+
+    def _copy_text_weights_to_queries(self) -> None:
+        """Start the queries' feed-forward layers from the text's, as BLIP-2 does."""
+        state = self.Qformer.state_dict()
+        for name, parameter in self.Qformer.named_parameters():
+            if "_query" in name:
+                parameter.data.copy_(state[name.replace("_query", "")])
+
+    # ---------------------------------------------------------------- images
+
+    def encode_image(
+        self, image: Tensor, *, mask_ratio: float = 0.0, noise: Tensor | None = None
+    ) -> Tokens:
+        """Run both encoders: image -> C and M.
+
+        Args:
+            image: (B, 3, S, S) normalised for CLIP, or (B, 6, S, S) from our image processors.
+            mask_ratio: share of the patches hidden from MAE.
+            noise: (B, N), decides which; drawn where it is None.
+
+        Raises:
+            UserError: the image has another size or number of channels than the model wants.
+        """
+        mae_size = self.image_size if self.mae is None else self.mae.image_size
+        clip_pixels, mae_pixels = unpack(image, clip_size=self.image_size, mae_size=mae_size)
+        clip = self.ln_vision(self._run_clip(clip_pixels))  # (B, Nc, Dc)
+        if self.mae is None:
+            return Tokens(clip=clip, mae=None, pixels=None)
+        with self._tower(self.mae):
+            mae = self.mae.encode(mae_pixels, mask_ratio=mask_ratio, noise=noise)
+        mae = mae._replace(tokens=mae.tokens.float())
+        return Tokens(self.fusion.visual_tokens(clip, mae.tokens), mae, mae_pixels)
+
+    def _run_clip(self, pixels: Tensor) -> Tensor:
+        if not is_frozen(self.visual_encoder):
+            return self.visual_encoder(pixels)
+        with torch.no_grad(), self._tower(self.visual_encoder):
+            return self.visual_encoder(pixels).float()
+
+    def _tower(self, tower: nn.Module) -> contextlib.AbstractContextManager[Any]:
+        """Bring a frozen encoder to its precision on this device and run it there under autocast."""
+        on_gpu = self.device.type == "cuda"
+        dtype = DTYPES[self.vit_precision] if on_gpu else torch.float32
+        for module in tower.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.dtype != dtype:
+                module.to(dtype)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    # ---------------------------------------------------------------- Q-Former
+
+    def queries(self, batch_size: int) -> Tensor:
+        """Z (B, Q, D), the learned queries."""
+        return self.query_tokens.expand(batch_size, -1, -1)
+
+    def query_image(self, clip: Tensor, *, use_cache: bool = False) -> BertOutput:
+        """Let the queries read an image alone: C (B, Nc, Dc) -> Zq (B, Q, D) as ``last_hidden_state``."""
+        return self.Qformer.bert(
+            query_embeds=self.queries(len(clip)),
+            encoder_hidden_states=clip,
+            encoder_attention_mask=_ones(clip),
+            use_cache=use_cache,
+            return_dict=True,
+        )
+
+    def query_image_and_text(self, clip: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """Let queries and text see each other: C (B, Nc, Dc) and (B, T) ids -> Zq (B, Q, D)."""
+        queries = self.queries(len(clip))
+        output = self.Qformer.bert(
+            text_ids,
+            query_embeds=queries,
+            attention_mask=torch.cat([_ones(queries), text_mask], dim=1),
+            encoder_hidden_states=clip,
+            encoder_attention_mask=_ones(clip),
+            return_dict=True,
+        )
+        return output.last_hidden_state[:, : queries.shape[1]]
+
+    def encode_text(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """Text alone: (B, T) ids -> (B, T, D)."""
+        return self.Qformer.bert(
+            text_ids, attention_mask=text_mask, return_dict=True
+        ).last_hidden_state
+
+    def tokenize(self, text: list[str]) -> Any:
+        """Text -> ``input_ids`` and ``attention_mask`` (B, T), T = ``max_txt_len`` on every process."""
+        return self.tokenizer(
+            text,
+            padding="max_length",
+            truncation=True,
+            max_length=self.max_txt_len,
+            return_tensors="pt",
+        ).to(self.device)
+
+    # ---------------------------------------------------------------- configuration
+
+    @classmethod
+    def default_config_path(cls, model_type: str) -> str:
+        """The YAML of a model type.
+
+        Raises:
+            UserError: there is no such type.
+        """
+        types = cls.PRETRAINED_MODEL_CONFIG_DICT
+        if model_type not in types:
+            raise UserError(f"model_type: {cls.__name__} has no '{model_type}'; {nearest(model_type, types)}")
+        return config_path(types[model_type])
+
+    @classmethod
+    def build_parts(cls, cfg: DictConfig) -> dict[str, Any]:
+        """Build from a ``model`` configuration what ``__init__`` takes.
+
+        Raises:
+            UserError: a name, folder or file in the configuration is wrong.
+        """
+        name = cfg.get("fusion", "dual")
+        if name not in FUSIONS:
+            raise UserError(f"model.fusion: no fusion '{name}'; {nearest(name, FUSIONS)}")
+        if (precision := cfg.get("vit_precision", "fp16")) not in DTYPES:
+            raise UserError(f"model.vit_precision: '{precision}'; {nearest(str(precision), DTYPES)}")
+        visual_encoder = towers.build_clip(
+            cfg.vit_model,
+            image_size=cfg.image_size,
+            weights=cfg.get("vit_weights"),
+            drop_path_rate=cfg.get("drop_path_rate", 0.0),
+            use_grad_checkpoint=cfg.get("use_grad_checkpoint", False),
+        )
+        mae = None
+        if FUSIONS[name].needs_mae:
+            mae = towers.build_mae(
+                cfg.mae_model,
+                norm_pix_loss=cfg.get("mae_norm_pix_loss"),
+                image_size=cfg.get("mae_image_size"),
+            )
+        qformer = towers.build_qformer(
+            cfg.bert,
+            num_queries=cfg.num_query_token,
+            vision_width=visual_encoder.num_features,
+            cross_attention_freq=cfg.get("cross_attention_freq", 2),
+        )
+        fusion = FUSIONS[name](
+            query_width=qformer.config.hidden_size,
+            clip_width=visual_encoder.num_features,
+            mae_width=0 if mae is None else mae.width,
+            heads=cfg.get("fusion_heads") or qformer.config.num_attention_heads,
+            depth=cfg.get("fusion_depth", 1),
+            self_attention=cfg.get("fusion_self_attention", True),
+            init=cfg.get("fusion_init", "identity"),
+        )
+        return {
+            "visual_encoder": visual_encoder,
+            "mae": mae,
+            "qformer": qformer,
+            "tokenizer": towers.build_tokenizer(cfg.bert),
+            "fusion": fusion,
+            "image_size": cfg.image_size,
+            "freeze_vit": cfg.get("freeze_vit", True),
+            "vit_precision": precision,
+            "max_txt_len": cfg.get("max_txt_len", 32),
+        }
+
+
+def _ones(tokens: Tensor) -> Tensor:
+    """An attention mask (B, N) that hides nothing of (B, N, D)."""
+    return torch.ones(tokens.shape[:-1], dtype=torch.long, device=tokens.device)

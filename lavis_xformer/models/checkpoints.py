@@ -1,0 +1,161 @@
+"""Load weights into a model and say exactly what came from where.
+
+A checkpoint holds trainable weights only, so frozen ones may be missing; anything else that is missing, unknown or of
+another shape is an error that lists the keys. Two configuration keys tell what a file is:
+
+* ``pretrained`` (or ``finetuned`` with ``load_finetuned``): a checkpoint of X-Former, of this stage or of stage 1;
+* ``blip2_pretrained``: a checkpoint of LAVIS's BLIP-2; only the fusion starts anew, and with the identity
+  start the loaded model gives exactly BLIP-2's outputs.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from lavis.common.utils import is_url
+from omegaconf import DictConfig
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lavis_xformer.assets import resolve
+from lavis_xformer.errors import UserError
+from lavis_xformer.models.fusion import NoFusion
+from lavis_xformer.models.towers import download, load_torch_file
+
+FUSION = "fusion."
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the weights of a model and of a file."""
+
+    loaded: tuple[str, ...]
+    missing_frozen: tuple[str, ...]  #: not in the file, as frozen weights should be
+    missing_new: tuple[str, ...]  #: not in the file, trained from their initial values
+    unused: tuple[str, ...]  #: in the file, of no use to this model
+
+
+def load_pretrained(model: nn.Module, cfg: DictConfig) -> LoadReport | None:
+    """Load what the configuration names: ``finetuned``, ``pretrained`` or ``blip2_pretrained``.
+
+    Args:
+        model: an X-Former; its ``may_miss`` and ``may_ignore`` are prefixes of weights that a file of another stage
+            may lack or have beyond this model's.
+        cfg: the ``model`` configuration.
+
+    Returns:
+        The report, or None where nothing is named.
+
+    Raises:
+        UserError: the file can't be read, is of another kind than the key says, or doesn't fit.
+    """
+    key = "finetuned" if cfg.get("load_finetuned", False) else "pretrained"
+    own, blip2 = cfg.get(key), cfg.get("blip2_pretrained")
+    if own and blip2:
+        raise UserError(f"model.{key} and model.blip2_pretrained are both set; keep one of them")
+    if not own and not blip2:
+        return None
+    key, source = (key, own) if own else ("blip2_pretrained", blip2)
+    state = read_checkpoint(source, key=key)
+    has_fusion = any(name.startswith(FUSION) for name in state)
+    if own and not has_fusion and not isinstance(model.fusion, NoFusion):
+        raise UserError(
+            f"model.{key}: '{source}' is a checkpoint of BLIP-2, without X-Former's fusion; "
+            "set model.blip2_pretrained to it instead"
+        )
+    if blip2 and has_fusion:
+        raise UserError(
+            f"model.blip2_pretrained: '{source}' is a checkpoint of X-Former; set model.pretrained to it instead"
+        )
+    may_miss = (*model.may_miss, *((FUSION,) if blip2 else ()))
+    return load_state(model, state, source=source, may_miss=may_miss, may_ignore=model.may_ignore)
+
+
+def read_checkpoint(source: str, *, key: str) -> dict[str, Tensor]:
+    """Read the weights of a checkpoint; pickled code is refused.
+
+    Args:
+        source: a URL, a ``.safetensors`` file, a LAVIS ``.pth`` file, or a shipped one (``assets://...``).
+        key: the configuration key that named it, for messages.
+
+    Raises:
+        UserError: the file is missing, torn, or holds more than tensors and plain values.
+    """
+    path = download(source, key=key) if is_url(source) else str(resolve(source))
+    if Path(path).is_dir():
+        path = str(Path(path) / "model.safetensors")
+    if path.endswith(".safetensors"):
+        if not Path(path).is_file():
+            raise UserError(f"model.{key}: there is no file '{path}'")
+        return load_file(path)
+    content = load_torch_file(path, key=key)
+    state = content.get("model", content)
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"model.{key}: '{path}' has no weights under its key 'model'")
+    return state
+
+
+def load_state(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    *,
+    source: str,
+    may_miss: tuple[str, ...] = (),
+    may_ignore: tuple[str, ...] = (),
+) -> LoadReport:
+    """Load a state dict and account for every weight.
+
+    Args:
+        model: changed in place.
+        state: the file's weights.
+        source: its name, for messages.
+        may_miss: prefixes of trainable weights that the file may lack.
+        may_ignore: prefixes of weights in the file that the model need not have.
+
+    Raises:
+        UserError: a weight is missing, unknown or of another shape; the model is unchanged then.
+    """
+    own = model.state_dict()
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    missing = own.keys() - state.keys()
+    new = {name for name in missing & trainable if name.startswith(may_miss)}
+    lost = sorted((missing & trainable) - new)
+    unused = {name for name in state.keys() - own.keys() if name.startswith(may_ignore)}
+    unknown = sorted(state.keys() - own.keys() - unused)
+    loaded = own.keys() & state.keys()
+    shapes = sorted(
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in loaded
+        if state[name].shape != own[name].shape
+    )
+    problems = [
+        f"{what}: {_listing(names)}"
+        for what, names in (("missing", lost), ("unknown", unknown), ("of another shape", shapes))
+        if names
+    ]
+    if problems:
+        raise UserError(f"'{source}' doesn't fit {type(model).__name__}; {'; '.join(problems)}")
+    model.load_state_dict({**own, **{name: state[name] for name in loaded}})
+    report = LoadReport(
+        loaded=tuple(sorted(loaded)),
+        missing_frozen=tuple(sorted(missing - trainable)),
+        missing_new=tuple(sorted(new)),
+        unused=tuple(sorted(unused)),
+    )
+    logging.info(
+        "%s: loaded %d weights; %d start anew%s; %d frozen ones are not in the file; %d of the file's are of no use here",
+        source,
+        len(report.loaded),
+        len(report.missing_new),
+        f" ({_listing(report.missing_new)})" if report.missing_new else "",
+        len(report.missing_frozen),
+        len(report.unused),
+    )
+    return report
+
+
+def _listing(names: list[str] | tuple[str, ...], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

@@ -1,0 +1,145 @@
+"""Features, matching and captions of a stage-1 model, under the names that LAVIS's BLIP-2 gives them.
+
+B: batch, Q: queries, D: width of the Q-Former, E: width of the shared space, T: text tokens,
+Nc / Dc: CLIP's tokens C, Nm / Dm: MAE's tokens M, R: pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lavis.models.blip2_models.blip2 import compute_sim_matrix
+from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
+from torch import Tensor
+
+from lavis_xformer.errors import UserError, nearest
+
+MODES = ("multimodal", "image", "text")
+
+
+class FeatureInterface:
+    """Mixed into the stage-1 model; MAE sees the whole image in all of these."""
+
+    @torch.no_grad()
+    def extract_features(self, samples: dict[str, Any], mode: str = "multimodal") -> BlipOutputFeatures:
+        """Features of images, of texts, or of both together.
+
+        Args:
+            samples: ``image`` (B, 3 or 6, S, S) and ``text_input`` (B strings), as the mode needs.
+            mode: ``image``: ``image_embeds`` (B, Q, D), which is Z', and ``image_embeds_proj`` (B, Q, E), normalised;
+                ``text``: ``text_embeds`` (B, T, D) and ``text_embeds_proj`` (B, T, E), normalised, the first token
+                standing for the text; ``multimodal``: ``multimodal_embeds`` (B, Q, D).
+
+        Raises:
+            UserError: an unknown mode, or an input that the mode needs is not there.
+        """
+        if mode not in MODES:
+            raise UserError(f"mode: no mode '{mode}'; {nearest(mode, MODES)}")
+        if mode != "text" and samples.get("image") is None:
+            raise UserError(f"mode '{mode}' needs samples['image']")
+        if mode != "image" and samples.get("text_input") is None:
+            raise UserError(f"mode '{mode}' needs samples['text_input']")
+        if mode == "image":
+            z, _ = self.forward_image(samples["image"])
+            return BlipOutputFeatures(
+                image_embeds=z, image_embeds_proj=F.normalize(self.vision_proj(z), dim=-1)
+            )
+        text = self.tokenizer(samples["text_input"], return_tensors="pt", padding=True).to(self.device)
+        if mode == "text":
+            hidden = self.encode_text(text.input_ids, text.attention_mask)  # (B, T, D)
+            return BlipOutputFeatures(
+                text_embeds=hidden, text_embeds_proj=F.normalize(self.text_proj(hidden), dim=-1)
+            )
+        tokens = self.encode_image(samples["image"])
+        zq = self.query_image_and_text(tokens.clip, text.input_ids, text.attention_mask)
+        return BlipOutputFeatures(multimodal_embeds=self.fusion.refine(zq, tokens.mae_tokens)[0])
+
+    def forward_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image (B, 3 or 6, S, S) -> Z' (B, Q, D), and the image tokens that :meth:`compute_itm` takes.
+
+        The image tokens are C (B, Nc, Dc) alone where the fusion needs no MAE, otherwise C and M in one tensor
+        (B, Nc + Nm, max(Dc, Dm)), so that LAVIS's retrieval code can store and repeat them.
+        """
+        tokens = self.encode_image(image)
+        zq = self.query_image(tokens.clip).last_hidden_state  # (B, Q, D)
+        z, _ = self.fusion.refine(zq, tokens.mae_tokens)
+        return z, self._join(tokens.clip, tokens.mae_tokens)
+
+    def forward_text(self, text_tokens: Any) -> Tensor:
+        """Tokenised text (B, T) -> (B, D), the state of its first token."""
+        return self.encode_text(text_tokens.input_ids, text_tokens.attention_mask)[:, 0]
+
+    def compute_itm(self, image_inputs: Tensor, text_ids: Tensor, text_atts: Tensor) -> Tensor:
+        """Score R pairs of image tokens (from :meth:`forward_image`) and text (R, T): (R,) logits of a match."""
+        clip, mae = self._split(image_inputs)
+        return self._match(clip, mae, text_ids, text_atts)[:, 1]
+
+    def compute_sim_matrix(self, data_loader: Any, task_cfg: Any) -> tuple[Any, Any]:
+        """Image-to-text and text-to-image scores for LAVIS's retrieval task: ITC, re-ranked by ITM.
+
+        Raises:
+            UserError: ``k_test`` is larger than the number of images or texts.
+        """
+        smaller = min(len(data_loader.dataset.text), len(data_loader.dataset.image))
+        if task_cfg.k_test > smaller:
+            raise UserError(f"run.k_test is {task_cfg.k_test}, but there are only {smaller} candidates")
+        return compute_sim_matrix(model=self, data_loader=data_loader, k_test=task_cfg.k_test)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        samples: dict[str, Any],
+        use_nucleus_sampling: bool = False,
+        num_beams: int = 3,
+        max_length: int = 30,
+        min_length: int = 10,
+        top_p: float = 0.9,
+        repetition_penalty: float = 1.0,
+    ) -> list[str]:
+        """Caption images with the Q-Former's own text decoder, as LAVIS's BLIP-2 does; B strings.
+
+        Args:
+            samples: ``image`` (B, 3 or 6, S, S).
+            use_nucleus_sampling: sample instead of searching with beams.
+            num_beams: 1 means greedy.
+            max_length: longest caption in tokens.
+            min_length: shortest caption in tokens.
+            top_p: probability mass that nucleus sampling keeps.
+            repetition_penalty: 1 means none.
+        """
+        beams = 1 if use_nucleus_sampling else num_beams
+        clip = self.encode_image(samples["image"]).clip  # (B, Nc, Dc)
+        start = torch.full((len(clip), 1), self.tokenizer.bos_token_id, device=clip.device)
+        clip = clip.repeat_interleave(beams, dim=0)
+        ids = self.Qformer.generate(
+            input_ids=start,
+            query_embeds=self.queries(len(clip)),
+            encoder_hidden_states=clip,
+            encoder_attention_mask=clip.new_ones(clip.shape[:-1], dtype=torch.long),
+            max_length=max_length,
+            min_length=min_length,
+            num_beams=beams,
+            do_sample=use_nucleus_sampling,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            eos_token_id=self.tokenizer.sep_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def _join(self, clip: Tensor, mae: Tensor | None) -> Tensor:
+        """C (B, Nc, Dc) and M (B, Nm, Dm) -> (B, Nc + Nm, max(Dc, Dm)), zero padded."""
+        if mae is None:
+            return clip
+        width = max(clip.shape[-1], mae.shape[-1])
+        return torch.cat([F.pad(part, (0, width - part.shape[-1])) for part in (clip, mae)], dim=1)
+
+    def _split(self, joined: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Undo :meth:`_join`."""
+        if self.mae is None:
+            return joined, None
+        count = 1 + self.mae.num_patches  # Nm
+        clip, mae = joined[:, :-count], joined[:, -count:]
+        return clip[..., : self.ln_vision.normalized_shape[0]], mae[..., : self.mae.width]

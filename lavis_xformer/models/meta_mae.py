@@ -1,0 +1,122 @@
+"""Read MAE checkpoints in Meta's own format (github facebookresearch/mae) into transformers' ViTMAE.
+
+Meta publishes three kinds of file, which differ in what the decoder predicts:
+
+=====================================  =========  ====================
+file                                   decoder    predicts
+=====================================  =========  ====================
+``mae_pretrain_vit_*_full.pth``        yes        normalised pixels
+``mae_visualize_vit_*.pth``            yes        raw pixels
+``mae_pretrain_vit_*.pth``             no         -
+=====================================  =========  ====================
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+from lavis_xformer.errors import UserError
+
+HEAD_WIDTH = {768: 64, 1024: 64, 1280: 80, 512: 32}  # ViT-B, ViT-L, ViT-H, and the decoder: 16 heads of 32
+
+RENAMES = (
+    (r"^cls_token$", "vit.embeddings.cls_token"),
+    (r"^pos_embed$", "vit.embeddings.position_embeddings"),
+    (r"^patch_embed\.proj\.", "vit.embeddings.patch_embeddings.projection."),
+    (r"^norm\.", "vit.layernorm."),
+    (r"^mask_token$", "decoder.mask_token"),
+    (r"^decoder_pos_embed$", "decoder.decoder_pos_embed"),
+    (r"^decoder_(embed|norm|pred)\.", r"decoder.decoder_\1."),
+    (r"^decoder_blocks\.", "decoder.decoder_layers."),
+    (r"^blocks\.", "vit.encoder.layer."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+)
+
+
+def load_meta_mae(path: Path, *, norm_pix_loss: bool | None = None) -> ViTMAEForPreTraining:
+    """Build ViTMAE from one of Meta's files.
+
+    Args:
+        path: ``mae_pretrain_vit_*_full.pth`` or ``mae_visualize_vit_*.pth``.
+        norm_pix_loss: needed where the file's name doesn't tell its kind.
+
+    Raises:
+        UserError: the file holds no decoder, isn't MAE's, or doesn't tell whether it predicts normalised pixels.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    except Exception as error:
+        raise UserError(
+            f"model.mae_model: '{path}' is no intact MAE file (pickled code is refused): {error}"
+        ) from error
+    if "decoder_embed.weight" not in state:
+        raise UserError(
+            f"model.mae_model: '{path}' holds MAE's encoder only, and X-Former reconstructs through its decoder; "
+            f"download '{path.stem.removesuffix('_full')}_full.pth' or mae_visualize_vit_*.pth instead"
+        )
+    config = meta_config(state, norm_pix_loss=_predicts_normalised(path, norm_pix_loss))
+    model = ViTMAEForPreTraining(config)
+    model.load_state_dict(convert_meta_keys(state))
+    return model
+
+
+def _predicts_normalised(path: Path, norm_pix_loss: bool | None) -> bool:
+    if norm_pix_loss is not None:
+        return norm_pix_loss
+    if "visualize" in path.name:
+        return False
+    if path.stem.endswith("_full"):
+        return True
+    raise UserError(
+        f"model.mae_model: the name of '{path}' doesn't say whether its decoder predicts normalised pixels "
+        "(mae_pretrain_*_full.pth) or raw ones (mae_visualize_*.pth); set model.mae_norm_pix_loss"
+    )
+
+
+def meta_config(state: dict[str, Tensor], *, norm_pix_loss: bool) -> ViTMAEConfig:
+    """Read the sizes of a Meta checkpoint from its tensors."""
+    width, channels, patch, _ = state["patch_embed.proj.weight"].shape
+    decoder_width = state["decoder_embed.weight"].shape[0]
+    grid = int((state["pos_embed"].shape[1] - 1) ** 0.5)
+
+    def depth(prefix: str) -> int:
+        return 1 + max(int(k.split(".")[1]) for k in state if k.startswith(f"{prefix}."))
+
+    return ViTMAEConfig(
+        hidden_size=width,
+        num_hidden_layers=depth("blocks"),
+        num_attention_heads=width // HEAD_WIDTH.get(width, 64),
+        intermediate_size=state["blocks.0.mlp.fc1.weight"].shape[0],
+        layer_norm_eps=1e-6,
+        image_size=grid * patch,
+        patch_size=patch,
+        num_channels=channels,
+        decoder_hidden_size=decoder_width,
+        decoder_num_hidden_layers=depth("decoder_blocks"),
+        decoder_num_attention_heads=decoder_width // HEAD_WIDTH.get(decoder_width, 32),
+        decoder_intermediate_size=state["decoder_blocks.0.mlp.fc1.weight"].shape[0],
+        norm_pix_loss=norm_pix_loss,
+    )
+
+
+def convert_meta_keys(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename Meta's weights to transformers' and split the joint query-key-value projections."""
+    converted: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        for pattern, replacement in RENAMES:
+            name = re.sub(pattern, replacement, name)
+        if ".attn.qkv." in name:
+            for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
+                converted[name.replace(".attn.qkv.", f".attention.attention.{part}.")] = third
+        else:
+            converted[name] = tensor
+    return converted

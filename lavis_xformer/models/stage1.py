@@ -1,0 +1,208 @@
+"""X-Former's stage 1: ITC + ITM + ITG + reconstruction (arXiv 2407.13851, section 3).
+
+B: samples of this process, G: samples of all processes, Q: queries, D: width of the Q-Former, E: width of the shared
+space, Nc / Dc: CLIP's tokens C, Nm / Dm: MAE's tokens M, N: image patches, T: text tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from lavis.common.registry import registry
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor, nn
+
+from lavis_xformer import losses
+from lavis_xformer.distributed import gather, own_rows
+from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.models.base import Tokens, XFormerBase
+from lavis_xformer.models.checkpoints import load_pretrained
+from lavis_xformer.models.features import FeatureInterface
+
+LOSSES = ("itc", "itm", "itg", "rec")
+
+
+@registry.register_model("xformer")
+class XFormer(FeatureInterface, XFormerBase):
+    """The first-stage model: queries that know what is there (CLIP) and how it looks (MAE).
+
+    Usage:
+        >>> from lavis.models import load_model_and_preprocess
+        >>> model, vis, txt = load_model_and_preprocess("xformer", "mini")
+    """
+
+    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {
+        "mini": "models/xformer_mini.yaml",
+        "pretrain": "models/xformer_pretrain.yaml",
+    }
+    CONFIG_KEYS = XFormerBase.CONFIG_KEYS | {"embed_dim", "mask_ratio", "mask_vl", "loss_weights"}
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int = 256,
+        mask_ratio: float = 0.5,
+        mask_vl: bool = True,
+        loss_weights: dict[str, float] | None = None,
+        **parts: Any,
+    ) -> None:
+        """Add the heads of stage 1 to the shared parts.
+
+        Args:
+            embed_dim: E.
+            mask_ratio: share of the patches hidden from MAE in training.
+            mask_vl: whether ITC, ITM and ITG see the masked M too, in one pass; otherwise a second pass over the whole
+                image serves them.
+            loss_weights: of ``itc``, ``itm``, ``itg`` and ``rec``; 1 where nothing is said, 0 leaves a loss out.
+            parts: of :class:`XFormerBase`.
+
+        Raises:
+            UserError: a weight for a loss that doesn't exist, or a mask ratio outside [0, 1).
+        """
+        super().__init__(**parts)
+        for name in loss_weights or {}:
+            if name not in LOSSES:
+                raise UserError(f"model.loss_weights: no loss '{name}'; {nearest(name, LOSSES)}")
+        if not 0 <= mask_ratio < 1:
+            raise UserError(f"model.mask_ratio is {mask_ratio}; it must lie in [0, 1)")
+        width = self.Qformer.config.hidden_size
+        self.vision_proj = nn.Linear(width, embed_dim)
+        self.text_proj = nn.Linear(width, embed_dim)
+        self.itm_head = nn.Linear(width, 2)
+        self.temp = nn.Parameter(0.07 * torch.ones([]))
+        self.mask_ratio = mask_ratio
+        self.mask_vl = mask_vl
+        self.loss_weights = {name: 1.0 for name in LOSSES} | dict(loss_weights or {})
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether there is an M' to reconstruct from, and a weight on doing so."""
+        return self.fusion.aligns_mae and self.loss_weights["rec"] > 0 and self.mask_ratio > 0
+
+    def forward(
+        self,
+        samples: dict[str, Any],
+        *,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute the losses of a batch.
+
+        Args:
+            samples: ``image`` (B, 3 or 6, S, S) and ``text_input``, B strings.
+            noise: (B, N), decides which patches MAE doesn't see; drawn where it is None.
+            generator: draws the hard negatives; torch's own where it is None.
+
+        Returns:
+            Scalars: ``loss``, the weighted sum; ``loss_itc``, ``loss_itm``, ``loss_itg``, ``loss_rec`` (where M' is
+            reconstructed); ``itm_accuracy``.
+        """
+        text = self.tokenize(samples["text_input"])
+        seen, whole = self._encode_for_training(samples["image"], noise)  # C and M, masked and not
+
+        zq = self.query_image(whole.clip, use_cache=True)  # Zq (B, Q, D)
+        z, aligned = self.fusion.refine(zq.last_hidden_state, whole.mae_tokens)  # Z' and M'
+        if seen is not whole:
+            _, aligned = self.fusion.refine(zq.last_hidden_state, seen.mae_tokens)
+
+        loss_itc, sim_i2t, sim_t2i = self._itc(z, text)
+        loss_itm, itm_accuracy = self._itm(whole, text, sim_i2t, sim_t2i, generator)
+        loss_itg = self._itg(zq.past_key_values, text)
+        terms = {"itc": loss_itc, "itm": loss_itm, "itg": loss_itg}
+        if self.reconstructs:
+            terms["rec"] = self._reconstruction(aligned, seen)
+
+        loss = sum(self.loss_weights[name] * term for name, term in terms.items())
+        named = {f"loss_{name}": term for name, term in terms.items()}
+        return {"loss": loss, **named, "itm_accuracy": itm_accuracy}
+
+    def _encode_for_training(self, image: Tensor, noise: Tensor | None) -> tuple[Tokens, Tokens]:
+        """C with the masked M (for reconstruction), and C with the M that the language losses see."""
+        if self.mae is None:
+            whole = self.encode_image(image)
+            return whole, whole
+        seen = self.encode_image(image, mask_ratio=self.mask_ratio, noise=noise)
+        return seen, seen if self.mask_vl else self.encode_image(image)
+
+    def _itc(self, z: Tensor, text: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Z' (B, Q, D) against text, over all processes; also both similarities (B, G)."""
+        image_feats = F.normalize(self.vision_proj(z), dim=-1)  # (B, Q, E)
+        hidden = self.encode_text(text.input_ids, text.attention_mask)  # (B, T, D)
+        text_feats = F.normalize(self.text_proj(hidden[:, 0]), dim=-1)  # (B, E)
+        sim_i2t = losses.similarity(image_feats, gather(text_feats)) / self.temp  # (B, G)
+        sim_t2i = losses.similarity(gather(image_feats), text_feats).t() / self.temp  # (B, G)
+        targets = own_rows(len(z), z.device)
+        return losses.itc(sim_i2t, sim_t2i, targets), sim_i2t, sim_t2i
+
+    def _itm(
+        self,
+        tokens: Tokens,
+        text: Any,
+        sim_i2t: Tensor,
+        sim_t2i: Tensor,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Do image and text belong together? B true pairs, B with a hard wrong image, B with a hard wrong text."""
+        ids, mask = text.input_ids, text.attention_mask
+        pairs = [(tokens.clip, tokens.mae_tokens, ids, mask)]
+        if sim_i2t.shape[1] > 1:  # a single sample in all has no negatives
+            targets = own_rows(len(ids), ids.device)
+            image_neg = losses.hard_negatives(sim_t2i, targets, generator)  # (B,) a wrong image for each text
+            text_neg = losses.hard_negatives(sim_i2t, targets, generator)  # (B,) a wrong text for each image
+            all_mae = None if tokens.mae is None else gather(tokens.mae.tokens)
+            wrong_mae = None if all_mae is None else all_mae[image_neg]
+            pairs.append((gather(tokens.clip)[image_neg], wrong_mae, ids, mask))
+            pairs.append((tokens.clip, tokens.mae_tokens, gather(ids)[text_neg], gather(mask)[text_neg]))
+        clip, mae, ids, mask = (
+            None if column[0] is None else torch.cat(column) for column in zip(*pairs, strict=True)
+        )
+        logits = self._match(clip, mae, ids, mask)  # (3B, 2)
+        labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        labels[: len(tokens.clip)] = 1
+        return losses.itm(logits, labels), (logits.argmax(-1) == labels).float().mean()
+
+    def _match(self, clip: Tensor, mae: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor:
+        """Score pairs on the multimodal Z': (R, 2), column 1 says "they match"."""
+        zq = self.query_image_and_text(clip, ids, mask)  # (R, Q, D)
+        z, _ = self.fusion.refine(zq, mae)
+        return self.itm_head(z).mean(dim=1)
+
+    def _itg(self, query_cache: Any, text: Any) -> Tensor:
+        """Caption the image: text sees the queries through their cached keys and values, as in BLIP-2."""
+        ids = text.input_ids.clone()  # (B, T)
+        ids[:, 0] = self.tokenizer.bos_token_id
+        queries = ids.new_ones(len(ids), self.query_tokens.shape[1])  # (B, Q)
+        logits = self.Qformer(
+            ids,
+            attention_mask=torch.cat([queries, text.attention_mask], dim=1),
+            past_key_values=query_cache,
+            return_dict=True,
+        ).logits  # (B, T, V)
+        return losses.itg(logits, ids, self.tokenizer.pad_token_id)
+
+    def _reconstruction(self, aligned: Tensor | None, tokens: Tokens) -> Tensor:
+        """M' (B, Nm, Dm) through MAE's frozen decoder must still give the masked patches."""
+        assert self.mae is not None and tokens.mae is not None
+        assert aligned is not None and tokens.pixels is not None
+        prediction = self.mae.decode(aligned, tokens.mae.ids_restore)  # (B, N, P)
+        return losses.reconstruction(prediction, self.mae.target(tokens.pixels), tokens.mae.mask)
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig) -> XFormer:
+        """Build the model of a ``model`` configuration and load what its ``pretrained`` names.
+
+        Raises:
+            UserError: a name, folder or file in the configuration is wrong.
+        """
+        weights = cfg.get("loss_weights")
+        model = cls(
+            embed_dim=cfg.get("embed_dim", 256),
+            mask_ratio=cfg.get("mask_ratio", 0.5),
+            mask_vl=cfg.get("mask_vl", True),
+            loss_weights=None if weights is None else OmegaConf.to_container(weights),
+            **cls.build_parts(cfg),
+        )
+        load_pretrained(model, cfg)
+        return model

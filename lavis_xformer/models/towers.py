@@ -1,0 +1,270 @@
+"""Build the pre-trained parts from names, folders or files: CLIP, MAE, the Q-Former and its tokenizer.
+
+Every name may be the hub's, a local folder or file, or a shipped one (``assets://mini/clip``); nothing is fetched at
+import. What can't be found or doesn't fit is one clear line that names the key to set.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lavis.common.dist_utils import download_cached_file
+from lavis.models.blip2_models.Qformer import BertLMHeadModel
+from lavis.models.clip_vit import create_clip_vit_L
+from lavis.models.eva_vit import VisionTransformer, interpolate_pos_embed
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import BertConfig, BertTokenizer, ViTMAEConfig, ViTMAEForPreTraining
+
+from lavis_xformer.assets import resolve
+from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.models.mae import MaskedAutoencoder
+from lavis_xformer.models.meta_mae import load_meta_mae
+
+# EVA-CLIP ViT-g/14 as BLIP-2 reads it: 39 of its 40 blocks (LAVIS `create_eva_vit_g`)
+EVA_CLIP_G: dict[str, Any] = {
+    "patch_size": 14,
+    "embed_dim": 1408,
+    "depth": 39,
+    "num_heads": 16,
+    "mlp_ratio": 4.3637,
+    "qkv_bias": True,
+}
+EVA_CLIP_G_UNUSED = ("norm.", "fc_norm.", "head.", "blocks.39.")  # behind what BLIP-2 reads
+EVA_CLIP_G_URL = (
+    "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
+)
+EVA_KEYS = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+VIT_MODELS = ("eva_clip_g", "clip_L")
+
+
+def eva_vit(*, drop_path_rate: float = 0.0, use_grad_checkpoint: bool = False, **sizes: Any) -> nn.Module:
+    """LAVIS's EVA ViT of the given sizes (``img_size``, ``patch_size``, ...), with random weights."""
+    return VisionTransformer(
+        use_mean_pooling=False,
+        drop_path_rate=drop_path_rate,
+        norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        use_checkpoint=use_grad_checkpoint,
+        **sizes,
+    )
+
+
+def build_clip(
+    name: str,
+    *,
+    image_size: int,
+    weights: str | None = None,
+    drop_path_rate: float = 0.0,
+    use_grad_checkpoint: bool = False,
+) -> nn.Module:
+    """The CLIP image encoder, whose tokens C the Q-Former reads.
+
+    Args:
+        name: ``eva_clip_g``, ``clip_L``, or a folder with ``config.json`` and ``model.safetensors`` of an EVA ViT.
+        image_size: side of the input in pixels; position embeddings are interpolated where it differs.
+        weights: a local file for ``eva_clip_g`` instead of the one that LAVIS downloads (key ``vit_weights``).
+        drop_path_rate: stochastic depth, only of use where the encoder is trained.
+        use_grad_checkpoint: save memory where the encoder is trained.
+
+    Raises:
+        UserError: there is no such model, folder or file, or it can't be fetched.
+    """
+    path = resolve(name)
+    options = {"drop_path_rate": drop_path_rate, "use_grad_checkpoint": use_grad_checkpoint}
+    if name == "eva_clip_g":
+        model = eva_vit(img_size=image_size, **EVA_CLIP_G, **options)
+        state = load_torch_file(weights or download(EVA_CLIP_G_URL, key="vit_weights"), key="vit_weights")
+        unused = EVA_CLIP_G_UNUSED
+    elif name == "clip_L":
+        try:
+            return create_clip_vit_L(image_size, use_grad_checkpoint, "fp32")
+        except OSError as error:
+            raise _offline(name, "vit_model", error) from error
+    elif (folder := Path(path)).is_dir():
+        config = json.loads(_existing(folder / "config.json", "vit_model").read_text())
+        sizes = {key: config[key] for key in EVA_KEYS}
+        model = eva_vit(**{**sizes, "img_size": image_size}, **options)
+        state = load_file(_existing(folder / "model.safetensors", "vit_model"))
+        unused = ()
+    else:
+        raise UserError(f"model.vit_model: no model or folder '{name}'; {nearest(name, VIT_MODELS)}")
+    interpolate_pos_embed(model, state)
+    load_checked(model, state, source=f"vit_model '{name}'", may_be_unused=unused)
+    return model
+
+
+def build_mae(
+    name: str, *, norm_pix_loss: bool | None = None, image_size: int | None = None
+) -> MaskedAutoencoder:
+    """The frozen masked autoencoder with its decoder.
+
+    Args:
+        name: a hub id such as ``facebook/vit-mae-huge``, a local folder in the hub's format, or one of Meta's files
+            ``mae_pretrain_vit_*_full.pth`` and ``mae_visualize_vit_*.pth``.
+        norm_pix_loss: overrides what the checkpoint says of itself.
+        image_size: side that the configuration expects; only checked against the checkpoint's.
+
+    Raises:
+        UserError: there is no such model, it can't be fetched, it has no decoder, or it wants another size.
+    """
+    path = resolve(name)
+    if str(path).endswith(".pth"):
+        model = load_meta_mae(_existing(Path(path), "mae_model"), norm_pix_loss=norm_pix_loss)
+    else:
+        model = _load_hub_mae(str(path), name)
+    if image_size is not None and image_size != model.config.image_size:
+        raise UserError(
+            f"model.mae_image_size is {image_size}, but '{name}' was trained on {model.config.image_size} pixels"
+        )
+    return MaskedAutoencoder(model=model, norm_pix_loss=norm_pix_loss)
+
+
+def _load_hub_mae(path: str, name: str) -> ViTMAEForPreTraining:
+    try:
+        config = ViTMAEConfig.from_pretrained(path)
+        model, report = ViTMAEForPreTraining.from_pretrained(path, config=config, output_loading_info=True)
+    except OSError as error:
+        raise _offline(name, "mae_model", error) from error
+    problems = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if any(str(key).startswith("decoder.") for key in report["missing_keys"]):
+        raise UserError(
+            f"model.mae_model: '{name}' holds MAE's encoder only, and X-Former reconstructs through its decoder; use "
+            "facebook/vit-mae-{base,large,huge}, mae_pretrain_vit_*_full.pth or mae_visualize_vit_*.pth"
+        )
+    if problems:
+        raise UserError(f"model.mae_model: '{name}' doesn't fit ViTMAEForPreTraining: {problems[:5]}")
+    return model
+
+
+def build_qformer(name: str, *, num_queries: int, vision_width: int, cross_attention_freq: int) -> nn.Module:
+    """LAVIS's Q-Former: BERT with learned queries and cross-attention to C in every n-th layer.
+
+    Args:
+        name: ``bert-base-uncased``, or a folder with a BERT ``config.json``; where the folder has no weights they
+            are random.
+        num_queries: Q.
+        vision_width: Dc.
+        cross_attention_freq: cross-attention in every n-th layer.
+
+    Raises:
+        UserError: there is no such model or folder, or it can't be fetched.
+    """
+    path = str(resolve(name))
+    try:
+        config = qformer_config(
+            BertConfig.from_pretrained(path),
+            num_queries=num_queries,
+            vision_width=vision_width,
+            cross_attention_freq=cross_attention_freq,
+        )
+        if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in WEIGHT_FILES):
+            return BertLMHeadModel(config)
+        return BertLMHeadModel.from_pretrained(path, config=config)
+    except OSError as error:
+        raise _offline(name, "bert", error) from error
+
+
+def qformer_config(
+    config: BertConfig, *, num_queries: int, vision_width: int, cross_attention_freq: int
+) -> BertConfig:
+    """Add to a BERT configuration what LAVIS's Q-Former reads from it; changed in place."""
+    config.encoder_width = vision_width
+    config.add_cross_attention = True
+    config.cross_attention_freq = cross_attention_freq
+    config.query_length = num_queries
+    return config
+
+
+def build_tokenizer(name: str) -> BertTokenizer:
+    """BERT's tokenizer with the start token ``[DEC]`` of the decoder, as in BLIP-2.
+
+    Raises:
+        UserError: it can't be found.
+    """
+    try:
+        tokenizer = BertTokenizer.from_pretrained(str(resolve(name)))
+    except OSError as error:
+        raise _offline(name, "bert", error) from error
+    tokenizer.add_special_tokens({"bos_token": "[DEC]"})
+    return tokenizer
+
+
+def load_checked(
+    module: nn.Module,
+    state: dict[str, Tensor],
+    *,
+    source: str,
+    may_be_unused: tuple[str, ...] = (),
+) -> None:
+    """Load a state dict of which every weight must fit and every weight must be used.
+
+    Raises:
+        UserError: a weight is missing, of another shape, or unknown (unless it begins as one of ``may_be_unused``).
+    """
+    own = module.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    unexpected = sorted(key for key in state.keys() - own.keys() if not key.startswith(may_be_unused))
+    shapes = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+        for key in own.keys() & state.keys()
+        if state[key].shape != own[key].shape
+    ]
+    if missing or unexpected or shapes:
+        raise UserError(
+            f"the weights of {source} don't fit: missing {missing[:5]}, unexpected {unexpected[:5]}, "
+            f"other shapes {shapes[:5]}"
+        )
+    module.load_state_dict({key: state[key] for key in own})
+    logging.info("loaded %d weights of %s", len(own), source)
+
+
+def load_torch_file(path: str | Path, *, key: str) -> dict[str, Tensor]:
+    """Read tensors from a ``.pth`` file; pickled code is refused.
+
+    Args:
+        path: the file.
+        key: the configuration key that named it, for messages.
+
+    Raises:
+        UserError: there is no such file, it is torn, or it holds more than tensors and plain values.
+    """
+    file = _existing(Path(path), key)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(
+            f"model.{key}: '{file}' is no intact file of tensors (files with pickled code are refused): "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+
+
+def _existing(path: Path, key: str) -> Path:
+    if not path.is_file():
+        raise UserError(f"model.{key}: there is no file '{path}'")
+    return path
+
+
+def download(url: str, *, key: str) -> str:
+    """Fetch a file into torch hub's cache, once on the main process, and return its path.
+
+    Raises:
+        UserError: it can't be fetched.
+    """
+    try:
+        return str(download_cached_file(url, check_hash=False, progress=True))
+    except OSError as error:
+        raise _offline(url, key, error) from error
+
+
+def _offline(name: str, key: str, error: OSError) -> UserError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(
+        f"model.{key}: '{name}' is no local path and can't be fetched ({reason}); "
+        f"set model.{key} to a local copy of it"
+    )
