@@ -94,7 +94,9 @@ def strict_decoding() -> Iterator[None]:
 
 
 def describe(error: BaseException) -> str:
-    """Say in one short line why a file could not be read."""
+    """Say in one short line why a sample could not be read."""
+    if isinstance(error, KeyError):
+        return f"no key {error}"
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image, or an empty file"
     if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):

@@ -1,0 +1,144 @@
+"""Keep one bad sample from ending a run, and say which one it was.
+
+LAVIS's datasets open images deep inside a loader's worker, where a broken file raises an error that
+names no file. :class:`GuardedDataset` wraps any map-style dataset, LAVIS's own or ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from bisect import bisect_right
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import ConcatDataset, Dataset
+
+from lavis_xformer.data.photos import describe, strict_decoding
+from lavis_xformer.errors import UserError, nearest
+
+ON_CORRUPT = ("skip", "raise")
+
+
+class MapDataset(Protocol):
+    """What has a length and gives a sample for an index."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def __getitem__(self, index: int) -> Any:
+        """One sample."""
+
+
+class DataFault(UserError):
+    """A sample that can't be read, in one line, also after its trip out of a loader's worker.
+
+    torch's loader raises it anew with the worker's traceback as its message; only its last line, the
+    original message, is kept.
+    """
+
+    def __init__(self, message: str) -> None:
+        """Keep the last line of the message, without the name of this class."""
+        last = message.strip().splitlines()[-1]
+        super().__init__(last.removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
+class GuardedDataset(Dataset):
+    """A map-style dataset whose bad samples are named, counted, and skipped or fatal.
+
+    A skipped sample is replaced by the next good one, so that length and order stay the same and a
+    run can be repeated. Wrap evaluation splits with ``on_corrupt="raise"``, or drop repeated
+    ``instance_id`` from the results: a replacement would count twice.
+
+    Everything else (collater, annotation, txt2img, ...) is the wrapped dataset's.
+    """
+
+    def __init__(
+        self, dataset: MapDataset, *, on_corrupt: str = "skip", max_in_a_row: int = 32
+    ) -> None:
+        """Wrap a dataset.
+
+        Args:
+            dataset: any dataset with a length and an index.
+            on_corrupt: ``skip`` or ``raise``.
+            max_in_a_row: so many bad samples one after the other are no accident but a dataset that
+                vanished or a wrong configuration, and raise.
+
+        Raises:
+            UserError: ``on_corrupt`` is neither.
+        """
+        if on_corrupt not in ON_CORRUPT:
+            raise UserError(f"on_corrupt: {on_corrupt}: {nearest(on_corrupt, ON_CORRUPT)}")
+        self.dataset = dataset
+        self.on_corrupt = on_corrupt
+        self.max_in_a_row = max_in_a_row
+        # One flag per sample, in memory that the loader's workers share with this process.
+        self._bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        """Number of samples, good and bad."""
+        return len(self.dataset)
+
+    def __getattr__(self, name: str) -> Any:
+        """Anything else is the wrapped dataset's."""
+        if name == "dataset":  # not there yet while a worker unpickles this object
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __getitem__(self, index: int) -> Any:
+        """Give the sample, or the next good one.
+
+        Raises:
+            DataFault: the sample is bad and ``on_corrupt`` is ``raise``, or too many in a row are.
+            IndexError: there is no such index.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        tries = min(self.max_in_a_row, len(self))
+        for step in range(tries):
+            position = (index + step) % len(self)
+            try:
+                with strict_decoding():
+                    return self.dataset[position]
+            except Exception as error:  # whatever a broken file or row makes a decoder raise
+                fault = f"{sample_name(self.dataset, position)}: {describe(error)}"
+                if self.on_corrupt == "raise":
+                    raise DataFault(fault) from error
+                self._note(position, fault)
+        raise DataFault(f"{tries} bad samples in a row, the last one {fault}")
+
+    def corrupt(self) -> list[str]:
+        """Name every bad sample met so far, by this process or by a worker of its loaders."""
+        return [sample_name(self.dataset, int(i)) for i in self._bad.nonzero().flatten()]
+
+    def _note(self, position: int, fault: str) -> None:
+        if not self._bad[position]:
+            self._bad[position] = True
+            logging.warning("skipped a bad sample (%d so far): %s", int(self._bad.sum()), fault)
+
+
+def guard(dataset: Any, *, on_corrupt: str = "skip") -> Any:
+    """Wrap a dataset unless it is guarded already or is a stream without an index.
+
+    Args:
+        dataset: a map-style dataset, or anything else that LAVIS's builders give.
+        on_corrupt: ``skip`` or ``raise``.
+    """
+    indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+    if isinstance(dataset, GuardedDataset) or not indexed:
+        return dataset
+    return GuardedDataset(dataset, on_corrupt=on_corrupt)
+
+
+def sample_name(dataset: Any, index: int) -> str:
+    """Name a sample by its file and row where the dataset tells them, else by its index."""
+    if isinstance(dataset, ConcatDataset):
+        part = bisect_right(dataset.cumulative_sizes, index)
+        before = dataset.cumulative_sizes[part - 1] if part else 0
+        return sample_name(dataset.datasets[part], index - before)
+    try:
+        image = dataset.annotation[index]["image"]
+        path = os.path.join(getattr(dataset, "vis_root", None) or "", image)
+    except (AttributeError, LookupError, TypeError):
+        return f"sample {index} of {type(dataset).__name__}"
+    return f"{path} (sample {index})"

@@ -1,0 +1,119 @@
+"""Bad samples are named, counted and skipped, or fatal, in this process and in workers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lavis.datasets.datasets.base_dataset import ConcatDataset
+from lavis.datasets.datasets.caption_datasets import CaptionDataset
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.transforms.functional import to_tensor
+
+from lavis_xformer.data.guard import DataFault, GuardedDataset, guard, sample_name
+from lavis_xformer.errors import UserError
+
+
+def stock(folder: Path, bad: tuple[int, ...] = (), n: int = 6) -> CaptionDataset:
+    """LAVIS's own dataset of n images, those named in bad cut in half."""
+    rows = []
+    for i in range(n):
+        path = folder / f"{i}.png"
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(path)
+        if i in bad:
+            path.write_bytes(path.read_bytes()[:40])
+        rows.append({"image": path.name, "caption": f"number {i}", "image_id": i})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return CaptionDataset(to_tensor, str, str(folder), [str(folder / "rows.json")])
+
+
+def test_a_good_dataset_is_unchanged(tmp_path: Path) -> None:
+    dataset = stock(tmp_path)
+    guarded = GuardedDataset(dataset)
+    assert [s["text_input"] for s in guarded] == [s["text_input"] for s in dataset]
+    assert guarded.corrupt() == []
+    assert guarded.annotation is dataset.annotation
+    assert not hasattr(guarded, "txt2img")
+
+
+def test_skipping_takes_the_next_good_sample_and_counts_each_file_once(tmp_path: Path) -> None:
+    guarded = GuardedDataset(stock(tmp_path, bad=(1, 2, 5)))
+    for _ in range(2):
+        assert [s["image_id"] for s in guarded] == [0, 3, 3, 3, 4, 0]
+    assert [Path(name).name for name in guarded.corrupt()] == [
+        "1.png (sample 1)",
+        "2.png (sample 2)",
+        "5.png (sample 5)",
+    ]
+
+
+def test_raising_names_the_file(tmp_path: Path) -> None:
+    guarded = GuardedDataset(stock(tmp_path, bad=(1,)), on_corrupt="raise")
+    with pytest.raises(DataFault, match=r"1\.png \(sample 1\): "):
+        guarded[1]
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_report_to_the_main_process(tmp_path: Path, method: str) -> None:
+    guarded = GuardedDataset(stock(tmp_path, bad=(4,)))
+    loader = DataLoader(
+        guarded,
+        2,
+        num_workers=1,
+        collate_fn=guarded.collater,
+        multiprocessing_context=method,
+        shuffle=False,
+    )
+    assert torch.cat([b["image_id"] for b in loader]).tolist() == [0, 1, 2, 3, 5, 5]
+    assert len(guarded.corrupt()) == 1
+
+
+def test_a_worker_raises_one_line(tmp_path: Path) -> None:
+    guarded = GuardedDataset(stock(tmp_path, bad=(4,)), on_corrupt="raise")
+    with pytest.raises(DataFault) as error:
+        list(DataLoader(guarded, 2, num_workers=1, collate_fn=guarded.collater))
+    assert str(error.value).startswith(str(tmp_path / "4.png"))
+    assert "\n" not in str(error.value)
+
+
+def test_a_dataset_that_vanishes_raises_instead_of_searching_for_ever(tmp_path: Path) -> None:
+    guarded = GuardedDataset(stock(tmp_path), max_in_a_row=4)
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    with pytest.raises(DataFault, match=r"4 bad samples in a row.*3\.png"):
+        guarded[0]
+
+
+def test_a_broken_row_is_skipped_too(tmp_path: Path) -> None:
+    dataset = stock(tmp_path)
+    del dataset.annotation[2]["caption"]
+    guarded = GuardedDataset(dataset)
+    assert guarded[2]["image_id"] == 3
+    with pytest.raises(DataFault, match=r"2\.png \(sample 2\): no key 'caption'"):
+        GuardedDataset(dataset, on_corrupt="raise")[2]
+
+
+def test_names_reach_into_joined_datasets(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    joined = ConcatDataset([stock(tmp_path / "a"), stock(tmp_path / "b", bad=(0,))])
+    assert sample_name(joined, 6) == f"{tmp_path / 'b' / '0.png'} (sample 0)"
+    assert GuardedDataset(joined)[6]["image_id"] == 1
+    assert sample_name([1, 2], 1) == "sample 1 of list"
+
+
+def test_guard_wraps_once_and_leaves_streams_alone(tmp_path: Path) -> None:
+    guarded = guard(stock(tmp_path), on_corrupt="raise")
+    assert guard(guarded) is guarded
+    stream = iter([1])
+    assert guard(stream) is stream
+
+
+def test_index_and_option_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(IndexError):
+        GuardedDataset(stock(tmp_path))[6]
+    with pytest.raises(UserError, match="did you mean 'skip'"):
+        GuardedDataset([], on_corrupt="skipp")
