@@ -1,0 +1,223 @@
+"""Questions about a scene with their answers, and how much of them a blind guesser would get right.
+
+Every answer is one that the picture shows clearly: directions and places near a border, sizes that hardly
+differ, and objects that a name does not single out are never asked about.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+from numpy.random import Generator
+
+from lavis_xformer.data.scenes.text import pick, shuffled
+from lavis_xformer.data.scenes.words import COLOURS, SHAPES, plural, with_article
+from lavis_xformer.data.scenes.world import CELL_BORDERS, Scene, SceneObject, relations
+from lavis_xformer.errors import UserError, nearest
+
+CELL_MARGIN = 0.03
+"""How far from the border of a cell an object must be for its place to be asked."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its answer (one to three words or a digit) and its kind."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+def _count(scene: Scene, rng: Generator) -> Question | None:
+    texts = (
+        "how many objects are there?",
+        "how many objects are in the image?",
+        "what is the number of objects?",
+    )
+    return Question("count", pick(rng, texts), str(len(scene.objects)))
+
+
+def _group_names(scene: Scene) -> dict[str, int]:
+    """Number of objects by every name of a group: shape, colour and shape, or colour."""
+    numbers: Counter[str] = Counter()
+    for item in scene.objects:
+        numbers.update((item.shape, item.name, f"{item.colour} object"))
+    return dict(sorted(numbers.items()))
+
+
+def _count_group(scene: Scene, rng: Generator) -> Question | None:
+    """Ask for a number drawn first, all that occur being equally likely, so that ones do not prevail."""
+    numbers = _group_names(scene)
+    wanted = pick(rng, sorted(set(numbers.values())))
+    name = plural(pick(rng, [name for name, number in numbers.items() if number == wanted]))
+    texts = (f"how many {name} are there?", f"how many {name} are in the image?")
+    return Question("count_group", pick(rng, texts), str(wanted))
+
+
+def _absent(scene: Scene, rng: Generator) -> str:
+    """Name something that is not there; mostly a near miss of what is there."""
+    shapes = {item.shape for item in scene.objects}
+    colours = {item.colour for item in scene.objects}
+    form = rng.integers(3)
+    if form == 0:
+        return pick(rng, [shape for shape in SHAPES if shape not in shapes])
+    if form == 1:
+        return pick(rng, [f"{colour} object" for colour in COLOURS if colour not in colours])
+    near = [
+        f"{colour} {shape}"
+        for colour in COLOURS
+        for shape in SHAPES
+        if (colour, shape) not in scene.groups() and (colour in colours or shape in shapes)
+    ]
+    return pick(rng, near)
+
+
+def _presence(scene: Scene, rng: Generator) -> Question | None:
+    """GVT-bench's form of multi-class identification."""
+    if rng.random() < 0.5:
+        return Question("presence", f"does {with_article(_absent(scene, rng))} exist in the image?", "no")
+    item = pick(rng, scene.objects)
+    name = (item.shape, f"{item.colour} object", item.name)[int(rng.integers(3))]
+    return Question("presence", f"does {with_article(name)} exist in the image?", "yes")
+
+
+def _named(scene: Scene, rng: Generator, among: Sequence[SceneObject]) -> tuple[SceneObject, str] | None:
+    """Choose one of the objects that can be named without doubt, with its name."""
+    named = [(item, item.name) for item in scene.singles() if item in among]
+    largest = scene.largest()
+    if largest in among and largest is not None and len(scene.objects) > 1:
+        named += [(largest, "largest object")] * max(1, len(named))
+    return pick(rng, named) if named else None
+
+
+def _attribute(scene: Scene, rng: Generator) -> Question | None:
+    """Colour or shape of the largest object, size of a named one, colour of the only one of its shape."""
+    options = []
+    largest = scene.largest()
+    if largest is not None and len(scene.objects) > 1:
+        options.append(("what colour is the largest object?", largest.colour))
+        options.append(("what shape is the largest object?", largest.shape))
+    for item in scene.singles():
+        options.append((f"what size is the {item.name}?", item.size))
+        if scene.count(shape=item.shape) == 1:
+            options.append((f"what colour is the {item.shape}?", item.colour))
+        if scene.count(colour=item.colour) == 1:
+            options.append((f"what shape is the {item.colour} object?", item.shape))
+    return Question("attribute", *pick(rng, options)) if options else None
+
+
+def _mark(scene: Scene, rng: Generator) -> Question | None:
+    """The fine mark of the largest or of a named object."""
+    chosen = _named(scene, rng, scene.objects)
+    if chosen is None:
+        return None
+    item, name = chosen
+    return Question("mark", f"what mark has the {name}?", item.mark)
+
+
+def _facing(scene: Scene, rng: Generator) -> Question | None:
+    """Which way the largest or a named object faces, where one sees it."""
+    chosen = _named(scene, rng, [item for item in scene.objects if item.directed])
+    if chosen is None:
+        return None
+    item, name = chosen
+    return Question("facing", f"which way does the {name} face?", item.facing)
+
+
+def _relation(scene: Scene, rng: Generator) -> Question | None:
+    """Whether, or on which side, one named object lies of another."""
+    pairs = [pair for pair in combinations(scene.singles(), 2) if relations(*pair)]
+    if not pairs:
+        return None
+    first, second = shuffled(rng, pick(rng, pairs))
+    true = pick(rng, relations(first, second))
+    across = true in ("left of", "right of")
+    if rng.random() < 0.5:
+        sides = "left or right of" if across else "above or below"
+        text = f"is the {first.name} {sides} the {second.name}?"
+        return Question("relation", text, true.removesuffix(" of"))
+    options = ("left of", "right of") if across else ("above", "below")
+    asked = pick(rng, options)
+    text = f"is the {first.name} {asked} the {second.name}?"
+    return Question("relation", text, "yes" if asked == true else "no")
+
+
+def _clearly_placed(item: SceneObject) -> bool:
+    return all(abs(v - border) >= CELL_MARGIN for v in (item.x, item.y) for border in CELL_BORDERS)
+
+
+def _position(scene: Scene, rng: Generator) -> Question | None:
+    """In which of nine cells the largest or a named object lies."""
+    chosen = _named(scene, rng, [item for item in scene.objects if _clearly_placed(item)])
+    if chosen is None:
+        return None
+    item, name = chosen
+    return Question("position", f"where is the {name}?", item.cell)
+
+
+_ASK: dict[str, Callable[[Scene, Generator], Question | None]] = {
+    "count": _count,
+    "count_group": _count_group,
+    "presence": _presence,
+    "attribute": _attribute,
+    "mark": _mark,
+    "facing": _facing,
+    "relation": _relation,
+    "position": _position,
+}
+QUESTION_KINDS = tuple(_ASK)
+
+
+def ask(scene: Scene, rng: Generator, kind: str) -> Question | None:
+    """Ask one question of a kind; None where the scene allows none.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    if kind not in _ASK:
+        raise UserError(f"no question kind named {kind!r}: {nearest(kind, _ASK)}")
+    return _ASK[kind](scene, rng)
+
+
+def questions(
+    scene: Scene, rng: Generator, kinds: Sequence[str] = QUESTION_KINDS, n: int | None = None
+) -> list[Question]:
+    """Ask about a scene.
+
+    Args:
+        scene: what is asked about.
+        rng: decides what is asked and how.
+        kinds: which kinds, in turn; those that the scene does not allow are passed over.
+        n: how many questions; one of each kind if None.
+
+    Returns:
+        Up to ``n`` questions, all different (fewer where the scene does not allow more).
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    wanted = len(kinds) if n is None else n
+    found: dict[str, Question] = {}
+    for turn in range(6):
+        order = kinds if n is None and turn == 0 else shuffled(rng, kinds)
+        for kind in order:
+            question = ask(scene, rng, kind) if len(found) < wanted else None
+            if question is not None:
+                found.setdefault(question.text, question)
+        if n is None or len(found) >= wanted:
+            break
+    return list(found.values())
+
+
+def majority_share(asked: Iterable[Question]) -> dict[str, tuple[str, float]]:
+    """Most frequent answer of each kind and its share: what a guesser that sees no picture gets right."""
+    answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for question in asked:
+        answers[question.kind][question.answer] += 1
+    return {
+        kind: (top := counts.most_common(1)[0])[:1] + (top[1] / counts.total(),)
+        for kind, counts in answers.items()
+    }

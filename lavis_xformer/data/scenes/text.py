@@ -1,0 +1,155 @@
+"""What can be said of a scene: captions from coarse to fine, and a complete description."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import combinations
+from typing import TypeVar
+
+from numpy.random import Generator
+
+from lavis_xformer.data.scenes.words import COLOURS, SHAPES, counted, listed, plural, with_article
+from lavis_xformer.data.scenes.world import Scene, SceneObject, relations, scene_rng
+from lavis_xformer.errors import UserError, nearest
+
+Item = TypeVar("Item")
+
+OPENINGS = ("", "", "a picture of ", "an image with ")
+
+
+def pick(rng: Generator, options: Sequence[Item]) -> Item:
+    """Choose one of several, all equally likely."""
+    return options[int(rng.integers(len(options)))]
+
+
+def shuffled(rng: Generator, items: Sequence[Item]) -> list[Item]:
+    """Return the items in random order."""
+    return [items[int(i)] for i in rng.permutation(len(items))]
+
+
+def place(item: SceneObject) -> str:
+    """Say where an object is: ``in the middle``, ``at the top left``."""
+    return "in the middle" if item.cell == "middle" else f"at the {item.cell}"
+
+
+def _on_ground(scene: Scene, rng: Generator, share: float) -> str:
+    """Name the ground in the given share of cases."""
+    if rng.random() >= share:
+        return ""
+    return f" {pick(rng, ('on', 'on', 'over'))} {with_article(scene.ground.name)} ground"
+
+
+def coarse_caption(scene: Scene, rng: Generator) -> str:
+    """Say what there is; seldom how many or where, never a mark.
+
+    At most three groups are named, by shape or by colour and shape.
+    """
+    by_colour = rng.random() < 0.6
+    names = Counter(item.name if by_colour else item.shape for item in scene.objects)
+    exact = rng.random() < 0.12
+    phrases = []
+    for name in shuffled(rng, sorted(names))[:3]:
+        vague = plural(name) if names[name] > 1 else with_article(name)
+        phrases.append(counted(names[name], name) if exact else vague)
+    where = ""
+    if len(scene.objects) == 1 and rng.random() < 0.12:
+        where = f" {place(scene.objects[0])}"
+    return f"{pick(rng, OPENINGS)}{listed(phrases)}{where}{_on_ground(scene, rng, 0.4)}"
+
+
+def _relation(scene: Scene, rng: Generator) -> str:
+    """A clear relation of two objects that are named without doubt; empty if there is none."""
+    pairs = [pair for pair in combinations(scene.singles(), 2) if relations(*pair)]
+    if not pairs:
+        return ""
+    first, second = shuffled(rng, pick(rng, pairs))
+    return f"the {first.name} is {pick(rng, relations(first, second))} the {second.name}"
+
+
+def caption(scene: Scene, rng: Generator) -> str:
+    """Name every group with its colour and number, and one relation, place or size."""
+    groups = shuffled(rng, sorted(scene.groups().items()))
+    phrases = [counted(count, f"{colour} {shape}") for (colour, shape), count in groups]
+    text = pick(rng, OPENINGS) + listed(phrases) + _on_ground(scene, rng, 0.7 if len(groups) < 4 else 0.2)
+    told = _relation(scene, rng)
+    if not told and scene.singles():
+        item = pick(rng, scene.singles())
+        told = f"the {item.name} is {item.size} and {place(item)}"
+    return f"{text}, {told}" if told else text
+
+
+def full_name(item: SceneObject, rng: Generator | None = None) -> str:
+    """Name an object with all that is seen of it but its place; the facing sometimes, if ``rng`` is given."""
+    facing = item.directed and (rng is None or rng.random() < 0.4)
+    return f"{item.size} {item.mark} {item.name}" + (f" facing {item.facing}" if facing else "")
+
+
+def fine_caption(scene: Scene, rng: Generator) -> str:
+    """Tell how many objects there are, and of two of them size, mark, facing and place."""
+    total = len(scene.objects)
+    ground = _on_ground(scene, rng, 0.6)
+    told = shuffled(rng, scene.objects)[: 3 if total == 3 and not ground else 2]
+    phrases = [f"{with_article(full_name(item, rng))} {place(item)}" for item in told]
+    if len(told) == total:
+        return listed(phrases) + ground
+    lead = counted(total, "object") + ground
+    return f"{lead}, {pick(rng, ('among them', 'with'))} {' and '.join(phrases)}"
+
+
+LEVELS: dict[str, Callable[[Scene, Generator], str]] = {
+    "coarse": coarse_caption,
+    "medium": caption,
+    "fine": fine_caption,
+}
+
+
+def find_level(name: str) -> Callable[[Scene, Generator], str]:
+    """Return the caption function of a level.
+
+    Raises:
+        UserError: there is no such level.
+    """
+    if name not in LEVELS:
+        raise UserError(f"no caption level named {name!r}: {nearest(name, LEVELS)}")
+    return LEVELS[name]
+
+
+def captions(scene: Scene, level: str, n: int) -> list[str]:
+    """Write ``n`` captions of a level; the same scene gives the same captions, the first being the same for any n.
+
+    Raises:
+        UserError: there is no such level.
+    """
+    write = find_level(level)
+    rng = scene_rng(scene.seed, scene.split, scene.index, 1)
+    return [write(scene, rng) for _ in range(n)]
+
+
+def _tally(names: Sequence[str], order: Sequence[str]) -> str:
+    """Number of each name that occurs: ``2 red, 1 blue``."""
+    counts = Counter(names)
+    return ", ".join(f"{counts[name]} {name}" for name in order if counts[name])
+
+
+def description(scene: Scene) -> str:
+    """Describe a scene so completely that every question about it can be answered from the text alone.
+
+    Numbers are digits. Totals first (objects, groups, shapes, colours), then the largest object where one is
+    clearly larger, every object from left to right, and the singly named ones from top to bottom.
+    """
+    objects = scene.objects
+    groups = [f"{count} {colour} {shape}" for (colour, shape), count in sorted(scene.groups().items())]
+    across = sorted(objects, key=lambda item: item.x)
+    down = sorted(scene.singles(), key=lambda item: item.y)
+    largest = scene.largest()
+    sentences = [
+        f"{len(objects)} objects on {with_article(scene.ground.name)} ground",
+        "groups: " + ", ".join(groups),
+        "shapes: " + _tally([o.shape for o in objects], SHAPES),
+        "colours: " + _tally([o.colour for o in objects], list(COLOURS)),
+        *([f"largest: {full_name(largest)}"] if largest else []),
+        "left to right: " + ", ".join(f"{full_name(item)} {place(item)}" for item in across),
+        *(["top to bottom: " + ", ".join(item.name for item in down)] if len(down) > 1 else []),
+    ]
+    return ". ".join(sentences) + "."
