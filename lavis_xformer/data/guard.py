@@ -31,10 +31,10 @@ class MapDataset(Protocol):
 
 
 class DataFault(UserError):
-    """A sample that can't be read, in one line, also after its trip out of a loader's worker.
+    """A sample that can't be read, told in one line, also from within a loader's worker.
 
-    torch's loader raises it anew with the worker's traceback as its message; only its last line, the
-    original message, is kept.
+    torch's loader raises it anew with the worker's traceback as its message; only its last line,
+    the original message, is kept.
     """
 
     def __init__(self, message: str) -> None:

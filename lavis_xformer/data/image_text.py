@@ -1,0 +1,276 @@
+"""A user's own images and texts: what the rows must hold, and ``lavis-xformer validate``.
+
+Ten images with captions, as JSON lines (a JSON list of the same objects does as well)::
+
+    {"image": "001.jpg", "caption": "a red kite over a beach"}
+    {"image": "002.jpg", "caption": ["two dogs on a sofa", "a pair of sleeping dogs"]}
+    ...
+    {"image": "more/010.png", "caption": "an empty street at night"}
+
+Checked with ``lavis-xformer validate captions.jsonl --image-root photos/`` and used by the dataset
+builder ``image_text_json`` (see configs/datasets/image_text_json.yaml). Questions work alike::
+
+    {"image": "001.jpg", "question": "what colour is the kite?", "answer": ["red", "red", "orange"]}
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from lavis_xformer.data.photos import PhotoError, open_photo
+from lavis_xformer.data.records import (
+    Row,
+    expand,
+    file_exists,
+    forget_listings,
+    read_rows,
+    report,
+    strings,
+)
+from lavis_xformer.errors import UserError
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One row: an image and its captions.
+
+    Attributes:
+        image: path below the image root.
+        captions: one or more.
+        image_id: the row's own id, or the path; rows that share it show one image.
+        row: its number in the file.
+    """
+
+    image: str
+    captions: tuple[str, ...]
+    image_id: str
+    row: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """One row: an image, a question, and its answers, as many as people gave.
+
+    Attributes:
+        image: path below the image root.
+        question: the question.
+        answers: none where the row is for evaluation without ground truth.
+        question_id: the row's own id, or its number in the file.
+        row: its number in the file.
+    """
+
+    image: str
+    question: str
+    answers: tuple[str, ...]
+    question_id: str
+    row: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairKeys:
+    """Under which keys a row keeps its image, its captions and its id."""
+
+    image: str = "image"
+    caption: str = "caption"
+    image_id: str | None = None
+
+    def parse(self, number: int, row: Row) -> Pair | str:
+        """Return the pair, or what is wrong with the row."""
+        image = _image(row, self.image)
+        captions = strings(row.get(self.caption))
+        if not image:
+            return _lacks("image", self.image, row)
+        if not captions:
+            return _lacks("caption", self.caption, row)
+        image_id = row.get(self.image_id, image) if self.image_id else image
+        return Pair(image, captions, str(image_id), number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionKeys:
+    """Under which keys a row keeps its image, question, answers and id."""
+
+    image: str = "image"
+    question: str = "question"
+    answer: str = "answer"
+    question_id: str | None = None
+    answers_needed: bool = True
+
+    def parse(self, number: int, row: Row) -> Question | str:
+        """Return the question, or what is wrong with the row."""
+        image = _image(row, self.image)
+        question = strings(row.get(self.question))
+        answers = strings(row.get(self.answer))
+        if not image:
+            return _lacks("image", self.image, row)
+        if not question:
+            return _lacks("question", self.question, row)
+        if self.answers_needed and not answers:
+            return _lacks("answer", self.answer, row)
+        own_id = row.get(self.question_id, number) if self.question_id else number
+        return Question(image, question[0], answers, str(own_id), number)
+
+
+Keys = PairKeys | QuestionKeys
+Record = Pair | Question
+
+
+def _image(row: Row, key: str) -> str:
+    value = row.get(key)
+    return value if isinstance(value, str) and value.strip() else ""
+
+
+def _lacks(what: str, key: str, row: Row) -> str:
+    if key in row:
+        return f"'{key}' holds no {what}"
+    return f"no {what} under '{key}' (the row has {', '.join(map(str, row)) or 'nothing'})"
+
+
+def load(
+    path: str | Path,
+    keys: Keys,
+    *,
+    image_root: str | Path = "",
+    rows_key: str | None = None,
+    check_files: bool = True,
+) -> list[Record]:
+    """Read one annotation file and check every row before anything is trained on it.
+
+    Args:
+        path: the annotation file, see :func:`lavis_xformer.data.records.read_rows`.
+        keys: what the rows hold, and where.
+        image_root: the folder that the rows' paths start from.
+        rows_key: which key of a JSON object holds the list.
+        check_files: also check that every image file exists (one listing per folder).
+
+    Raises:
+        UserError: the file, the image folder or some rows are wrong; the message names the first.
+    """
+    rows = read_rows(path, rows_key=rows_key)
+    records, problems = check(rows, keys, image_root=image_root, check_files=check_files)
+    report(path, problems, len(rows))
+    return records
+
+
+def check(
+    rows: Sequence[tuple[int, Row]],
+    keys: Keys,
+    *,
+    image_root: str | Path = "",
+    check_files: bool = True,
+) -> tuple[list[Record], list[tuple[int, str]]]:
+    """Parse rows; return the good ones, and the row numbers and faults of the others.
+
+    Raises:
+        UserError: the image folder does not exist.
+    """
+    root = expand(image_root)
+    if check_files and not root.is_dir():
+        raise UserError(f"{root}: no such image folder (image_root)")
+    forget_listings()
+    records: list[Record] = []
+    problems: list[tuple[int, str]] = []
+    for number, row in rows:
+        record = keys.parse(number, row)
+        if isinstance(record, str):
+            problems.append((number, record))
+        elif check_files and not file_exists(os.path.join(root, record.image)):
+            problems.append((number, f"no image file {os.path.join(root, record.image)}"))
+        else:
+            records.append(record)
+    return records, problems
+
+
+def summary(records: Sequence[Record]) -> list[str]:
+    """Describe good rows in a few lines: how many images, texts per image, words per text."""
+    images = Counter(
+        record.image_id if isinstance(record, Pair) else record.image for record in records
+    )
+    lines = [f"{len(records)} good rows, {len(images)} images"]
+    pairs = [record for record in records if isinstance(record, Pair)]
+    questions = [record for record in records if isinstance(record, Question)]
+    if pairs:
+        captions = [caption for pair in pairs for caption in pair.captions]
+        lines.append(f"{len(captions) / len(images):.2f} captions per image, {_words(captions)}")
+    if questions:
+        answers = Counter(answer for question in questions for answer in question.answers)
+        lines.append(f"{_words([q.question for q in questions])} per question")
+        common = ", ".join(f"{answer} ({n})" for answer, n in answers.most_common(5))
+        lines += [f"most common answers: {common}"] if answers else []
+    return lines
+
+
+def _words(captions: Sequence[str]) -> str:
+    return f"{sum(len(c.split()) for c in captions) / len(captions):.1f} words on average"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check an annotation file and print what it holds; the command ``lavis-xformer validate``.
+
+    Args:
+        argv: the arguments after the command's name.
+
+    Returns:
+        0 where all is well, 1 where a row or an image is wrong.
+
+    Raises:
+        UserError: the file or the image folder can't be read at all.
+    """
+    options = _parser().parse_args(argv)
+    keys: Keys = (
+        QuestionKeys(
+            image=options.image_key, question=options.question_key, answer=options.answer_key
+        )
+        if options.question_key
+        else PairKeys(image=options.image_key, caption=options.caption_key, image_id=options.id_key)
+    )
+    rows = read_rows(options.file, rows_key=options.rows_key)
+    records, problems = check(rows, keys, image_root=options.image_root)
+    if not options.fast:
+        problems += undecodable(records, options.image_root)
+    print(f"{options.file}: {len(rows)} rows")
+    for line in summary(records) if records else ["no good row"]:
+        print(f"  {line}")
+    print(f"  {len(problems)} problems" if problems else "  no problem found")
+    for number, what in problems[: options.show]:
+        print(f"    row {number}: {what}")
+    if len(problems) > options.show:
+        print(f"    and {len(problems) - options.show} more (--show N shows more)")
+    return 1 if problems else 0
+
+
+def undecodable(records: Sequence[Record], image_root: str | Path) -> list[tuple[int, str]]:
+    """Decode every image once; return row number and fault of those that fail."""
+    problems = []
+    first_rows = {record.image: record.row for record in reversed(records)}
+    for image, number in tqdm(sorted(first_rows.items()), "decoding", unit="image", disable=None):
+        try:
+            open_photo(expand(image_root) / image)
+        except PhotoError as error:
+            problems.append((number, str(error)))
+    return problems
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lavis-xformer validate", description="Check a file of images and texts."
+    )
+    add = parser.add_argument
+    add("file", help="JSON list, JSON object that holds a list, JSON lines, or CSV")
+    add("--image-root", default=".", help="folder that the rows' image paths start from")
+    add("--image-key", default="image")
+    add("--caption-key", default="caption", help="holds a string or a list of strings")
+    add("--id-key", help="rows with an equal id show one image (default: with an equal path)")
+    add("--question-key", help="check questions and answers in place of captions")
+    add("--answer-key", default="answer")
+    add("--rows-key", help="key of the list, where the file is an object with several lists")
+    add("--fast", action="store_true", help="don't decode the images")
+    add("--show", type=int, default=10, metavar="N", help="problems to show")
+    return parser

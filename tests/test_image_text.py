@@ -1,0 +1,103 @@
+"""Rows of one's own dataset are checked before training, and the validator says what it saw."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from lavis_xformer.data.image_text import Pair, PairKeys, QuestionKeys, load, main
+from lavis_xformer.errors import UserError
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Ten images, 0.png to 9.png."""
+    for i in range(10):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    return tmp_path
+
+
+def write(folder: Path, rows: list[Any]) -> Path:
+    path = folder / "rows.json"
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_ten_images_are_read(photos: Path) -> None:
+    rows = [{"image": f"{i}.png", "caption": [f"number {i}", "a square"]} for i in range(10)]
+    records = load(write(photos, rows), PairKeys(), image_root=photos)
+    assert records[3] == Pair("3.png", ("number 3", "a square"), "3.png", 4)
+
+
+def test_other_keys_and_ids(photos: Path) -> None:
+    rows = [{"file": "1.png", "text": "one", "n": 7}, {"file": "2.png", "text": "two", "n": 7}]
+    keys = PairKeys(image="file", caption="text", image_id="n")
+    records = load(write(photos, rows), keys, image_root=photos)
+    assert {record.image_id for record in records if isinstance(record, Pair)} == {"7"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"caption": "x"}, r"row 2: no image under 'image' \(the row has caption\)"),
+        ({"image": "1.png"}, r"row 2: no caption under 'caption' \(the row has image\)"),
+        ({"image": "1.png", "caption": []}, "row 2: 'caption' holds no caption"),
+        ({"image": "1.png", "caption": " "}, "row 2: 'caption' holds no caption"),
+        ({"image": 3, "caption": "x"}, "row 2: 'image' holds no image"),
+        ({"image": "gone.png", "caption": "x"}, r"row 2: no image file .*gone\.png"),
+    ],
+)
+def test_a_wrong_row_is_named(photos: Path, row: dict[str, Any], message: str) -> None:
+    path = write(photos, [{"image": "0.png", "caption": "x"}, row])
+    with pytest.raises(UserError, match=f"1 of 2 rows are wrong: {message}"):
+        load(path, PairKeys(), image_root=photos)
+
+
+def test_missing_image_folder_is_named(photos: Path) -> None:
+    path = write(photos, [{"image": "0.png", "caption": "x"}])
+    with pytest.raises(UserError, match=r"nowhere: no such image folder"):
+        load(path, PairKeys(), image_root=photos / "nowhere")
+
+
+def test_questions_need_answers_only_for_training(photos: Path) -> None:
+    path = write(photos, [{"image": "0.png", "question": "how many?", "id": 12}])
+    with pytest.raises(UserError, match="row 1: no answer under 'answer'"):
+        load(path, QuestionKeys(), image_root=photos)
+    (record,) = load(path, QuestionKeys(question_id="id", answers_needed=False), image_root=photos)
+    assert record.question_id == "12"  # type: ignore[union-attr]
+
+
+def test_validate_says_what_it_saw(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"image": f"{i}.png", "caption": ["one two", "one two three four"]} for i in range(10)]
+    assert main([str(write(photos, rows)), "--image-root", str(photos)]) == 0
+    said = capsys.readouterr().out
+    assert "10 good rows, 10 images" in said
+    assert "2.00 captions per image, 3.0 words on average" in said
+    assert "no problem found" in said
+
+
+def test_validate_exits_1_and_numbers_the_problems(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"image": f"{i}.png", "caption": "x"} for i in range(10)]
+    del rows[2]["caption"]
+    (photos / "5.png").write_bytes(b"not an image")
+    command = [str(write(photos, rows)), "--image-root", str(photos)]
+    assert main(command) == 1
+    said = capsys.readouterr().out
+    assert "2 problems" in said
+    assert "row 3: no caption" in said
+    assert f"row 6: {photos / '5.png'}: not an image" in said
+    assert main([*command, "--fast", "--show", "0"]) == 1
+    assert "1 problems" in capsys.readouterr().out
+
+
+def test_validate_questions(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"image": "1.png", "q": "how many?", "a": a} for a in (["2", "2"], 3, "2")]
+    command = [str(write(photos, rows)), "--image-root", str(photos)]
+    assert main([*command, "--question-key", "q", "--answer-key", "a"]) == 0
+    assert "most common answers: 2 (3), 3 (1)" in capsys.readouterr().out

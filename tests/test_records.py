@@ -1,0 +1,96 @@
+"""Annotation files of every usual form are read; what is wrong is named by its row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lavis_xformer.data.records import file_exists, forget_listings, read_rows, sha256, strings
+from lavis_xformer.errors import UserError
+
+ROWS = [{"image": "a.jpg"}, {"image": "ü.jpg"}, {"image": "c.jpg"}]
+
+
+def lines(rows: list[dict[str, str]]) -> str:
+    return "\n\n".join(json.dumps(row) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "numbers"),
+    [
+        ("list.json", json.dumps(ROWS), [1, 2, 3]),
+        ("pretty.json", json.dumps(ROWS, indent=2), [1, 2, 3]),
+        ("bom.json", "\ufeff" + json.dumps(ROWS), [1, 2, 3]),
+        ("object.json", json.dumps({"info": {}, "data": ROWS}), [1, 2, 3]),
+        ("lines.jsonl", lines(ROWS), [1, 3, 5]),
+        ("lines.json", lines(ROWS), [1, 3, 5]),
+        ("table.csv", "image\na.jpg\nü.jpg\nc.jpg\n", [1, 2, 3]),
+    ],
+)
+def test_every_form_gives_the_same_rows(
+    tmp_path: Path, name: str, text: str, numbers: list[int]
+) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    assert read_rows(tmp_path / name) == list(zip(numbers, ROWS, strict=True))
+
+
+def test_rows_key_chooses_among_several_lists(tmp_path: Path) -> None:
+    path = tmp_path / "coco.json"
+    path.write_text(json.dumps({"images": [{"id": 1}], "annotations": ROWS}))
+    assert len(read_rows(path, rows_key="annotations")) == 3
+    with pytest.raises(UserError, match="images, annotations; rows_key is None"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", "[1, {", "not JSON: line 1, column 6"),
+        ("a.json", "[]", "holds no rows"),
+        ("a.json", "3", "holds int"),
+        ("a.json", '[{"image": "a"}, 7]', "1 of 2 rows are wrong: row 2: not an object"),
+        ("a.jsonl", '{"image": "a"}\n{"image', "1 of 2 rows are wrong: row 2: not JSON"),
+        ("a.jsonl", "x\n" * 5, "row 3: .*; and 2 more"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        read_rows(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.json: no such annotation file"):
+        read_rows(tmp_path / "nowhere.json")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="can't be read"):
+        read_rows(tmp_path / "binary.json")
+
+
+def test_paths_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(ROWS))
+    monkeypatch.setenv("ANNOTATIONS", str(tmp_path))
+    assert len(read_rows("$ANNOTATIONS/a.json")) == 3
+
+
+def test_strings_and_numbers_are_texts_and_nothing_else_is() -> None:
+    assert strings("a") == strings(["a", " "]) == ("a",)
+    assert strings([2, "b"]) == ("2", "b")
+    assert strings(None) == strings({}) == strings([None]) == strings("") == ()
+
+
+def test_file_exists_knows_files_only(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    forget_listings()
+    found = {name for name in ("file", "folder", "x/y") if file_exists(str(tmp_path / name))}
+    assert found == {"file"}
+
+
+def test_sha256_of_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert sha256(tmp_path / "empty").startswith("e3b0c44298fc1c14")
