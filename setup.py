@@ -91,7 +91,7 @@ setup(
         "rich>=12",
         "packaging>=21",
     ],
-    extras_require={"dev": ["pytest>=7", "ruff>=0.6", "mypy>=1.8", "types-tqdm", "types-PyYAML"]},
+    extras_require={"dev": ["pytest>=7", "ruff>=0.6", "mypy>=1.8"]},
     packages=find_packages(include=["lavis_xformer", "lavis_xformer.*"]),
     package_dir={"": "."},
     package_data={"lavis_xformer": ["assets/**", "py.typed"]},

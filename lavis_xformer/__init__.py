@@ -17,6 +17,7 @@ __all__ = ["__version__", "load_model_and_preprocess", "register"]
 
 # What registers names with LAVIS, in the order in which it does.
 _REGISTERING = (
+    "lavis.common.optims",  # its schedules; nothing else imports them
     "lavis.runners",
     "lavis_xformer.models.registry",
     "lavis_xformer.data.registry",
@@ -35,9 +36,9 @@ def register() -> None:
     from importlib import import_module
     from importlib.util import find_spec
 
+    from lavis import models
     from lavis.common.registry import registry
     from lavis.datasets import builders
-    from lavis import models
 
     from lavis_xformer.paths import LAVIS_CACHE, cache_folder
 

@@ -1,0 +1,109 @@
+"""The `lavis-xformer` command, and how every entry point of this package reports an error.
+
+Subcommands are imported when they are called, so that ``doctor`` works where nothing else does.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from lavis_xformer import __version__
+from lavis_xformer.errors import UserError, nearest
+
+TRACEBACK_FLAG = "--traceback"
+TRACEBACK_VARIABLE = "LAVIS_XFORMER_TRACEBACK"
+
+#: name -> (module whose ``main(argv) -> int`` runs it, one line of help)
+COMMANDS = {
+    "doctor": ("lavis_xformer.doctor", "check this environment, and a run's YAML, and say how to mend it"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand and return its exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] in (["-V"], ["--version"]):
+        print(f"lavis_xformer {__version__}")
+        return 0
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    return run(_dispatch, argv)
+
+
+def usage() -> str:
+    """Return the help text: the subcommands and a line on each."""
+    lines = [f"  {name:<12}{description}" for name, (_, description) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: lavis-xformer COMMAND [--help] [...]",
+            *lines,
+            f"{TRACEBACK_FLAG}, or {TRACEBACK_VARIABLE}=1, shows where an error comes from.",
+        ]
+    )
+
+
+def run(command: Callable[[list[str]], int | None], argv: Sequence[str]) -> int:
+    """Call ``command(argv)``; a mistake of the user becomes one line on stderr and exit status 2.
+
+    ``--traceback`` anywhere in ``argv`` is taken out and shows the traceback as well. Errors that no user can
+    mend are raised as they are.
+
+    Returns:
+        What the command returns (None counts as 0), 2 after a user's mistake, 130 after Ctrl-C.
+    """
+    arguments = [argument for argument in argv if argument != TRACEBACK_FLAG]
+    try:
+        return command(arguments) or 0
+    except KeyboardInterrupt:
+        print("lavis-xformer: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        message = explain(error)
+        if message is None:
+            raise
+        if len(arguments) < len(argv) or os.environ.get(TRACEBACK_VARIABLE, "0") != "0":
+            traceback.print_exc()
+        print(f"lavis-xformer: error: {message}", file=sys.stderr)
+        return 2
+
+
+def explain(error: BaseException) -> str | None:
+    """Say in one line what a user can do about ``error``; None where that is not known."""
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    if any(_is_unreachable(link) for link in chain):
+        said = " ".join(str(error).split())
+        return (
+            f"a download failed, the network or the hub can't be reached ({said[:200]}). Set the key in question "
+            "(model.bert, model.mae_model, model.vit_weights, model.pretrained, annotations.*.url) to a local path"
+        )
+    return None
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    names = {cls.__name__ for cls in type(error).__mro__}
+    if names & {"URLError", "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "gaierror"}:
+        return True
+    return isinstance(error, OSError) and any(
+        words in str(error) for words in ("We couldn't connect to", "Can't load", "is not a local folder")
+    )
+
+
+def _dispatch(argv: list[str]) -> int | None:
+    name, *rest = argv
+    if name not in COMMANDS:
+        raise UserError(f"unknown command '{name}': {nearest(name, COMMANDS)}")
+    command: Callable[[list[str]], int | None] = import_module(COMMANDS[name][0]).main
+    return command(rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""A run's configuration: LAVIS's, checked before anything heavy is built.
+
+The layers, later ones win: the default YAML of the model's type, those of the datasets, the project's YAML,
+``--options``. Beyond LAVIS's ``Config``:
+
+- names (arch, type, dataset, task, runner, schedule, fusion, processor), keys and files are checked, and a
+  :class:`UserError` names the key that is wrong;
+- ``model.model_type`` and ``datasets.X.type`` given by ``--options`` load the default YAML of that type;
+- ``datasets: {X: }`` takes all of X's defaults; ``--options datasets.X=null`` leaves a dataset out, and
+  ``datasets.X.build_info.annotations.test=null`` a split;
+- a relative ``run.output_dir`` is one of the current folder, never of site-packages.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from lavis.common.config import Config
+from lavis.common.registry import registry
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lavis_xformer.config_files import check_data_files, check_file
+from lavis_xformer.config_keys import check_keys
+from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.paths import project_path
+
+SECTIONS = ("model", "datasets", "run")
+
+
+def load_config(cfg_path: str, options: Sequence[str] | None = None) -> RunConfig:
+    """Read and check the configuration of a run.
+
+    Args:
+        cfg_path: a YAML, here or among the shipped ``projects/``.
+        options: ``key=value`` strings, or keys and values in turn, as LAVIS's ``--options``.
+
+    Raises:
+        UserError: a file, key, name or value is wrong; the message says which, and what would be right.
+    """
+    try:
+        return RunConfig(project_path(cfg_path), options or ())
+    except OmegaConfBaseException as error:
+        raise UserError(f"{cfg_path}: {error}".splitlines()[0]) from error
+
+
+class RunConfig(Config):
+    """LAVIS's ``Config`` with its merging replaced and its interface kept."""
+
+    def __init__(self, cfg_path: Path, options: Sequence[str]) -> None:
+        """Merge the layers, then check keys, names and files, in this order."""
+        project, chosen = read_yaml(cfg_path), parse_options(options)
+        user = _merge(project, chosen)
+        _drop_and_fill_datasets(project, chosen, user)
+        defaults, classes = _defaults(user)
+        check_keys(project, chosen, defaults, classes)
+        self.config = _merge(defaults, user)
+        _drop_null_splits(self.config)
+        self.config.run.output_dir = str(Path(self.config.run.get("output_dir") or "output").absolute())
+        _check_fusion(self.config, classes["model"])
+        _check_processors(self.config)
+        check_data_files(self.config.datasets, user.datasets)
+        check_file("run.resume_ckpt_path", self.config.run.get("resume_ckpt_path"))
+        registry.register("configuration", self)
+
+
+def choose_model_type(arch: str, model_type: str | None) -> str:
+    """Return ``model_type`` if ``arch`` has it; left out, the documented default of ``arch``.
+
+    Raises:
+        UserError: LAVIS knows no such model or type, or there is no default.
+    """
+    cls = find("model", arch, "model")
+    types = list(cls.PRETRAINED_MODEL_CONFIG_DICT)
+    if model_type is None:
+        model_type = getattr(cls, "DEFAULT_MODEL_TYPE", types[0] if len(types) == 1 else None)
+        if model_type is None:
+            raise UserError(f"{arch} has no default model type: name one of {', '.join(types)}")
+        logging.info("%s: no model type given, taking '%s'", arch, model_type)
+    if model_type not in types:
+        raise UserError(f"{arch} has no model type '{model_type}': {nearest(model_type, types)}")
+    return model_type
+
+
+def find(kind: str, name: Any, key: str) -> Any:
+    """Return the class that LAVIS's registry holds.
+
+    Args:
+        kind: ``model``, ``builder``, ``task``, ``runner``, ``lr_scheduler`` or ``processor``.
+        name: its registered name.
+        key: where the user wrote the name, for the message.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    known = registry.mapping[f"{kind}_name_mapping"]
+    if name not in known:
+        noun = "dataset" if kind == "builder" else kind.replace("_", " ")
+        said = f"the {noun} is missing" if name is None else f"there is no {noun} '{name}'"
+        raise UserError(f"{key}: {said}: {nearest(str(name), known)}")
+    return known[name]
+
+
+def read_yaml(path: Path) -> DictConfig:
+    """Read a project's YAML: the sections ``model``, ``datasets`` and ``run``.
+
+    Raises:
+        UserError: it is not YAML (the line is named), not of this form, or lacks a section.
+    """
+    try:
+        config = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not YAML: {getattr(error, 'problem', error)}") from error
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    for section in SECTIONS:
+        if not isinstance(config, DictConfig) or not isinstance(config.get(section), DictConfig):
+            raise UserError(f"{path}: the section '{section}:' is missing or holds no keys")
+    return cast(DictConfig, config)
+
+
+def parse_options(options: Sequence[str]) -> DictConfig:
+    """Read ``--options``: ``key=value`` strings, or keys and values in turn.
+
+    Raises:
+        UserError: a string is neither.
+    """
+    if options and "=" not in options[0] and len(options) % 2 == 0:
+        options = [f"{key}={value}" for key, value in zip(options[::2], options[1::2], strict=True)]
+    for option in options:
+        key, equals, _ = option.partition("=")
+        if not equals or not key or key.partition(".")[0] not in SECTIONS or "." not in key:
+            raise UserError(
+                f"--options {option}: expected section.key=value, as run.max_epoch=3, "
+                f"with one of the sections {', '.join(SECTIONS)}"
+            )
+    try:
+        return OmegaConf.from_dotlist(list(options))
+    except yaml.YAMLError as error:
+        raise UserError(f"--options {' '.join(options)}: a value is not YAML: {error}") from error
+
+
+def _merge(*layers: Any) -> DictConfig:
+    return cast(DictConfig, OmegaConf.merge(*layers))
+
+
+def _drop_and_fill_datasets(project: DictConfig, chosen: DictConfig, user: DictConfig) -> None:
+    """Let null mean: all defaults in a YAML, leave it out in ``--options``."""
+    for name in list(user.datasets):
+        if name in chosen.get("datasets", {}) and chosen.datasets[name] is None:
+            del user.datasets[name], chosen.datasets[name]
+            project.datasets.pop(name, None)
+        elif user.datasets[name] is None:
+            user.datasets[name] = project.datasets[name] = {}
+    if not user.datasets:
+        raise UserError("datasets: at least one dataset has to be named")
+
+
+def _defaults(user: DictConfig) -> tuple[DictConfig, dict[str, Any]]:
+    """Find every registered class that the user names, and the default YAMLs of model and datasets."""
+    run, arch = user.run, user.model.get("arch")
+    classes = {"model": find("model", arch, "model.arch"), "task": find("task", run.get("task"), "run.task")}
+    classes["runner"] = find("runner", run.get("runner", "runner_base"), "run.runner")
+    if run.get("lr_sched") is not None:
+        classes["lr_sched"] = find("lr_scheduler", run.lr_sched, "run.lr_sched")
+    user.model.model_type = choose_model_type(arch, user.model.get("model_type"))
+    layers = [OmegaConf.load(classes["model"].default_config_path(user.model.model_type))]
+    for name, config in user.datasets.items():
+        cls = classes[f"datasets.{name}"] = find("builder", name, "datasets")
+        kind = config.get("type", "default")
+        if kind not in cls.DATASET_CONFIG_DICT:
+            known = nearest(kind, cls.DATASET_CONFIG_DICT)
+            raise UserError(f"datasets.{name}.type: '{kind}' is unknown: {known}")
+        layers.append(OmegaConf.load(cls.default_config_path(kind)))
+    return _merge(OmegaConf.create({"run": {}}), *layers), classes
+
+
+def _drop_null_splits(config: DictConfig) -> None:
+    for dataset in config.datasets.values():
+        splits = (dataset.get("build_info") or {}).get("annotations") or {}
+        for split in [split for split, info in splits.items() if info is None]:
+            del splits[split]
+
+
+def _check_fusion(config: DictConfig, model: Any) -> None:
+    fusion = config.model.get("fusion")
+    if model.__module__.startswith("lavis_xformer.") and fusion is not None:
+        from lavis_xformer.models.fusion import FUSIONS
+
+        if fusion not in FUSIONS:
+            raise UserError(f"model.fusion: '{fusion}' is unknown: {nearest(str(fusion), FUSIONS)}")
+
+
+def _check_processors(config: DictConfig) -> None:
+    for dataset, values in config.datasets.items():
+        for kind in ("vis_processor", "text_processor"):
+            for mode, processor in (values.get(kind) or {}).items():
+                if processor is not None:
+                    find("processor", processor.get("name"), f"datasets.{dataset}.{kind}.{mode}.name")

@@ -1,0 +1,88 @@
+"""The files and folders that a configuration names: missing ones are found before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView
+from pathlib import Path
+from typing import Any, cast
+
+from lavis.common.registry import registry
+from lavis.common.utils import get_cache_path, is_url
+from omegaconf import DictConfig, ListConfig
+
+from lavis_xformer.errors import UserError
+
+
+def check_data_files(datasets: DictConfig, user: DictConfig) -> None:
+    """Check what LAVIS's own builders will read; this package's builders check theirs.
+
+    A relative path is one of the current folder where it exists there, and of the cache folder, as in LAVIS,
+    otherwise. An annotation file that exists needs no ``url`` here; LAVIS wants one, so it is given the path.
+
+    Args:
+        datasets: the merged section ``datasets``; changed in place.
+        user: the same section as the user wrote it, without defaults.
+
+    Raises:
+        UserError: a file or folder is missing and LAVIS cannot fetch it.
+    """
+    for name, dataset in cast("ItemsView[str, DictConfig]", datasets.items()):
+        info = dataset.get("build_info")
+        builder = registry.get_builder_class(name)
+        if info is None or not builder.__module__.startswith("lavis.datasets."):
+            continue
+        for split, annotation in (info.get("annotations") or {}).items():
+            own = _select(user, name, "build_info", "annotations", split)
+            _check_annotation(
+                f"datasets.{name}.build_info.annotations.{split}", annotation, "storage" in own and "url" not in own
+            )
+        kind = dataset.get("data_type", "images")
+        media = _select(info, kind)
+        if media.get("storage") is not None:
+            media.storage = _locate(media.storage)
+            if not Path(media.storage).exists():
+                raise UserError(
+                    f"datasets.{name}.build_info.{kind}.storage: there is no folder {media.storage}"
+                )
+
+
+def _check_annotation(key: str, annotation: DictConfig, local: bool) -> None:
+    """Check one split; ``local``: the user names where it is and no place to fetch it from."""
+    files, urls = [_locate(path) for path in _strings(annotation.get("storage"))], _strings(annotation.get("url"))
+    if not files:
+        raise UserError(f"{key}.storage is missing: the path of the annotation file")
+    annotation.storage = files
+    missing = next((file for file in files if not Path(file).is_file()), None)
+    if missing is None:
+        annotation.url = urls if len(urls) == len(files) else files
+        return
+    if local or len(urls) != len(files):
+        raise UserError(
+            f"{key}.storage: there is no file {missing}. Correct the path; or set {key}.url to fetch it from; "
+            f"or set {key} to null to do without this split"
+        )
+    for url in urls:
+        if not is_url(url) and not Path(url).is_file():
+            raise UserError(f"{key}.url: there is no file {url}, and nothing at {key}.storage ({missing})")
+
+
+def check_file(key: str, path: Any) -> None:
+    """Raise a UserError that names ``key`` where it is set, is no URL, and no such file exists."""
+    if path and not is_url(path) and not Path(path).is_file():
+        raise UserError(f"{key}: there is no file {path}")
+
+
+def _select(config: Any, *keys: str) -> Any:
+    """Follow ``keys`` downwards; {} where the way ends."""
+    for key in keys:
+        config = (config or {}).get(key)
+    return {} if config is None else config
+
+
+def _locate(path: str) -> str:
+    here = Path(path).expanduser()
+    return str(here.absolute()) if here.exists() else get_cache_path(path)
+
+
+def _strings(value: Any) -> list[str]:
+    return list(value) if isinstance(value, (list, ListConfig)) else [value] if value else []

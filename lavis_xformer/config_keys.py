@@ -1,0 +1,98 @@
+"""The keys of a configuration: which ones anything reads, and a clear line for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+from omegaconf import Container, DictConfig, OmegaConf
+
+from lavis_xformer.errors import UserError, nearest
+
+# Keys that LAVIS or this package reads but that need not stand in any YAML. A class may add its own by an
+# attribute CONFIG_KEYS: model, dataset builder, task, runner or schedule.
+RUN_KEYS = frozenset(
+    "accum_grad_iters amp batch_size_eval batch_size_train beta2 device dist_backend dist_url distributed evaluate "
+    "gpu inference_method init_lr iters_per_inner_epoch k_test log_freq lr_decay_rate lr_sched max_epoch max_iters "
+    "max_len min_len min_lr num_ans_candidates num_beams num_workers output_dir prompt rank report_metric "
+    "resume_ckpt_path runner seed task test_splits train_dataset_ratios train_splits use_dist_eval_sampler "
+    "valid_splits warmup_lr warmup_steps weight_decay world_size".split()
+)
+MODEL_KEYS = frozenset("arch model_type load_finetuned load_pretrained finetuned pretrained".split())
+DATASET_KEYS = frozenset(
+    "type data_type build_info.annotations.*.url build_info.annotations.*.storage build_info.images.storage "
+    "build_info.videos.storage build_info.features.storage".split()
+)
+PROCESSOR_KEYS = frozenset(
+    "name image_size mean std min_scale max_scale n_frms prompt max_words max_turns use_caption visual_ft "
+    "audio_ft".split()
+)
+
+
+def check_keys(
+    project: DictConfig, chosen: DictConfig, defaults: DictConfig, classes: dict[str, Any]
+) -> None:
+    """Refuse keys that nothing reads.
+
+    In ``--options``, everywhere but in the model section of a class that lists no ``CONFIG_KEYS``, as LAVIS's
+    own. In the YAML, only in the sections that belong to classes of this package.
+
+    Args:
+        project: the user's YAML.
+        chosen: ``--options``.
+        defaults: the default YAMLs of the model and the datasets.
+        classes: the registered classes by role: model, task, runner, lr_sched, datasets.X.
+
+    Raises:
+        UserError: a key is unknown, or text stands where a number does by default.
+    """
+    allowed = _optional_keys(classes)
+    exist = set(_nodes(defaults))
+    ours = [section for section, cls in classes.items() if cls.__module__.startswith("lavis_xformer.")]
+    if {"runner", "task"}.issubset(ours):
+        ours.append("run")
+    for key in _nodes(project, leaves=True):
+        if any(key.startswith(f"{section}.") for section in ours):
+            _check_key("", key, exist, allowed)
+    usual = _nodes(OmegaConf.merge(defaults, project))
+    for key, value in _nodes(chosen, leaves=True).items():
+        _check_key("--options ", key, set(usual), allowed)
+        if isinstance(usual.get(key), (int, float)) and isinstance(value, str):
+            raise UserError(f"--options {key}={value}: expected a value like {usual[key]}")
+
+
+def _check_key(source: str, key: str, exist: set[str], allowed: Iterable[str]) -> None:
+    if key in exist or any(fnmatchcase(key, pattern) for pattern in allowed):
+        return
+    section = key.rpartition(".")[0]
+    siblings = {path for path in exist.union(allowed) if path.rpartition(".")[0] == section}
+    raise UserError(f"{source}{key}: no configuration knows this key: {nearest(key, siblings or exist)}")
+
+
+def _optional_keys(classes: dict[str, Any]) -> list[str]:
+    """Patterns of the keys that may be set though no YAML names them."""
+
+    def own(*names: str) -> frozenset[str]:
+        return frozenset().union(*(getattr(classes.get(name), "CONFIG_KEYS", ()) for name in names))
+
+    keys = {"run": RUN_KEYS | own("runner", "task", "lr_sched"), "model": MODEL_KEYS | own("model")}
+    if not own("model"):
+        keys["model"] = frozenset("*")
+    for section in classes:
+        if section.startswith("datasets."):
+            keys[section] = DATASET_KEYS | {f"*_processor.*.{key}" for key in PROCESSOR_KEYS} | own(section)
+    return [f"{section}.{key}{rest}" for section, names in keys.items() for key in names for rest in ("", ".*")]
+
+
+def _nodes(config: Container | Mapping[Any, Any], prefix: str = "", leaves: bool = False) -> dict[str, Any]:
+    """Return every node, or every leaf, by its dotted path; interpolations stay text."""
+    values = OmegaConf.to_container(config) if isinstance(config, Container) else config
+    found: dict[str, Any] = {}
+    for key, value in cast(Mapping[Any, Any], values).items():
+        inside = isinstance(value, Mapping)
+        if not (inside and value and leaves):
+            found[f"{prefix}{key}"] = value
+        if inside:
+            found |= _nodes(value, f"{prefix}{key}.", leaves)
+    return found
