@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from lavis_xformer.data import processors
+from lavis_xformer.data import processors, scene_datasets
 
-__all__ = ["processors"]
+__all__ = ["processors", "scene_datasets"]

@@ -1,6 +1,13 @@
 """Rendered scenes with their captions, questions and ground truth: numpy and PIL only."""
 
-from lavis_xformer.data.scenes.qa import QUESTION_KINDS, Question, ask, majority_share, questions
+from lavis_xformer.data.scenes.qa import (
+    ANSWERS,
+    QUESTION_KINDS,
+    Question,
+    ask,
+    majority_share,
+    questions,
+)
 from lavis_xformer.data.scenes.render import render
 from lavis_xformer.data.scenes.text import (
     LEVELS,
@@ -24,6 +31,7 @@ from lavis_xformer.data.scenes.world import (
 )
 
 __all__ = [
+    "ANSWERS",
     "LEVELS",
     "PRESETS",
     "QUESTION_KINDS",

@@ -14,7 +14,17 @@ from itertools import combinations
 from numpy.random import Generator
 
 from lavis_xformer.data.scenes.text import pick, shuffled
-from lavis_xformer.data.scenes.words import COLOURS, SHAPES, plural, with_article
+from lavis_xformer.data.scenes.words import (
+    COLOURS,
+    COLUMNS,
+    FACINGS,
+    MARKS,
+    ROWS,
+    SHAPES,
+    SIZES,
+    plural,
+    with_article,
+)
 from lavis_xformer.data.scenes.world import CELL_BORDERS, Scene, SceneObject, relations
 from lavis_xformer.errors import UserError, nearest
 
@@ -49,11 +59,13 @@ def _group_names(scene: Scene) -> dict[str, int]:
 
 
 def _count_group(scene: Scene, rng: Generator) -> Question | None:
-    """Ask for a number drawn first, all that occur being equally likely, so that ones do not prevail."""
+    """Ask for a number drawn first, larger ones more often, so that ones do not prevail."""
+    if len(scene.objects) == 1:
+        return None
     numbers = _group_names(scene)
-    wanted = pick(rng, sorted(set(numbers.values())))
-    name = plural(pick(rng, [name for name, number in numbers.items() if number == wanted]))
-    texts = (f"how many {name} are there?", f"how many {name} are in the image?")
+    wanted = pick(rng, [number for number in sorted(set(numbers.values())) for _ in range(number)])
+    name = pick(rng, [name for name, number in numbers.items() if number == wanted])
+    texts = (f"how many {plural(name)} are there?", f"how many {plural(name)} are in the image?")
     return Question("count_group", pick(rng, texts), str(wanted))
 
 
@@ -171,15 +183,32 @@ _ASK: dict[str, Callable[[Scene, Generator], Question | None]] = {
 QUESTION_KINDS = tuple(_ASK)
 
 
+ANSWERS = sorted(
+    {"yes", "no", "above", "below", "middle", *map(str, range(1, 10))}
+    | {*COLOURS, *SHAPES, *SIZES, *MARKS, *FACINGS}
+    | {f"{row} {column}".strip() for row in ROWS for column in COLUMNS if row or column}
+)
+"""Every answer there is."""
+
+
+def find_kind(name: str) -> Callable[[Scene, Generator], Question | None]:
+    """Return the function that asks questions of a kind.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    if name not in _ASK:
+        raise UserError(f"no question kind named {name!r}: {nearest(name, _ASK)}")
+    return _ASK[name]
+
+
 def ask(scene: Scene, rng: Generator, kind: str) -> Question | None:
     """Ask one question of a kind; None where the scene allows none.
 
     Raises:
         UserError: there is no such kind.
     """
-    if kind not in _ASK:
-        raise UserError(f"no question kind named {kind!r}: {nearest(kind, _ASK)}")
-    return _ASK[kind](scene, rng)
+    return find_kind(kind)(scene, rng)
 
 
 def questions(

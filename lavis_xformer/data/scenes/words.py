@@ -23,7 +23,6 @@ FACINGS = ("up", "right", "down", "left")
 GROUNDS = ("plain", "shaded", "striped", "checked", "wavy", "speckled", "grainy")
 COLUMNS = ("left", "", "right")
 ROWS = ("top", "", "bottom")
-RELATIONS = ("left of", "right of", "above", "below")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 _GLUE = """
@@ -59,5 +58,5 @@ def vocabulary() -> list[str]:
 
     Punctuation (comma, full stop, question mark) is not listed.
     """
-    names = {*SHAPES, *map(plural, SHAPES), *COLOURS, *SIZES, *MARKS, *FACINGS, *GROUNDS, *NUMBERS}
-    return sorted(names | set(_GLUE) | {str(number) for number in range(10)})
+    names = {*SHAPES, *map(plural, SHAPES), *COLOURS, *SIZES, *MARKS, *FACINGS, *GROUNDS, *NUMBERS[2:]}
+    return sorted(names | set(_GLUE) | {str(number) for number in range(1, 10)})

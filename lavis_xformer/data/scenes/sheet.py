@@ -1,0 +1,115 @@
+"""Contact sheet: scenes as a reader wants to see them, each with a caption, two questions and answers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from lavis_xformer.data.scenes.qa import questions
+from lavis_xformer.data.scenes.render import render
+from lavis_xformer.data.scenes.text import LEVELS, captions
+from lavis_xformer.data.scenes.world import PRESETS, Scene, find_preset, make_scene, scene_rng
+from lavis_xformer.errors import UserError
+
+INK, SOFT, ANSWER, PAPER, CARD = "#20242c", "#727987", "#0a7050", "#e9ebef", "#ffffff"
+SIDE = 64  # pixels of a scene, as the encoders of the mini world see it
+ZOOM = 4  # pixels of the sheet per pixel of a scene
+GAP = 16
+COLUMNS, ROWS = 5, 3
+LINE = 17
+TEXT_LINES = 11
+HEADER = 64
+
+
+@lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """PIL's own font, so that a sheet looks the same on every machine."""
+    return ImageFont.load_default(size)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Break a text into lines of at most ``width`` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if _font(14).getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines
+
+
+def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: str) -> int:
+    """Write a text below ``at``; return where the next one starts."""
+    x, y = at
+    for line in _wrap(text, SIDE * ZOOM):
+        draw.text((x, y), line, colour, _font(14))
+        y += LINE
+    return y
+
+
+def _card(scene: Scene, level: str) -> Image.Image:
+    """One scene, enlarged without smoothing, with what is said and asked about it."""
+    side = SIDE * ZOOM
+    card = Image.new("RGB", (side + GAP, side + GAP + TEXT_LINES * LINE), CARD)
+    picture = Image.fromarray(render(scene, SIDE)).resize((side, side), Image.Resampling.NEAREST)
+    card.paste(picture, (GAP // 2, GAP // 2))
+    draw = ImageDraw.Draw(card)
+    x, y = GAP // 2, side + GAP
+    draw.text((x, y), f"{level} caption", SOFT, _font(12))
+    y = _write(draw, (x, y + LINE - 2), captions(scene, level, 1)[0], INK) + 5
+    rng = scene_rng(scene.seed, scene.split, scene.index, 3)
+    for asked in sorted(questions(scene, rng), key=lambda _: rng.random())[:2]:
+        y = _write(draw, (x, y), asked.text, INK)
+        y = _write(draw, (x + 12, y), asked.answer, ANSWER) + 3
+    return card
+
+
+def contact_sheet(preset: str, seed: int, path: str | Path, split: str = "train") -> None:
+    """Draw the first scenes of a split, captions going from coarse to fine in turn.
+
+    Args:
+        preset: a name of :data:`lavis_xformer.data.scenes.PRESETS`.
+        seed: of the world.
+        path: where the picture goes; its ending decides the format.
+        split: whose scenes.
+
+    Raises:
+        UserError: there is no such preset, or ``path`` can't be written.
+    """
+    find_preset(preset)
+    levels = list(LEVELS)
+    cards = [
+        _card(make_scene(seed, split, index, preset), levels[index % len(levels)])
+        for index in range(COLUMNS * ROWS)
+    ]
+    width, height = cards[0].width + GAP, cards[0].height + GAP
+    sheet = Image.new("RGB", (COLUMNS * width + GAP, ROWS * height + GAP + HEADER), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP, 10), f"Scenes, preset '{preset}'", INK, _font(26))
+    note = f"{split} split, seed {seed}; painted at {SIDE} x {SIDE} pixels, shown {ZOOM} times as large"
+    draw.text((GAP, 44), note, SOFT, _font(14))
+    for number, card in enumerate(cards):
+        row, column = divmod(number, COLUMNS)
+        sheet.paste(card, (GAP + column * width, HEADER + GAP + row * height))
+    try:
+        sheet.save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out {path}: {error}") from error
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run ``lavis-xformer scenes``; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="lavis-xformer scenes", description=__doc__)
+    parser.add_argument("--out", default="scenes.png", help="picture to write (default: %(default)s)")
+    parser.add_argument("--preset", default="standard", help=", ".join(PRESETS))
+    parser.add_argument("--seed", type=int, default=0, help="seed of the world (default: 0)")
+    parser.add_argument("--split", default="train", help="train, val or test (default: train)")
+    given = parser.parse_args(argv)
+    contact_sheet(given.preset, given.seed, given.out, given.split)
+    print(f"{given.out}: {COLUMNS * ROWS} scenes of preset '{given.preset}'")
+    return 0
