@@ -1,0 +1,106 @@
+"""Small parts that the tests build themselves: nothing is loaded, nothing is fetched."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+torch.set_num_threads(1)  # toy models lose more to waiting threads than they gain
+
+WORDS = "a the red blue green circle square star two three left right of above on one".split()
+
+
+@pytest.fixture(scope="session")
+def vocab_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A BERT folder: a few words, a configuration of tiny size, no weights."""
+    from transformers import BertConfig
+
+    folder = tmp_path_factory.mktemp("bert")
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    config = BertConfig(
+        vocab_size=len(tokens),
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_mae_model() -> Any:
+    """transformers' ViTMAEForPreTraining at toy size: 32 px, 16 patches, Dm = 24."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    torch.manual_seed(1)
+    config = ViTMAEConfig(
+        image_size=32,
+        patch_size=8,
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        decoder_hidden_size=16,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=32,
+        mask_ratio=0.5,
+        norm_pix_loss=True,
+    )
+    return ViTMAEForPreTraining(config).eval()
+
+
+@pytest.fixture
+def make_xformer(vocab_folder: Path, tiny_mae_model: Any) -> Any:
+    """A factory of stage-1 models at toy size, ``make_xformer(fusion="dual", **arguments)``; always the same seed."""
+    from copy import deepcopy
+
+    from transformers import BertConfig
+
+    from lavis_xformer.models import towers
+    from lavis_xformer.models.fusion import FUSIONS
+    from lavis_xformer.models.mae import MaskedAutoencoder
+    from lavis_xformer.models.stage1 import XFormer
+
+    def make(fusion: str = "dual", init: str = "identity", **arguments: Any) -> XFormer:
+        torch.manual_seed(0)
+        config = towers.qformer_config(
+            BertConfig.from_pretrained(vocab_folder), num_queries=4, vision_width=20, cross_attention_freq=2
+        )
+        return XFormer(
+            visual_encoder=towers.eva_vit(
+                img_size=32, patch_size=8, embed_dim=20, depth=2, num_heads=2, mlp_ratio=2, qkv_bias=True
+            ),
+            mae=MaskedAutoencoder(model=deepcopy(tiny_mae_model)),
+            qformer=towers.BertLMHeadModel(config),
+            tokenizer=towers.build_tokenizer(str(vocab_folder)),
+            fusion=FUSIONS[fusion](query_width=32, clip_width=20, mae_width=24, heads=4, init=init),
+            image_size=32,
+            max_txt_len=12,
+            embed_dim=16,
+            **arguments,
+        )
+
+    return make
+
+
+@pytest.fixture
+def batch() -> dict[str, Any]:
+    """Four images of 32 px and their captions."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "image": torch.randn(4, 3, 32, 32, generator=generator),
+        "text_input": ["a red circle", "two blue squares on the left", "three green star", "one red star above"],
+        "image_id": [0, 1, 2, 3],
+    }

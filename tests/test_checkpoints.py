@@ -1,0 +1,110 @@
+"""Loading: every weight is accounted for, and what doesn't fit is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from lavis_xformer.errors import UserError
+from lavis_xformer.models.checkpoints import load_pretrained, load_state, read_checkpoint
+
+
+def trainable_state(model: Any) -> dict[str, torch.Tensor]:
+    """What a runner saves: trainable weights only."""
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: tensor.clone() for name, tensor in model.state_dict().items() if name in names}
+
+
+def perturb(model: Any) -> Any:
+    """The same model with other trainable weights."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    return model
+
+
+def config(**keys: Any) -> Any:
+    """A model configuration with only the keys that loading reads."""
+    return OmegaConf.create({"load_finetuned": False, **keys})
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_round_trip_in_both_formats(suffix: str, make_xformer: Any, tmp_path: Path) -> None:
+    trained, fresh = perturb(make_xformer("dual")), make_xformer("dual")
+    path = str(tmp_path / f"checkpoint{suffix}")
+    state = {k: v.contiguous().clone() for k, v in trainable_state(trained).items()}
+    torch.save({"model": state, "epoch": 3}, path) if suffix == ".pth" else save_file(state, path)
+    report = load_pretrained(fresh, config(pretrained=path))
+    assert report is not None
+    assert report.missing_new == ()
+    assert all(name.startswith(("visual_encoder", "mae", "Qformer.bert.embeddings.position_ids", "Qformer.cls"))
+               for name in report.missing_frozen)  # fmt: skip
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], tensor), name
+
+
+def test_blip2_starts_everything_but_the_fusion(make_xformer: Any, batch: dict[str, Any], tmp_path: Path) -> None:
+    blip2, xformer = perturb(make_xformer("none")).eval(), make_xformer("dual").eval()
+    torch.save({"model": trainable_state(blip2)}, tmp_path / "blip2_pretrained.pth")
+    report = load_pretrained(xformer, config(blip2_pretrained=str(tmp_path / "blip2_pretrained.pth")))
+    assert report is not None
+    assert {name.split(".")[0] for name in report.missing_new} == {"fusion"}
+    features = (model.extract_features(batch, "image").image_embeds_proj for model in (blip2, xformer))
+    assert torch.equal(*features)
+
+
+def test_files_of_the_other_kind_are_refused_with_the_key_to_set(make_xformer: Any, tmp_path: Path) -> None:
+    for name in ("dual", "none"):
+        torch.save({"model": trainable_state(make_xformer(name))}, tmp_path / f"{name}.pth")
+    model = make_xformer("dual")
+    with pytest.raises(UserError, match=r"checkpoint of BLIP-2.*set model\.blip2_pretrained"):
+        load_pretrained(model, config(pretrained=str(tmp_path / "none.pth")))
+    with pytest.raises(UserError, match=r"checkpoint of X-Former; set model\.pretrained"):
+        load_pretrained(model, config(blip2_pretrained=str(tmp_path / "dual.pth")))
+    with pytest.raises(UserError, match="both set"):
+        load_pretrained(model, config(pretrained="a", blip2_pretrained="b"))
+
+
+def test_what_does_not_fit_is_listed_and_nothing_changes(make_xformer: Any) -> None:
+    model = make_xformer("dual")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = trainable_state(perturb(make_xformer("dual")))
+    del state["temp"]
+    state["opt_proj.weight"] = torch.zeros(2)
+    state["query_tokens"] = torch.zeros(1, 9, 32)
+    with pytest.raises(UserError) as caught:
+        load_state(model, state, source="mine.pth")
+    message = str(caught.value)
+    assert "missing: temp" in message
+    assert "unknown: opt_proj.weight" in message
+    assert "query_tokens (1, 9, 32) instead of (1, 4, 32)" in message
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+class Malicious:
+    """Runs a command when unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.path,))
+
+
+def test_pickled_code_torn_and_missing_files_are_refused(tmp_path: Path) -> None:
+    torch.save({"model": Malicious(tmp_path / "owned")}, tmp_path / "bad.pth")
+    with pytest.raises(UserError, match="pickled code"):
+        read_checkpoint(str(tmp_path / "bad.pth"), key="pretrained")
+    assert not (tmp_path / "owned").exists()
+    torch.save({"model": {"w": torch.zeros(1000)}}, tmp_path / "torn.pth")
+    (tmp_path / "torn.pth").write_bytes((tmp_path / "torn.pth").read_bytes()[:500])
+    with pytest.raises(UserError, match=r"model\.pretrained: '.*torn\.pth' is no intact file"):
+        read_checkpoint(str(tmp_path / "torn.pth"), key="pretrained")
+    with pytest.raises(UserError, match="there is no file"):
+        read_checkpoint(str(tmp_path / "none.pth"), key="pretrained")

@@ -1,0 +1,117 @@
+"""The fusion seam: shapes, identity start, permutation, gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lavis_xformer.models.fusion import FUSIONS, Attention, CrossAttentionBlock
+
+SIZES = {"query_width": 32, "clip_width": 20, "mae_width": 24, "heads": 4}
+
+
+@pytest.fixture
+def tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """C (2, 17, 20), M (2, 9, 24), Zq (2, 5, 32)."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(2, n, d, generator=generator) for n, d in ((17, 20), (9, 24), (5, 32)))
+
+
+@pytest.mark.parametrize(("name", "seen"), [("dual", 17), ("none", 17), ("concat", 26), ("early", 17)])
+def test_shapes(name: str, seen: int, tokens: tuple[torch.Tensor, ...]) -> None:
+    clip, mae, queries = tokens
+    fusion = FUSIONS[name](**SIZES)
+    assert fusion.visual_tokens(clip, mae).shape == (2, seen, 20)
+    z, aligned = fusion.refine(queries, mae)
+    assert z.shape == queries.shape
+    assert aligned is not None
+    assert aligned.shape == mae.shape
+
+
+@pytest.mark.parametrize("name", ["dual", "early", "none"])
+def test_identity_start_is_exact(name: str, tokens: tuple[torch.Tensor, ...]) -> None:
+    clip, mae, queries = tokens
+    fusion = FUSIONS[name](**SIZES, init="identity", depth=2)
+    z, aligned = fusion.refine(queries, mae)
+    assert torch.equal(z, queries)
+    assert torch.equal(aligned, mae)
+    assert torch.equal(fusion.visual_tokens(clip, mae), clip)
+
+
+def test_normal_start_is_not_the_identity(tokens: tuple[torch.Tensor, ...]) -> None:
+    _, mae, queries = tokens
+    z, aligned = FUSIONS["dual"](**SIZES, init="normal").refine(queries, mae)
+    assert not torch.allclose(z, queries)
+    assert not torch.allclose(aligned, mae)
+
+
+def test_dual_reads_m_as_a_set_and_moves_m_prime_with_it(tokens: tuple[torch.Tensor, ...]) -> None:
+    _, mae, queries = tokens
+    fusion = FUSIONS["dual"](**SIZES, init="normal")
+    order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
+    z, aligned = fusion.refine(queries, mae)
+    z_shuffled, aligned_shuffled = fusion.refine(queries, mae[:, order])
+    assert torch.allclose(z, z_shuffled, atol=1e-5)
+    assert torch.allclose(aligned[:, order], aligned_shuffled, atol=1e-5)
+
+
+def test_dual_depends_on_both_streams(tokens: tuple[torch.Tensor, ...]) -> None:
+    _, mae, queries = tokens
+    fusion = FUSIONS["dual"](**SIZES, init="normal")
+    z, aligned = fusion.refine(queries, mae)
+    z_other, _ = fusion.refine(queries, mae.flip(0))
+    _, aligned_other = fusion.refine(queries.flip(0), mae)
+    assert not torch.allclose(z, z_other)
+    assert not torch.allclose(aligned, aligned_other)
+
+
+def test_gradients_reach_every_parameter_after_one_step_from_the_identity(
+    tokens: tuple[torch.Tensor, ...],
+) -> None:
+    _, mae, queries = tokens
+    fusion = FUSIONS["dual"](**SIZES)
+    optimizer = torch.optim.SGD(fusion.parameters(), lr=0.1)
+    generator = torch.Generator().manual_seed(2)
+    goal_z, goal_m = torch.randn(queries.shape, generator=generator), torch.randn(mae.shape, generator=generator)
+    for _ in range(3):
+        optimizer.zero_grad()
+        z, aligned = fusion.refine(queries, mae)
+        ((z - goal_z).square().mean() + (aligned - goal_m).square().mean()).backward()
+        optimizer.step()
+    silent = [n for n, p in fusion.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert [n for n in silent if "key.bias" not in n] == []  # softmax is blind to a constant added to all keys
+
+
+def test_attention_equals_torchs_own() -> None:
+    torch.manual_seed(0)
+    ours = Attention(width=16, context_width=12, heads=4)
+    theirs = torch.nn.MultiheadAttention(16, 4, kdim=12, vdim=12, batch_first=True)
+    with torch.no_grad():
+        theirs.q_proj_weight.copy_(ours.query.weight)
+        theirs.k_proj_weight.copy_(ours.key.weight)
+        theirs.v_proj_weight.copy_(ours.value.weight)
+        theirs.in_proj_bias.copy_(torch.cat([ours.query.bias, ours.key.bias, ours.value.bias]))
+        theirs.out_proj.weight.copy_(ours.out.weight)
+        theirs.out_proj.bias.copy_(ours.out.bias)
+    x, context = torch.randn(2, 5, 16), torch.randn(2, 7, 12)
+    expected, weights = theirs(x, context, context, average_attn_weights=False)
+    assert torch.allclose(ours(x, context), expected, atol=1e-6)
+    assert torch.allclose(ours.weights(x, context), weights, atol=1e-6)
+
+
+def test_full_size_blocks_add_about_twenty_million() -> None:
+    sizes = {"query_width": 768, "clip_width": 1408, "mae_width": 1280, "heads": 12}
+    with torch.device("meta"):
+        with_self = FUSIONS["dual"](**sizes)
+        without = FUSIONS["dual"](**sizes, self_attention=False)
+        block = CrossAttentionBlock(width=768, context_width=768, heads=12)
+
+    def count(module: torch.nn.Module) -> int:
+        return sum(p.numel() for p in module.parameters())
+
+    attention = 4 * (768 * 768 + 768)
+    feed_forward = 2 * 768 * 3072 + 3072 + 768
+    norms = 4 * 2 * 768  # self, cross, context, feed-forward
+    assert count(block) == 2 * attention + feed_forward + norms
+    assert count(with_self) == 21_662_208
+    assert count(with_self) - count(without) == 2 * (attention + 2 * 768)

@@ -1,0 +1,185 @@
+"""The frozen MAE against transformers' own, and its loading from every format."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lavis_xformer import losses
+from lavis_xformer.errors import UserError
+from lavis_xformer.models.frozen import freeze, is_frozen
+from lavis_xformer.models.mae import MaskedAutoencoder, random_mask
+
+
+@pytest.fixture
+def mae(tiny_mae_model: Any) -> MaskedAutoencoder:
+    """A frozen autoencoder over 16 patches."""
+    return MaskedAutoencoder(model=tiny_mae_model)
+
+
+def test_reconstruction_equals_transformers_for_the_same_noise(
+    mae: MaskedAutoencoder, tiny_mae_model: Any
+) -> None:
+    pixels, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
+    theirs = tiny_mae_model(pixels, noise=noise)
+    seen = mae.encode(pixels, mask_ratio=0.5, noise=noise)
+    prediction = mae.decode(seen.tokens, seen.ids_restore)
+    ours = losses.reconstruction(prediction, mae.target(pixels), seen.mask)
+    assert torch.equal(seen.mask, theirs.mask)
+    assert torch.allclose(prediction, theirs.logits, atol=1e-6)
+    assert torch.allclose(ours, theirs.loss, atol=1e-6)
+
+
+def test_whole_image_keeps_the_order_of_the_patches(mae: MaskedAutoencoder, tiny_mae_model: Any) -> None:
+    pixels = torch.randn(2, 3, 32, 32)
+    ordered = torch.arange(16.0).expand(2, -1)
+    tiny_mae_model.config.mask_ratio, ratio = 0.0, tiny_mae_model.config.mask_ratio
+    theirs = tiny_mae_model.vit(pixels, noise=ordered).last_hidden_state
+    tiny_mae_model.config.mask_ratio = ratio
+    features = mae.encode(pixels)
+    assert torch.allclose(features.tokens, theirs, atol=1e-6)
+    assert not features.mask.any()
+
+
+def test_whole_image_is_deterministic(mae: MaskedAutoencoder) -> None:
+    pixels = torch.randn(2, 3, 32, 32)
+    assert torch.equal(mae.encode(pixels).tokens, mae.encode(pixels).tokens)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.25, 0.5, 0.75])
+def test_mask_hides_its_share_and_can_be_undone(ratio: float) -> None:
+    patches = torch.arange(2 * 16.0).view(2, 16, 1)
+    visible, mask, ids_restore = random_mask(patches, mask_ratio=ratio)
+    assert mask.sum(1).tolist() == [16 * ratio] * 2
+    padded = torch.cat([visible, torch.full((2, 16 - visible.shape[1], 1), -1.0)], dim=1)
+    restored = padded.gather(1, ids_restore[..., None])
+    assert torch.equal(restored[..., 0], torch.where(mask.bool(), -1.0, patches[..., 0]))
+
+
+def test_gradients_pass_through_the_decoder_to_its_input_only(mae: MaskedAutoencoder) -> None:
+    seen = mae.encode(torch.randn(1, 3, 32, 32), mask_ratio=0.5)
+    tokens = seen.tokens.clone().requires_grad_()
+    mae.decode(tokens, seen.ids_restore).square().sum().backward()
+    assert tokens.grad is not None
+    assert tokens.grad.abs().sum() > 0
+    assert all(p.grad is None for p in mae.parameters())
+
+
+def test_frozen_modules_stay_in_eval_mode_and_can_be_copied() -> None:
+    from copy import deepcopy
+
+    outer = nn.Sequential(freeze(nn.Sequential(nn.Linear(2, 2), nn.Dropout())), nn.Dropout())
+    for model in (outer, deepcopy(outer)):
+        model.train()
+        assert is_frozen(model[0])
+        assert not any(child.training for child in model[0].modules())
+        assert model[1].training
+
+
+def meta_state(model: Any) -> dict[str, torch.Tensor]:
+    """Write a ViTMAE in Meta's own naming: the inverse of the conversion, spelled out."""
+    state: dict[str, torch.Tensor] = {}
+    theirs = model.state_dict()
+    for name, tensor in theirs.items():
+        if ".attention.attention." in name:
+            continue
+        new = name.replace("vit.embeddings.patch_embeddings.projection", "patch_embed.proj")
+        new = new.replace("vit.embeddings.cls_token", "cls_token")
+        new = new.replace("vit.embeddings.position_embeddings", "pos_embed")
+        new = new.replace("vit.layernorm", "norm").replace("vit.encoder.layer", "blocks")
+        new = new.replace("decoder.decoder_layers", "decoder_blocks").replace("decoder.decoder_", "decoder_")
+        new = new.replace("decoder.mask_token", "mask_token")
+        new = new.replace("layernorm_before", "norm1").replace("layernorm_after", "norm2")
+        new = new.replace("attention.output.dense", "attn.proj")
+        new = new.replace("intermediate.dense", "mlp.fc1").replace("output.dense", "mlp.fc2")
+        state[new] = tensor
+    for name in theirs:
+        if match := re.match(r"(.*)\.attention\.attention\.query\.(weight|bias)", name):
+            stem, kind = match.groups()
+            parts = [theirs[f"{stem}.attention.attention.{p}.{kind}"] for p in ("query", "key", "value")]
+            block = stem.replace("vit.encoder.layer", "blocks").replace("decoder.decoder_layers", "decoder_blocks")
+            state[f"{block}.attn.qkv.{kind}"] = torch.cat(parts)
+    return state
+
+
+@pytest.fixture(scope="module")
+def meta_model() -> Any:
+    """A ViTMAE of a shape that Meta's files can express: heads of 64, decoder heads of 32."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    torch.manual_seed(2)
+    return ViTMAEForPreTraining(
+        ViTMAEConfig(
+            image_size=32, patch_size=8, hidden_size=128, num_hidden_layers=2, num_attention_heads=2,
+            intermediate_size=64, layer_norm_eps=1e-6, decoder_hidden_size=64, decoder_num_hidden_layers=1,
+            decoder_num_attention_heads=2, decoder_intermediate_size=32, mask_ratio=0.5,
+        )
+    ).eval()  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("file", "normalised"), [("mae_pretrain_vit_x_full.pth", True), ("mae_visualize_vit_x.pth", False)]
+)
+def test_metas_files_give_transformers_model(
+    file: str, normalised: bool, meta_model: Any, tmp_path: Path
+) -> None:
+    from lavis_xformer.models.towers import build_mae
+
+    torch.save({"model": meta_state(meta_model)}, tmp_path / file)
+    mae = build_mae(str(tmp_path / file))
+    assert mae.model.config.norm_pix_loss is normalised
+    pixels, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    meta_model.config.norm_pix_loss = normalised
+    theirs = meta_model(pixels, noise=noise)
+    seen = mae.encode(pixels, mask_ratio=0.5, noise=noise)
+    prediction = mae.decode(seen.tokens, seen.ids_restore)
+    assert torch.allclose(prediction, theirs.logits, atol=1e-5)
+    assert torch.allclose(
+        losses.reconstruction(prediction, mae.target(pixels), seen.mask), theirs.loss, atol=1e-5
+    )
+
+
+def test_metas_file_of_unknown_kind_asks_which(meta_model: Any, tmp_path: Path) -> None:
+    from lavis_xformer.models.towers import build_mae
+
+    torch.save({"model": meta_state(meta_model)}, tmp_path / "mine.pth")
+    with pytest.raises(UserError, match="mae_norm_pix_loss"):
+        build_mae(str(tmp_path / "mine.pth"))
+    assert build_mae(str(tmp_path / "mine.pth"), norm_pix_loss=True).model.config.norm_pix_loss is True
+
+
+def test_encoder_only_files_are_refused_with_the_file_to_use(meta_model: Any, tmp_path: Path) -> None:
+    from lavis_xformer.models.towers import build_mae
+
+    encoder = {k: v for k, v in meta_state(meta_model).items() if "decoder" not in k and k != "mask_token"}
+    torch.save({"model": encoder}, tmp_path / "mae_pretrain_vit_huge.pth")
+    with pytest.raises(UserError, match=r"encoder only.*mae_pretrain_vit_huge_full\.pth"):
+        build_mae(str(tmp_path / "mae_pretrain_vit_huge.pth"))
+
+
+def test_hub_folder_loads_and_without_decoder_is_refused(tiny_mae_model: Any, tmp_path: Path) -> None:
+    from lavis_xformer.models.towers import build_mae
+
+    tiny_mae_model.save_pretrained(tmp_path / "whole")
+    mae = build_mae(str(tmp_path / "whole"))
+    pixels = torch.randn(1, 3, 32, 32)
+    own = MaskedAutoencoder(model=tiny_mae_model)
+    assert torch.equal(mae.encode(pixels).tokens, own.encode(pixels).tokens)
+    tiny_mae_model.vit.save_pretrained(tmp_path / "encoder")
+    with pytest.raises(UserError, match="encoder only"):
+        build_mae(str(tmp_path / "encoder"))
+
+
+def test_unreachable_hub_and_pickled_code_are_refused_by_name(tmp_path: Path) -> None:
+    from lavis_xformer.models.towers import build_mae
+
+    with pytest.raises(UserError, match=r"model\.mae_model: 'nobody/nothing' is no local path"):
+        build_mae("nobody/nothing")
+    torch.save({"model": Path("code")}, tmp_path / "mae_pretrain_x_full.pth")
+    with pytest.raises(UserError, match="pickled code is refused"):
+        build_mae(str(tmp_path / "mae_pretrain_x_full.pth"))

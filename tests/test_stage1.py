@@ -1,0 +1,195 @@
+"""Stage 1: parity with LAVIS's BLIP-2, the identity start, gradients, batch size 1."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
+
+from lavis_xformer.errors import UserError
+from lavis_xformer.images import clip_to_mae
+from lavis_xformer.models.fusion import FUSIONS
+
+
+@pytest.fixture
+def same_negatives(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Both models take the likeliest negative, and LAVIS's runs without a process group."""
+
+    def likeliest(weights: torch.Tensor, count: int, generator: Any = None) -> torch.Tensor:
+        return weights.argmax(-1, keepdim=True)
+
+    monkeypatch.setattr(torch, "multinomial", likeliest)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    yield
+
+
+def blip2_like(ours: Any) -> Blip2Qformer:
+    """LAVIS's own class around copies of the same parts."""
+    from copy import deepcopy
+
+    theirs = Blip2Qformer.__new__(Blip2Qformer)
+    torch.nn.Module.__init__(theirs)
+    for part in ("visual_encoder", "ln_vision", "Qformer", "query_tokens", "vision_proj", "text_proj", "itm_head", "temp"):
+        setattr(theirs, part, deepcopy(getattr(ours, part)))
+    theirs.tokenizer, theirs.max_txt_len = ours.tokenizer, ours.max_txt_len
+    return theirs
+
+
+def test_without_fusion_it_is_lavis_blip2_in_losses_and_gradients(
+    make_xformer: Any, batch: dict[str, Any], same_negatives: None
+) -> None:
+    ours = make_xformer("none")
+    theirs = blip2_like(ours)
+    mine, reference = ours(batch), theirs(batch)
+    for own_name, name in (("loss", "loss"), ("loss_itc", "loss_itc"), ("loss_itm", "loss_itm"), ("loss_itg", "loss_lm")):
+        assert mine[own_name].item() == pytest.approx(reference[name].item(), abs=1e-5)
+    mine["loss"].backward()
+    reference["loss"].backward()
+    expected = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            assert torch.allclose(parameter.grad, expected.pop(name), atol=1e-5), name
+    assert not expected, "every trainable weight of BLIP-2 is there under its own name"
+
+
+def test_without_fusion_features_and_matching_are_lavis_blip2s(make_xformer: Any, batch: dict[str, Any]) -> None:
+    ours = make_xformer("none").eval()
+    theirs = blip2_like(ours).eval()
+    for mode, field in (("image", "image_embeds_proj"), ("text", "text_embeds_proj"), ("multimodal", "multimodal_embeds")):
+        mine = getattr(ours.extract_features(batch, mode), field)
+        assert torch.allclose(mine, getattr(theirs.extract_features(batch, mode), field), atol=1e-5)
+    _, image = ours.forward_image(batch["image"])
+    text = ours.tokenize(batch["text_input"])
+    arguments = (image, text.input_ids, text.attention_mask)
+    assert torch.allclose(ours.compute_itm(*arguments), theirs.compute_itm(*arguments), atol=1e-5)
+    assert ours.generate(batch, num_beams=2) == theirs.generate(batch, num_beams=2)
+
+
+def test_dual_starts_as_blip2_with_maes_own_reconstruction(
+    make_xformer: Any, batch: dict[str, Any], same_negatives: None, tiny_mae_model: Any
+) -> None:
+    dual, blip2 = make_xformer("dual"), make_xformer("none")
+    blip2.load_state_dict({k: v for k, v in dual.state_dict().items() if not k.startswith(("fusion", "mae"))})
+    noise = torch.rand(4, 16)
+    mine, reference = dual(batch, noise=noise), blip2(batch)
+    for name in ("loss_itc", "loss_itm", "loss_itg"):
+        assert torch.equal(mine[name], reference[name])
+    own = tiny_mae_model(clip_to_mae(batch["image"]), noise=noise).loss
+    assert mine["loss_rec"].item() == pytest.approx(own.item(), abs=1e-6)
+    assert mine["loss"].item() == pytest.approx(sum(mine[f"loss_{n}"].item() for n in ("itc", "itm", "itg", "rec")), rel=1e-6)
+
+
+@pytest.mark.parametrize("fusion", sorted(FUSIONS))
+def test_gradients_reach_every_trainable_parameter_and_no_frozen_one(
+    fusion: str, make_xformer: Any, batch: dict[str, Any]
+) -> None:
+    model = make_xformer(fusion, init="normal")
+    model.train()
+    model(batch)["loss"].backward()
+    silent = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert silent == []
+    assert all(p.grad is None for n, p in model.named_parameters() if n.startswith(("visual_encoder", "mae.")))
+    assert not model.visual_encoder.training
+    assert model.fusion.training
+
+
+@pytest.mark.parametrize("fusion", sorted(FUSIONS))
+def test_batch_of_one(fusion: str, make_xformer: Any, batch: dict[str, Any]) -> None:
+    model = make_xformer(fusion)
+    one = {"image": batch["image"][:1], "text_input": batch["text_input"][:1]}
+    output = model(one)
+    output["loss"].backward()
+    assert all(torch.isfinite(value) for value in output.values())
+    assert all(value.ndim == 0 for value in output.values())
+
+
+def test_masks_can_be_replayed(make_xformer: Any, batch: dict[str, Any], same_negatives: None) -> None:
+    model = make_xformer("dual", init="normal")
+    noise, other = torch.rand(4, 16), torch.rand(4, 16)
+    assert torch.equal(model(batch, noise=noise)["loss"], model(batch, noise=noise)["loss"])
+    assert not torch.equal(model(batch, noise=noise)["loss"], model(batch, noise=other)["loss"])
+
+
+def test_whole_m_for_the_language_losses(make_xformer: Any, batch: dict[str, Any], same_negatives: None) -> None:
+    model = make_xformer("dual", init="normal", mask_vl=False)
+    first, second = (model(batch, noise=torch.rand(4, 16)) for _ in range(2))
+    assert torch.equal(first["loss_itc"], second["loss_itc"])
+    assert not torch.equal(first["loss_rec"], second["loss_rec"])
+
+
+def test_reconstruction_teaches_the_queries(make_xformer: Any, batch: dict[str, Any]) -> None:
+    model = make_xformer("dual", init="normal", loss_weights={"itc": 0, "itm": 0, "itg": 0})
+    model(batch)["loss"].backward()
+    assert model.query_tokens.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("fusion", "has_term"), [("dual", True), ("none", False), ("concat", False)])
+def test_reconstruction_is_there_only_where_it_teaches(
+    fusion: str, has_term: bool, make_xformer: Any, batch: dict[str, Any]
+) -> None:
+    assert ("loss_rec" in make_xformer(fusion)(batch)) is has_term
+    assert "loss_rec" not in make_xformer("dual", loss_weights={"rec": 0})(batch)
+
+
+def test_packed_and_plain_images_give_the_same_losses(
+    make_xformer: Any, batch: dict[str, Any], same_negatives: None
+) -> None:
+    model = make_xformer("dual", init="normal")
+    packed = {**batch, "image": torch.cat([batch["image"], clip_to_mae(batch["image"])], dim=1)}
+    noise = torch.rand(4, 16)
+    assert model(packed, noise=noise)["loss"].item() == pytest.approx(model(batch, noise=noise)["loss"].item(), abs=1e-6)
+
+
+def test_matching_in_retrieval_sees_m(make_xformer: Any, batch: dict[str, Any]) -> None:
+    model = make_xformer("dual", init="normal").eval()
+    text = model.tokenize(batch["text_input"])
+    _, tokens = model.forward_image(batch["image"])
+    scores = model.compute_itm(tokens, text.input_ids, text.attention_mask)
+    assert scores.shape == (4,)
+    seen = model.encode_image(batch["image"])
+    direct = model._match(seen.clip, seen.mae_tokens, text.input_ids, text.attention_mask)[:, 1]
+    assert torch.allclose(scores, direct, atol=1e-6)
+
+
+def test_hard_negatives_are_those_of_the_generator(make_xformer: Any, batch: dict[str, Any]) -> None:
+    model = make_xformer("none")
+    values = [model(batch, generator=torch.Generator().manual_seed(5))["loss_itm"].item() for _ in range(2)]
+    assert values[0] == values[1]
+
+
+def test_wrong_images_and_weights_are_named(make_xformer: Any, batch: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"no loss 'reco'; did you mean 'rec'"):
+        make_xformer("dual", loss_weights={"reco": 1})
+    with pytest.raises(UserError, match="mask_ratio is 1"):
+        make_xformer("dual", mask_ratio=1.0)
+    model = make_xformer("dual")
+    with pytest.raises(UserError, match="32 x 32"):
+        model({**batch, "image": torch.zeros(4, 3, 24, 24)})
+    with pytest.raises(UserError, match="shape"):
+        model({**batch, "image": torch.zeros(4, 1, 32, 32)})
+
+
+def test_losses_fall_when_a_batch_is_learned_by_heart(make_xformer: Any, batch: dict[str, Any]) -> None:
+    model = make_xformer("dual")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-3)
+    torch.manual_seed(0)
+    history = []
+    for _ in range(40):
+        output = model(batch)
+        optimizer.zero_grad()
+        output["loss"].backward()
+        optimizer.step()
+        history.append({name: value.item() for name, value in output.items()})
+
+    def mean(name: str, steps: slice) -> float:
+        return statistics.mean(entry[name] for entry in history[steps])
+
+    for name in ("loss_itc", "loss_itm", "loss_itg"):  # the images are noise: nothing to reconstruct
+        assert mean(name, slice(-5, None)) < mean(name, slice(5)), name
+    assert mean("loss_itg", slice(-5, None)) < 0.7 * mean("loss_itg", slice(5))
