@@ -1,0 +1,226 @@
+"""``lavis-xformer build-mini``: train every frozen model of the mini world from scratch.
+
+Each part gets a folder (weights in half precision, config.json, model card), and the set gets its SHA256SUMS.json.
+A part's training state lies under ``<out>/.state``; ``--resume`` goes on from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import BertTokenizer, OPTForCausalLM, ViTMAEForPreTraining
+
+from lavis_xformer.assets import write_sums
+from lavis_xformer.data.scenes import vocabulary
+from lavis_xformer.errors import UserError
+from lavis_xformer.mini import pool
+from lavis_xformer.mini.cards import Card, write_card
+from lavis_xformer.mini.clip import ClipConfig, MiniClip, clip_loss, retrieval, shipped_state
+from lavis_xformer.mini.language import accuracy, encode, language_loss, opt_config, perplexity
+from lavis_xformer.mini.mae import mae_config, mae_loss, reconstruction
+from lavis_xformer.mini.tokenizers import write_bert, write_opt
+from lavis_xformer.mini.training import Schedule, fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How much data and training one preset spends."""
+
+    scenes: int
+    wordings: int
+    documents: int
+    heldout: int
+    clip: Schedule
+    mae: Schedule
+    opt: Schedule
+
+
+RECIPES = {
+    "smoke": Recipe(
+        scenes=64,
+        wordings=2,
+        documents=64,
+        heldout=32,
+        clip=Schedule(steps=4, batch=16, lr=1e-3),
+        mae=Schedule(steps=4, batch=16, lr=1e-3),
+        opt=Schedule(steps=4, batch=8, lr=1e-3),
+    ),
+    "quick": Recipe(
+        scenes=20_000,
+        wordings=4,
+        documents=20_000,
+        heldout=1000,
+        clip=Schedule(steps=1000, batch=128, lr=1e-3),
+        mae=Schedule(steps=1200, batch=256, lr=1e-3),
+        opt=Schedule(steps=800, batch=32, lr=2e-3),
+    ),
+    "full": Recipe(
+        scenes=60_000,
+        wordings=4,
+        documents=100_000,
+        heldout=1000,
+        clip=Schedule(steps=3000, batch=256, lr=1e-3),
+        mae=Schedule(steps=6000, batch=256, lr=1e-3),
+        opt=Schedule(steps=8000, batch=64, lr=2e-3),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One run of the command: where, how much, from which seed."""
+
+    out: Path
+    preset: str
+    recipe: Recipe
+    seed: int
+    resume: bool
+    device: torch.device
+    command: str
+
+    def fit(self, part: str, module: nn.Module, loss: Callable[[torch.Generator], Tensor]) -> float:
+        """Train one part by its schedule; returns seconds."""
+        schedule: Schedule = getattr(self.recipe, part)
+        state = self.out / ".state" / f"{part}-{self.preset}-{self.seed}.pt"
+        return fit(module, loss, schedule=schedule, seed=self.seed, state=state, resume=self.resume, title=part)
+
+    def finish(self, part: str, data: str, seconds: float, figures: dict[str, float]) -> None:
+        """Write the model card of one part."""
+        schedule: Schedule | None = getattr(self.recipe, part, None)
+        steps = json.dumps(asdict(schedule)) if schedule else "none"
+        card = Card(
+            part=part,
+            command=self.command,
+            seed=self.seed,
+            data=data,
+            steps=steps,
+            seconds=seconds,
+            figures=figures,
+        )
+        write_card(self.out / part, card)
+        print(f"{part}: {seconds:.0f} s, " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+
+
+def build_bert(job: Job) -> None:
+    """Vocabulary and sizes of the Q-Former."""
+    write_bert(job.out / "bert", vocabulary())
+    job.finish("bert", "the vocabulary of the scenes, letters and digits", 0.0, {})
+
+
+def build_clip(job: Job) -> None:
+    """CLIP stand-in; its text tower reads the word pieces of the Q-Former."""
+    torch.manual_seed(job.seed)
+    recipe, config = job.recipe, ClipConfig()
+    tokenizer = write_bert(job.out / "bert", vocabulary())
+    images = pool.images(pool.TRAIN, seed=job.seed, count=recipe.scenes)
+    texts = pool.coarse_captions(pool.TRAIN, seed=job.seed, count=recipe.scenes, wordings=recipe.wordings)
+    captions = _word_pieces(texts, tokenizer).view(recipe.scenes, recipe.wordings, -1)
+    model = MiniClip(config=config, vocabulary=len(tokenizer)).to(job.device)
+    seconds = job.fit("clip", model, clip_loss(model, images, captions, batch=recipe.clip.batch))
+    held_out = pool.images(pool.HELD_OUT, seed=job.seed, count=recipe.heldout)
+    texts = pool.coarse_captions(pool.HELD_OUT, seed=job.seed, count=recipe.heldout, wordings=1)
+    figures = retrieval(model, held_out, _word_pieces(texts, tokenizer))
+    save_weights(job.out / "clip", shipped_state(model, config), asdict(config))
+    data = f"{recipe.scenes} scenes ({pool.PRESET}), {recipe.wordings} coarse captions each"
+    job.finish("clip", data, seconds, figures)
+
+
+def build_mae(job: Job) -> None:
+    """MAE stand-in."""
+    torch.manual_seed(job.seed)
+    recipe = job.recipe
+    images = pool.images(pool.TRAIN, seed=job.seed, count=recipe.scenes)
+    model = ViTMAEForPreTraining(mae_config()).to(job.device)
+    seconds = job.fit("mae", model, mae_loss(model, images, batch=recipe.mae.batch))
+    held_out = pool.images(pool.HELD_OUT, seed=job.seed, count=recipe.heldout)
+    figures = reconstruction(model, held_out, seed=job.seed)
+    config = model.config.to_dict() | {"architectures": ["ViTMAEForPreTraining"]}
+    save_weights(job.out / "mae", model.state_dict(), config)
+    job.finish("mae", f"{recipe.scenes} scenes ({pool.PRESET}), images alone", seconds, figures)
+
+
+def build_opt(job: Job) -> None:
+    """Language model and its tokenizer."""
+    torch.manual_seed(job.seed)
+    recipe = job.recipe
+    documents = pool.documents(pool.TRAIN, seed=job.seed, count=recipe.documents)
+    texts = [text for document in documents[:20_000] for text, _ in document.parts()]
+    tokenizer = write_opt(job.out / "opt", texts)
+    model = OPTForCausalLM(opt_config(len(tokenizer))).to(job.device)
+    tokens, answers = encode(documents, tokenizer)
+    loss = language_loss(model, tokens, answers, batch=recipe.opt.batch)
+    seconds = job.fit("opt", model, loss)
+    asked = pool.examination(pool.HELD_OUT, seed=job.seed, count=recipe.heldout)
+    blind = [replace(document, text="") for document in asked]
+    figures = {"perplexity": perplexity(model, tokenizer, asked)}
+    figures |= {f"answers {k} %": v for k, v in accuracy(model, tokenizer, asked).items()}
+    figures |= {f"blind {k} %": v for k, v in accuracy(model, tokenizer, blind).items()}
+    state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied
+    config = model.config.to_dict() | {"architectures": ["OPTForCausalLM"]}
+    save_weights(job.out / "opt", state, config)
+    job.finish("opt", f"{recipe.documents} texts of scenes ({pool.PRESET})", seconds, figures)
+
+
+PARTS = {"bert": build_bert, "clip": build_clip, "mae": build_mae, "opt": build_opt}
+
+
+def save_weights(folder: Path, state: dict[str, Tensor], config: dict[str, object]) -> None:
+    """Write model.safetensors in half precision and config.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    halves = {name: value.detach().cpu().half().contiguous() for name, value in state.items()}
+    save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _word_pieces(texts: list[str], tokenizer: BertTokenizer) -> Tensor:
+    """Token ids (len(texts), 48) int16, each distinct text tokenised once."""
+    known = {text: tokenizer.encode(text) for text in set(texts)}
+    rows = torch.zeros(len(texts), 48, dtype=torch.int16)
+    for row, text in zip(rows, texts, strict=True):
+        ids = torch.tensor(known[text][:48], dtype=torch.int16)
+        row[: len(ids)] = ids
+    return rows
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="lavis-xformer build-mini", description=__doc__)
+    parser.add_argument("--preset", choices=sorted(RECIPES), default="quick")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the set")
+    parser.add_argument("--only", choices=sorted(PARTS), action="append", help="may be repeated")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", action="store_true", help="go on where a stopped run was")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    args = parser.parse_args(argv)
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible here; use --device cpu")
+    job = Job(
+        out=args.out,
+        preset=args.preset,
+        recipe=RECIPES[args.preset],
+        seed=args.seed,
+        resume=args.resume,
+        device=torch.device(args.device),
+        command=shlex.join(["lavis-xformer", "build-mini", *argv]),
+    )
+    begin = time.monotonic()
+    for part in args.only or PARTS:
+        PARTS[part](job)
+    write_sums(args.out)
+    print(f"{args.out}: done in {(time.monotonic() - begin) / 60:.1f} min")
+    return 0
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,117 @@
+"""Rendered scenes and their texts, made once by worker processes and held in memory, so that no training step waits.
+
+The scenes come from splits of their own, which no train, val or test set of the project shares.
+
+N: scenes, K: wordings per scene, S: side of an image in pixels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lavis_xformer.data.scenes import (
+    LEVELS,
+    QUESTION_KINDS,
+    Scene,
+    ask,
+    coarse_caption,
+    description,
+    make_scene,
+    questions,
+    render,
+)
+from lavis_xformer.mini.language import Document, Turn
+
+PRESET = "standard"
+TRAIN, HELD_OUT = "pretrain", "pretrain-heldout"
+CHUNK = 500
+
+T = TypeVar("T")
+
+
+def scene(split: str, seed: int, index: int, preset: str = PRESET) -> tuple[Scene, np.random.Generator]:
+    """One scene of a split, and the generator of its wording."""
+    key = [seed, len(split), index]
+    return make_scene(seed, split, index, preset), np.random.default_rng(key)
+
+
+def in_parallel(work: Callable[[int, int], T], count: int) -> list[T]:
+    """Call ``work(start, stop)`` on chunks of ``range(count)``, in processes where there are several chunks."""
+    bounds = [(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    if len(bounds) == 1:
+        return [work(*bounds[0])]
+    with ProcessPoolExecutor(os.cpu_count()) as workers:
+        return list(workers.map(work, *zip(*bounds, strict=True)))
+
+
+def images(split: str, *, seed: int, count: int) -> Tensor:
+    """Render ``count`` scenes of a split, uint8 (N, 3, S, S)."""
+    chunks = in_parallel(partial(_pixels, split, seed), count)
+    return torch.from_numpy(np.concatenate(chunks)).permute(0, 3, 1, 2).contiguous()
+
+
+def coarse_captions(split: str, *, seed: int, count: int, wordings: int) -> list[str]:
+    """Coarse captions of ``count`` scenes of a split, ``wordings`` in a row for each."""
+    chunks = in_parallel(partial(_coarse, split, seed, wordings), count)
+    return [text for chunk in chunks for text in chunk]
+
+
+def _pixels(split: str, seed: int, start: int, stop: int) -> NDArray[np.uint8]:
+    return np.stack([render(scene(split, seed, index)[0]) for index in range(start, stop)])
+
+
+def _coarse(split: str, seed: int, wordings: int, start: int, stop: int) -> list[str]:
+    texts = []
+    for index in range(start, stop):
+        shown, rng = scene(split, seed, index)
+        texts += [coarse_caption(shown, rng) for _ in range(wordings)]
+    return texts
+
+
+def documents(split: str, *, seed: int, count: int) -> list[Document]:
+    """What the language model reads.
+
+    Of every eight texts one is a caption, one a pair of questions without a description, and six are descriptions
+    with five questions each. Every other scene is an easy one: short texts teach faster.
+    """
+    chunks = in_parallel(partial(_documents, split, seed), count)
+    return [document for chunk in chunks for document in chunk]
+
+
+def examination(split: str, *, seed: int, count: int) -> list[Document]:
+    """Descriptions of ``count`` scenes, each with one question; the kinds take turns where a scene allows them."""
+    chunks = in_parallel(partial(_examination, split, seed), count)
+    return [document for chunk in chunks for document in chunk]
+
+
+def _documents(split: str, seed: int, start: int, stop: int) -> list[Document]:
+    found = []
+    for index in range(start, stop):
+        shown, rng = scene(split, seed, index, PRESET if index // 8 % 2 else "easy")
+        if index % 8 == 0:
+            level = list(LEVELS.values())[index // 8 % len(LEVELS)]
+            found.append(Document(level(shown, rng)))
+            continue
+        asked = questions(shown, rng, n=2 if index % 8 == 1 else 5)
+        turns = tuple(Turn(q.kind, q.text, q.answer) for q in asked)
+        found.append(Document("" if index % 8 == 1 else description(shown), turns))
+    return found
+
+
+def _examination(split: str, seed: int, start: int, stop: int) -> list[Document]:
+    found = []
+    for index in range(start, stop):
+        shown, rng = scene(split, seed, index)
+        q = ask(shown, rng, QUESTION_KINDS[index % len(QUESTION_KINDS)])
+        if q is not None:
+            found.append(Document(description(shown), (Turn(q.kind, q.text, q.answer),)))
+    return found

@@ -1,0 +1,83 @@
+"""Tokenizers of the mini world, made from the language of its scenes; no weights, nothing downloaded.
+
+Both keep every letter as a piece of its own, so that any English text still becomes tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import ByteLevelBPETokenizer
+from transformers import BertConfig, BertTokenizer, GPT2Tokenizer
+
+BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+OPT_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
+
+
+def write_bert(folder: Path, words: Iterable[str]) -> BertTokenizer:
+    """Write vocab.txt, the tokenizer's settings and the Q-Former's config.json.
+
+    Args:
+        folder: where to write; made if missing.
+        words: whole words of the scenes' language; anything else is spelled.
+
+    Returns:
+        The tokenizer, as ``BertTokenizer.from_pretrained(folder)`` gives it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = string.ascii_lowercase + string.digits
+    pieces = [*BERT_SPECIALS, *string.punctuation, *letters, *(f"##{letter}" for letter in letters)]
+    pieces += sorted({word.lower() for word in words} - set(pieces))
+    (folder / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 128}
+    _write_json(folder / "tokenizer_config.json", settings)
+    config = BertConfig(
+        vocab_size=len(pieces),
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=512,
+        max_position_embeddings=128,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    _write_json(folder / "config.json", config.to_dict())
+    return BertTokenizer.from_pretrained(folder)
+
+
+def write_opt(folder: Path, texts: Iterable[str], *, size: int = 1024) -> GPT2Tokenizer:
+    r"""Learn byte-pair merges from texts and write them as OPT's checkpoints do.
+
+    Args:
+        folder: where to write; made if missing.
+        texts: what the merges are learned from.
+        size: most tokens in the vocabulary.
+
+    Returns:
+        The tokenizer that ``AutoTokenizer.from_pretrained(folder, use_fast=False)`` gives: it puts ``</s>``
+        first, pads with ``<pad>``, and ``"\n"``, where BLIP-2 ends a text, is one token.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    learner = ByteLevelBPETokenizer()
+    learner.train_from_iterator(
+        texts, vocab_size=size, min_frequency=2, special_tokens=list(OPT_SPECIALS), show_progress=False
+    )
+    learner.save_model(str(folder))
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "add_bos_token": True,
+        "bos_token": "</s>",
+        "eos_token": "</s>",
+        "unk_token": "</s>",
+        "pad_token": "<pad>",
+        "model_max_length": 512,
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+    return GPT2Tokenizer.from_pretrained(folder)
+
+
+def _write_json(path: Path, values: dict[str, object]) -> None:
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,145 @@
+"""The one training loop of all mini models: AdamW, warm-up, cosine, resumable to the bit.
+
+Every random choice of step k comes from a generator seeded by (seed, k). No random state has to be saved: a run that
+was stopped and resumed sees the same batches, crops and masks as one that never stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+StepLoss = Callable[[torch.Generator], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long and how fast one model learns.
+
+    Attributes:
+        steps: optimiser steps.
+        batch: samples per step.
+        lr: peak learning rate, reached after ``warmup`` (a share of the steps), then cosine to 1 % of it.
+        warmup: share of the steps.
+        weight_decay: decoupled, on matrices only.
+    """
+
+    steps: int
+    batch: int
+    lr: float
+    warmup: float = 0.05
+    weight_decay: float = 0.05
+
+    def rate(self, step: int) -> float:
+        """Learning rate of one step (0-based)."""
+        warm = max(1, round(self.warmup * self.steps))
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        progress = (step - warm) / max(1, self.steps - warm)
+        return self.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def generator(seed: int, step: int) -> torch.Generator:
+    """The source of all randomness of one step."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """bfloat16 where the hardware multiplies it (several times faster), else nothing."""
+    fast = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bool(fast))
+
+
+def fit(
+    module: nn.Module,
+    loss: StepLoss,
+    *,
+    schedule: Schedule,
+    seed: int,
+    state: Path,
+    resume: bool = False,
+    title: str = "train",
+    stop_at: int | None = None,
+) -> float:
+    """Train all parameters of a module that want gradients.
+
+    Args:
+        module: what to train, on its device.
+        loss: computes the loss of one step; draws only from the generator that it is given.
+        schedule: length, batch and rates.
+        seed: start of every step's generator.
+        state: file of weights, optimiser, step and seconds; replaced atomically about once a minute, kept at the end.
+        resume: go on from ``state`` where it exists.
+        title: name in the progress bar.
+        stop_at: leave after this step, as if interrupted.
+
+    Returns:
+        Seconds of training, over all sittings.
+    """
+    optimizer = adamw(module, schedule)
+    first, spent = 0, 0.0
+    if resume and state.is_file():
+        first, spent = _load(state, module, optimizer)
+    device = next(module.parameters()).device
+    last = min(schedule.steps, stop_at or schedule.steps)
+    begin = saved = time.monotonic()
+    module.train()
+    with tqdm(total=schedule.steps, initial=first, desc=title, mininterval=2) as bar:
+        for step in range(first, last):
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate(step)
+            with autocast(device):
+                value = loss(generator(seed, step))
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+            optimizer.step()
+            bar.update()
+            if step % 50 == 0:
+                bar.set_postfix(loss=f"{value.detach():.3f}", refresh=False)
+            if time.monotonic() - saved > 60:
+                saved = time.monotonic()
+                _save(state, module, optimizer, step + 1, spent + saved - begin)
+    seconds = spent + time.monotonic() - begin
+    _save(state, module, optimizer, last, seconds)
+    module.eval()
+    return seconds
+
+
+def adamw(module: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices and none on biases, norms and tokens."""
+    wanted = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in wanted if p.ndim == 2], "weight_decay": schedule.weight_decay},
+        {"params": [p for p in wanted if p.ndim != 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, 0.98))
+
+
+def _save(state: Path, module: nn.Module, optimizer: torch.optim.Optimizer, step: int, seconds: float) -> None:
+    state.parent.mkdir(parents=True, exist_ok=True)
+    part = state.with_suffix(".part")
+    values = {
+        "module": module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "seconds": seconds,
+    }
+    torch.save(values, part)
+    os.replace(part, state)
+
+
+def _load(state: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    values = torch.load(state, map_location="cpu", weights_only=True)
+    module.load_state_dict(values["module"])
+    optimizer.load_state_dict(values["optimizer"])
+    return values["step"], values["seconds"]

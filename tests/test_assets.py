@@ -1,0 +1,62 @@
+"""Shipped files are found by name and refused when they changed."""
+
+from __future__ import annotations
+
+import pytest
+
+from lavis_xformer.assets import ROOT, resolve, write_sums
+from lavis_xformer.errors import UserError
+
+
+@pytest.fixture
+def shelf(tmp_path):
+    """A root with one set of one part."""
+    folder = tmp_path / "tiny" / "clip"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(bytes(range(256)))
+    (folder / "README.md").write_text("card")
+    write_sums(tmp_path / "tiny")
+    return tmp_path
+
+
+def test_reference_names_the_folder(shelf):
+    assert resolve("assets://tiny/clip", root=shelf) == shelf / "tiny" / "clip"
+
+
+def test_any_other_string_is_a_path():
+    assert str(resolve("some/where")) == "some/where"
+
+
+def test_flipped_byte_is_refused(shelf):
+    path = shelf / "tiny" / "clip" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"model.safetensors is not the file .* build-mini"):
+        resolve("assets://tiny/clip", root=shelf)
+
+
+def test_missing_file_is_named(shelf):
+    (shelf / "tiny" / "clip" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model.safetensors is missing.* build-mini"):
+        resolve("assets://tiny/clip", root=shelf)
+
+
+def test_unknown_part_names_the_nearest(shelf):
+    with pytest.raises(UserError, match="did you mean 'clip'"):
+        resolve("assets://tiny/clipp", root=shelf)
+
+
+def test_a_card_may_be_edited(shelf):
+    (shelf / "tiny" / "clip" / "README.md").write_text("typo mended")
+    resolve("assets://tiny/clip", root=shelf)
+
+
+@pytest.mark.parametrize("part", ["bert", "clip", "mae", "opt"])
+def test_every_shipped_part_is_whole(part):
+    assert (resolve(f"assets://mini/{part}") / "config.json").is_file()
+
+
+def test_shipped_weights_stay_small():
+    weights = list((ROOT / "mini").glob("*/*.safetensors"))
+    assert 0 < sum(path.stat().st_size for path in weights) <= 12_000_000
