@@ -1,0 +1,61 @@
+"""Every YAML that ships is complete: it loads, and every name and key in it exists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+import lavis_xformer
+
+ROOT = Path(__file__).parents[1]
+PROJECTS = sorted((ROOT / "projects").rglob("*.yaml"))
+MODELS = sorted((ROOT / "configs" / "models").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered() -> None:
+    """LAVIS knows our names."""
+    lavis_xformer.register()
+
+
+@pytest.mark.parametrize("path", PROJECTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_project_passes_the_checks_of_a_run(path: Path, tmp_path: Path) -> None:
+    from lavis_xformer.config import load_config
+
+    raw = OmegaConf.load(path)
+    own_files = [
+        f"datasets.{name}.splits.{split}.annotations=null"
+        for name, dataset in raw.datasets.items()
+        for split in (dataset or {}).get("splits", {})
+        if "annotations" in ((dataset or {}).splits[split] or {})
+    ]
+    cfg = load_config(str(path), [f"run.output_dir={tmp_path}", *own_files])
+    assert cfg.model_cfg.arch == raw.model.arch
+    assert cfg.run_cfg.task == raw.run.task
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
+def test_every_model_yaml_is_some_models_type_and_names_processors(path: Path) -> None:
+    from lavis.common.registry import registry
+    from lavis.models import load_preprocess
+
+    cfg = OmegaConf.load(path)
+    cls = registry.get_model_class(cfg.model.arch)
+    assert Path(cls.default_config_path(cfg.model.model_type)) == path
+    unread = set(cfg.model) - cls.CONFIG_KEYS - {"arch", "model_type", "load_finetuned", "finetuned", "pretrained"}
+    assert not unread, "a key that no code reads misleads"
+    vis, text = load_preprocess(cfg.preprocess)
+    assert set(vis) == set(text) == {"train", "eval"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "datasets").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_dataset_yaml_belongs_to_a_builder(path: Path) -> None:
+    from lavis.common.registry import registry
+
+    for name in OmegaConf.load(path).datasets:
+        builder: Any = registry.get_builder_class(name)
+        assert builder is not None, name
+        assert any(Path(file) == path for file in builder.DATASET_CONFIG_DICT.values())
