@@ -59,8 +59,8 @@ RECIPES = {
         wordings=4,
         documents=20_000,
         heldout=1000,
-        clip=Schedule(steps=1000, batch=128, lr=1e-3),
-        mae=Schedule(steps=1200, batch=256, lr=1e-3),
+        clip=Schedule(steps=500, batch=128, lr=1e-3),
+        mae=Schedule(steps=700, batch=256, lr=1e-3),
         opt=Schedule(steps=800, batch=32, lr=2e-3),
     ),
     "full": Recipe(

@@ -1,0 +1,153 @@
+"""The mini models train, resume to the bit, and load in the classes that the full-size ones use."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, BertTokenizer, OPTForCausalLM, ViTMAEForPreTraining
+
+from lavis_xformer.assets import ROOT
+from lavis_xformer.data.scenes import vocabulary
+from lavis_xformer.errors import UserError
+from lavis_xformer.mini import build, pool
+from lavis_xformer.mini.augment import colour_jitter, random_crop
+from lavis_xformer.mini.language import Document, Turn, accuracy, encode, opt_config
+from lavis_xformer.mini.mae import mae_config, mae_loss
+from lavis_xformer.mini.training import Schedule, fit, generator
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """A whole set, trained for a few steps."""
+    out = tmp_path_factory.mktemp("mini")
+    assert build.main(["--preset", "smoke", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(params=["built", "shipped"])
+def mini(request):
+    """The set just built, and the one that ships."""
+    return request.getfixturevalue("smoke") if request.param == "built" else ROOT / "mini"
+
+
+def test_build_leaves_cards_and_checksums(smoke):
+    sums = json.loads((smoke / "SHA256SUMS.json").read_text())
+    for part in build.PARTS:
+        card = (smoke / part / "README.md").read_text()
+        files = [name for name in sums if name.startswith(part)]
+        assert files
+        assert all(sums[name] in card for name in files)
+        assert "--preset smoke" in card
+
+
+def test_clip_is_lavis_vit_without_its_last_block(mini):
+    from lavis_xformer.mini.clip import ClipConfig
+
+    config = ClipConfig(**json.loads((mini / "clip" / "config.json").read_text()))
+    assert config.depth == config.trained_depth - 1
+    tower = config.tower(config.depth)
+    tower.load_state_dict({k: v.float() for k, v in load_file(mini / "clip" / "model.safetensors").items()})
+    tokens = tower(torch.zeros(1, 3, config.img_size, config.img_size))
+    assert tokens.shape == (1, (config.img_size // config.patch_size) ** 2 + 1, config.embed_dim)
+    assert tokens.isfinite().all()
+
+
+def test_mae_loads_whole_in_transformers(mini):
+    model, report = ViTMAEForPreTraining.from_pretrained(mini / "mae", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.norm_pix_loss
+    assert model.config.mask_ratio == 0.75
+    assert model(torch.rand(2, 3, 64, 64)).loss.isfinite()
+
+
+def test_opt_loads_in_lavis_class_and_ends_lines_with_one_token(mini):
+    from lavis.models.blip2_models.modeling_opt import OPTForCausalLM as LavisOPT
+
+    model, report = LavisOPT.from_pretrained(mini / "opt", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+    tokenizer = AutoTokenizer.from_pretrained(mini / "opt", use_fast=False)
+    assert len(tokenizer("\n", add_special_tokens=False).input_ids) == 1
+    assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id == model.config.bos_token_id == 2
+    assert tokenizer.pad_token_id == model.config.pad_token_id == 1
+    assert len(tokenizer) == model.config.vocab_size
+
+
+def test_bert_knows_every_word_of_the_scenes(mini):
+    tokenizer = BertTokenizer.from_pretrained(mini / "bert")
+    assert all(tokenizer.tokenize(word) == [word] for word in vocabulary())
+    assert json.loads((mini / "bert" / "config.json").read_text())["vocab_size"] == len(tokenizer)
+
+
+def test_bert_spells_any_other_english(mini):
+    tokenizer = BertTokenizer.from_pretrained(mini / "bert")
+    assert tokenizer.unk_token_id not in tokenizer("Two zebras, one giraffe: 42 spots (approx.)").input_ids
+
+
+def test_opt_tokenizer_gives_the_text_back(mini):
+    tokenizer = AutoTokenizer.from_pretrained(mini / "opt", use_fast=False)
+    text = "Question: where is the zebra? Answer: top left\n" + " ".join(vocabulary()) + "\n"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+
+
+def test_resumed_training_equals_uninterrupted(tmp_path):
+    images = pool.images(pool.TRAIN, seed=3, count=16)
+
+    def train(state, **options):
+        torch.manual_seed(0)
+        model = ViTMAEForPreTraining(mae_config())
+        schedule = Schedule(steps=4, batch=8, lr=1e-3)
+        fit(model, mae_loss(model, images, batch=8), schedule=schedule, seed=1, state=tmp_path / state, **options)
+        return model.state_dict()
+
+    whole = train("whole.pt")
+    train("parts.pt", stop_at=2)
+    resumed = train("parts.pt", resume=True)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_answers_count_only_where_every_token_is_right(smoke):
+    tokenizer = AutoTokenizer.from_pretrained(smoke / "opt", use_fast=False)
+    asked = [Document("2 red circle.", (Turn("count", "how many circles?", "2"),))]
+    tokens, answers = encode(asked, tokenizer)
+    assert tokenizer.decode(tokens[0][answers[0]].tolist()) == " 2\n"
+    torch.manual_seed(0)
+    model = OPTForCausalLM(opt_config(len(tokenizer))).eval()
+    assert accuracy(model, tokenizer, asked) == {"count": 0.0, "mean": 0.0}
+
+
+def test_schedule_warms_up_and_decays():
+    schedule = Schedule(steps=100, batch=1, lr=1.0, warmup=0.1)
+    rates = [schedule.rate(step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 0.02
+
+
+def test_augmentation_without_strength_is_the_identity():
+    images = torch.rand(4, 3, 16, 16)
+    torch.testing.assert_close(colour_jitter(images, generator(0, 0), strength=0.0), images)
+    same = random_crop(images, generator(0, 0), smallest=0.5, share=0.0, flip=False)
+    torch.testing.assert_close(same, images, atol=1e-5, rtol=0)
+
+
+def test_pools_share_no_scene():
+    first, second = (pool.images(split, seed=0, count=8) for split in (pool.TRAIN, pool.HELD_OUT))
+    assert not (first[:, None] == second[None]).flatten(2).all(-1).any()
+
+
+def test_no_gpu_is_one_line():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(UserError, match="use --device cpu"):
+        build.main(["--out", "unused", "--device", "cuda"])
+
+
+def test_recipes_are_plain_values():
+    assert all(json.dumps(asdict(recipe)) for recipe in build.RECIPES.values())
