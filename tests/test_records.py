@@ -29,9 +29,7 @@ def lines(rows: list[dict[str, str]]) -> str:
         ("table.csv", "image\na.jpg\nü.jpg\nc.jpg\n", [1, 2, 3]),
     ],
 )
-def test_every_form_gives_the_same_rows(
-    tmp_path: Path, name: str, text: str, numbers: list[int]
-) -> None:
+def test_every_form_gives_the_same_rows(tmp_path: Path, name: str, text: str, numbers: list[int]) -> None:
     (tmp_path / name).write_text(text, encoding="utf-8")
     assert read_rows(tmp_path / name) == list(zip(numbers, ROWS, strict=True))
 

@@ -53,9 +53,7 @@ class GuardedDataset(Dataset):
     Everything else (collater, annotation, txt2img, ...) is the wrapped dataset's.
     """
 
-    def __init__(
-        self, dataset: MapDataset, *, on_corrupt: str = "skip", max_in_a_row: int = 32
-    ) -> None:
+    def __init__(self, dataset: MapDataset, *, on_corrupt: str = "skip", max_in_a_row: int = 32) -> None:
         """Wrap a dataset.
 
         Args:
@@ -101,7 +99,7 @@ class GuardedDataset(Dataset):
                 with strict_decoding():
                     return self.dataset[position]
             except Exception as error:  # whatever a broken file or row makes a decoder raise
-                fault = f"{sample_name(self.dataset, position)}: {describe(error)}"
+                fault = _tell(sample_name(self.dataset, position), error)
                 if self.on_corrupt == "raise":
                     raise DataFault(fault) from error
                 self._note(position, fault)
@@ -128,6 +126,11 @@ def guard(dataset: Any, *, on_corrupt: str = "skip") -> Any:
     if isinstance(dataset, GuardedDataset) or not indexed:
         return dataset
     return GuardedDataset(dataset, on_corrupt=on_corrupt)
+
+
+def _tell(name: str, error: Exception) -> str:
+    path = name.partition(" (sample ")[0]
+    return f"{name}: {describe(error).removeprefix(f'{path}: ')}"
 
 
 def sample_name(dataset: Any, index: int) -> str:

@@ -57,6 +57,22 @@ def read_rows(path: str | Path, *, rows_key: str | None = None) -> list[tuple[in
     return rows
 
 
+def read_strings(path: str | Path) -> list[str]:
+    """Read a JSON list of strings, as LAVIS's lists of answer candidates are.
+
+    Raises:
+        UserError: the file is missing or holds something else.
+    """
+    path = expand(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a JSON list of strings: {error}") from error
+    if not isinstance(content, list) or not all(isinstance(one, str) for one in content):
+        raise UserError(f"{path}: not a JSON list of strings")
+    return content
+
+
 def _parse_json(text: str, path: Path, rows_key: str | None) -> list[tuple[int, Any]]:
     lines = [(n, line) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
     if path.suffix.lower() in (".jsonl", ".ndjson") or _is_json_object(lines, 2):
@@ -64,9 +80,7 @@ def _parse_json(text: str, path: Path, rows_key: str | None) -> list[tuple[int, 
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}"
-        ) from error
+        raise UserError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
     return list(enumerate(_pick_list(content, path, rows_key), start=1))
 
 

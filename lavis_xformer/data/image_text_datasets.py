@@ -1,0 +1,324 @@
+"""A user's own images and texts as LAVIS datasets, configured from YAML alone.
+
+``image_text_json`` gives pairs for stages 1 and 2, captioning and retrieval;
+``image_question_json`` gives questions for VQA, in LAVIS's forms. Every path and every key name
+stands in the YAML, see configs/datasets/image_text_json.yaml and image_question_json.yaml.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lavis.common.registry import registry
+from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
+from lavis.datasets.datasets.base_dataset import BaseDataset
+from lavis.datasets.datasets.vqa_datasets import VQADataset
+from omegaconf import DictConfig, ListConfig
+
+from lavis_xformer.data.guard import guard
+from lavis_xformer.data.image_text import Pair, PairKeys, Question, QuestionKeys, Record, load
+from lavis_xformer.data.photos import open_photo
+from lavis_xformer.data.records import expand, read_strings
+from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.paths import config_path
+
+Processor = Callable[[Any], Any]
+Sample = dict[str, Any]
+
+SPLITS = ("train", "val", "test")
+PROCESSOR_KEYS = frozenset(f"vis_processor.*.{key}" for key in ("mae_image_size", "mae_mean", "mae_std", "hflip"))
+
+
+class PhotoDataset(BaseDataset):
+    """Annotations in memory, photos from files: what the datasets below share.
+
+    Attributes:
+        annotation: one dict per sample, with ``image``, the path below ``vis_root``.
+        vis_root: the folder of the images.
+    """
+
+    def __init__(
+        self,
+        *,
+        annotation: list[Sample],
+        vis_root: str | Path,
+        vis_processor: Processor,
+        text_processor: Processor,
+    ) -> None:
+        """Number the annotations; nothing is opened yet.
+
+        Args:
+            annotation: one dict per sample.
+            vis_root: the folder of the images.
+            vis_processor: takes a PIL image.
+            text_processor: takes a caption or question.
+        """
+        super().__init__(vis_processor, text_processor, str(vis_root))
+        self.annotation = annotation
+        self._add_instance_ids()
+
+    def picture(self, index: int) -> Any:
+        """Open and process the image of one annotation."""
+        path = os.path.join(self.vis_root, self.annotation[index]["image"])
+        return self.vis_processor(open_photo(path))
+
+
+class PairDataset(PhotoDataset):
+    """One sample per caption, for training, as LAVIS's COCO captions; equal image_id, equal image."""
+
+    def __init__(self, *, pairs: Sequence[Pair], **shared: Any) -> None:
+        """Unfold the rows.
+
+        Args:
+            pairs: the rows.
+            shared: the arguments of :class:`PhotoDataset` but the annotation.
+        """
+        numbers: dict[str, int] = {}
+        annotation = [
+            {
+                "image": pair.image,
+                "caption": caption,
+                "image_id": numbers.setdefault(pair.image_id, len(numbers)),
+            }
+            for pair in pairs
+            for caption in pair.captions
+        ]
+        super().__init__(annotation=annotation, **shared)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return image, text_input, image_id and instance_id."""
+        row = self.annotation[index]
+        return {
+            "image": self.picture(index),
+            "text_input": self.text_processor(row["caption"]),
+            "image_id": row["image_id"],
+            "instance_id": row["instance_id"],
+        }
+
+
+class PairEvalDataset(PhotoDataset):
+    """One sample per image with its first caption, and the tables that LAVIS's retrieval reads.
+
+    Attributes:
+        text: every caption, processed.
+        image: path of every image.
+        img2txt: position of an image to the positions of its captions in ``text``.
+        txt2img: position of a caption to its image's.
+    """
+
+    def __init__(self, *, pairs: Sequence[Pair], **shared: Any) -> None:
+        """Gather the captions of each image; arguments as of :class:`PairDataset`."""
+        by_id: dict[str, dict[str, Any]] = {}
+        for pair in pairs:
+            row: Sample = {"image": pair.image, "caption": [], "image_id": len(by_id)}
+            by_id.setdefault(pair.image_id, row)["caption"].extend(pair.captions)
+        super().__init__(annotation=list(by_id.values()), **shared)
+        self.image = [row["image"] for row in self.annotation]
+        self.text: list[str] = []
+        self.img2txt: dict[int, list[int]] = {}
+        for number, row in enumerate(self.annotation):
+            first = len(self.text)
+            self.text += [self.text_processor(caption) for caption in row["caption"]]
+            self.img2txt[number] = list(range(first, len(self.text)))
+        self.txt2img = {text: image for image, texts in self.img2txt.items() for text in texts}
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return image, text_input, image_id, instance_id and index."""
+        return {
+            "image": self.picture(index),
+            "text_input": self.text[self.img2txt[index][0]],
+            "image_id": index,
+            "instance_id": self.annotation[index]["instance_id"],
+            "index": index,
+        }
+
+
+class QuestionDataset(PhotoDataset):
+    """Questions for training, in the form and with the collater of LAVIS's VQA datasets."""
+
+    collater = VQADataset.collater
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return image, text_input, answers and weights: the share of people who gave each."""
+        row = self.annotation[index]
+        counts: Counter[str] = Counter(row["answers"])
+        return {
+            "image": self.picture(index),
+            "text_input": self.text_processor(row["question"]),
+            "answers": list(counts),
+            "weights": [count / len(row["answers"]) for count in counts.values()],
+        }
+
+
+class QuestionEvalDataset(PhotoDataset):
+    """Questions for evaluation, for LAVIS's ``vqa`` and ``gqa`` tasks and our benchmarks.
+
+    Attributes:
+        answer_list: the candidates that ``inference_method: rank`` chooses from, or None.
+    """
+
+    def __init__(self, *, answer_list: list[str] | None = None, **shared: Any) -> None:
+        """Keep the candidates; other arguments as of :class:`PhotoDataset`."""
+        super().__init__(**shared)
+        self.answer_list = answer_list
+
+    def __getitem__(self, index: int) -> Sample:
+        """Return image, text_input, question_id, instance_id and answer: the most frequent or None."""
+        row = self.annotation[index]
+        votes: Counter[str] = Counter(row["answers"])
+        common = votes.most_common(1)
+        return {
+            "image": self.picture(index),
+            "text_input": self.text_processor(row["question"]),
+            "question_id": row["question_id"],
+            "instance_id": row["instance_id"],
+            "answer": common[0][0] if common else None,
+        }
+
+    def collater(self, samples: Sequence[Sample]) -> Sample:
+        """Join samples: images (B, C, S, S), question ids (B,), lists of everything else."""
+        batch: Sample = {key: [sample[key] for sample in samples] for key in samples[0]}
+        batch["image"] = torch.stack(batch["image"])  # (B, C, S, S)
+        batch["question_id"] = torch.tensor(batch["question_id"])  # (B,)
+        return batch
+
+
+class LocalFilesBuilder(BaseDatasetBuilder):
+    """Builds the splits whose ``annotations`` the YAML names; downloads nothing.
+
+    A subclass says what the files hold by :meth:`build_split`.
+    """
+
+    CONFIG_KEYS = PROCESSOR_KEYS
+
+    def build_datasets(self) -> dict[str, Any]:
+        """Read, check and wrap every split that is given.
+
+        Returns:
+            Datasets by split, guarded as ``on_corrupt`` says.
+
+        Raises:
+            UserError: no split is given, or a path, a key or a row is wrong.
+        """
+        self.build_processors()
+        splits = self.config.get("splits") or {}
+        for split in splits:
+            if split not in SPLITS:
+                raise UserError(f"{self.name}: split '{split}': {nearest(split, SPLITS)}")
+        given = [name for name in SPLITS if (splits.get(name) or {}).get("annotations")]
+        if not given:
+            raise UserError(f"{self.name}: no annotation file: set datasets.{self.name}.splits.train.annotations")
+        on_corrupt = self.config.get("on_corrupt", "skip")
+        return {split: guard(self.build_split(split), on_corrupt=on_corrupt) for split in given}
+
+    def build_split(self, split: str) -> BaseDataset:
+        """Build one split."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """The registered name of this builder, which is its section of the YAML."""
+        names = registry.mapping["builder_name_mapping"]
+        return next(name for name, cls in names.items() if cls is type(self))
+
+    def files(self, split: str) -> list[str]:
+        """The annotation files of a split."""
+        files = self.config.splits[split].annotations
+        return [str(file) for file in files] if isinstance(files, ListConfig) else [str(files)]
+
+    def image_root(self, split: str) -> Path:
+        """The image folder of a split: its own, else the dataset's, else the current folder."""
+        return expand(self.config.splits[split].get("image_root") or self.config.get("image_root") or "")
+
+    def shared(self, split: str) -> dict[str, Any]:
+        """The arguments that every :class:`PhotoDataset` takes but the annotation."""
+        mode = "train" if split == "train" else "eval"
+        return {
+            "vis_root": self.image_root(split),
+            "vis_processor": self.vis_processors[mode],
+            "text_processor": self.text_processors[mode],
+        }
+
+    def load(self, split: str, keys: PairKeys | QuestionKeys) -> list[Record]:
+        """Read and check all rows of a split's files."""
+        config: DictConfig = self.config
+        return [
+            record
+            for file in self.files(split)
+            for record in load(
+                file,
+                keys,
+                image_root=self.image_root(split),
+                rows_key=config.get("rows_key"),
+                check_files=config.get("check_files", True),
+            )
+        ]
+
+
+@registry.register_builder("image_text_json")
+class ImageTextBuilder(LocalFilesBuilder):
+    """Pairs of image and caption from JSON, JSONL or CSV."""
+
+    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": config_path("datasets/image_text_json.yaml")}
+
+    def build_split(self, split: str) -> BaseDataset:
+        """Build pairs for training, images with all their captions for evaluation."""
+        config = self.config
+        keys = PairKeys(image=config.image_key, caption=config.caption_key, image_id=config.get("id_key"))
+        pairs = [record for record in self.load(split, keys) if isinstance(record, Pair)]
+        cls = PairDataset if split == "train" else PairEvalDataset
+        return cls(pairs=pairs, **self.shared(split))
+
+
+@registry.register_builder("image_question_json")
+class ImageQuestionBuilder(LocalFilesBuilder):
+    """Questions and answers about images from JSON, JSONL or CSV."""
+
+    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": config_path("datasets/image_question_json.yaml")}
+
+    def build_split(self, split: str) -> BaseDataset:
+        """Build questions; only those for training must have answers."""
+        config = self.config
+        keys = QuestionKeys(
+            image=config.image_key,
+            question=config.question_key,
+            answer=config.answer_key,
+            question_id=config.get("id_key"),
+            answers_needed=split == "train",
+        )
+        questions = [record for record in self.load(split, keys) if isinstance(record, Question)]
+        shared = {"annotation": self.annotate(questions), **self.shared(split)}
+        if split == "train":
+            return QuestionDataset(**shared)
+        path = config.get("answer_list")
+        return QuestionEvalDataset(answer_list=read_strings(path) if path else None, **shared)
+
+    def annotate(self, questions: Sequence[Question]) -> list[Sample]:
+        """Number the questions, by their own ids where ``id_key`` names them.
+
+        Raises:
+            UserError: an id is no whole number (LAVIS wants one) or not unique.
+        """
+        ids = [question.question_id for question in questions]
+        if not self.config.get("id_key"):
+            ids = [str(number) for number in range(len(questions))]
+        for question_id, count in Counter(ids).items():
+            if count > 1 or not question_id.isdecimal():
+                raise UserError(
+                    f"{self.name}: id_key '{self.config.id_key}': '{question_id}' is not a unique whole "
+                    "number; leave id_key out and the questions are numbered"
+                )
+        return [
+            {
+                "image": question.image,
+                "question": question.question,
+                "answers": list(question.answers),
+                "question_id": int(question_id),
+            }
+            for question, question_id in zip(questions, ids, strict=True)
+        ]

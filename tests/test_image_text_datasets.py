@@ -1,0 +1,159 @@
+"""A user's files become LAVIS datasets by YAML alone; broken images are skipped or fatal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from lavis_xformer.data import image_text_datasets  # noqa: F401  (registers the builders)
+from lavis_xformer.data.guard import DataFault
+from lavis_xformer.errors import UserError
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    (tmp_path / "photos").mkdir()
+    for i in range(10):
+        Image.new("RGB", (9, 8), (20 * i, 0, 0)).save(tmp_path / "photos" / f"{i}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def captions(photos: Path) -> Path:
+    """Ten images, two captions each, as JSON lines."""
+    path = photos.parent / "captions.jsonl"
+    rows = [{"image": f"{i}.png", "caption": [f"Red {i}!", "a square"]} for i in range(10)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture
+def questions(photos: Path) -> Path:
+    path = photos.parent / "questions.json"
+    rows: list[dict[str, Any]] = [
+        {"image": f"{i}.png", "question": "How red?", "answer": ["very", "very", i], "id": 100 + i} for i in range(10)
+    ]
+    path.write_text(json.dumps({"info": "mine", "questions": rows}))
+    return path
+
+
+def build(name: str, **settings: Any) -> dict[str, Any]:
+    """Build as a run does: the user's section over the default YAML."""
+    cls = registry.get_builder_class(name)
+    defaults = OmegaConf.load(cls.default_config_path()).datasets[name]
+    small = {"vis_processor": {m: {"image_size": 16} for m in ("train", "eval")}}
+    return cls(OmegaConf.merge(defaults, small, settings)).build_datasets()
+
+
+def test_pairs_for_training(photos: Path, captions: Path) -> None:
+    datasets = build("image_text_json", image_root=str(photos), splits={"train": {"annotations": str(captions)}})
+    assert list(datasets) == ["train"]
+    loader = DataLoader(datasets["train"], 4, collate_fn=datasets["train"].collater)
+    batch = next(iter(loader))
+    assert len(datasets["train"]) == 20
+    assert batch["image"].shape == (4, 6, 16, 16)
+    assert batch["text_input"] == ["red 0", "a square", "red 1", "a square"]
+    assert batch["image_id"].tolist() == [0, 0, 1, 1]
+    assert batch["instance_id"] == ["0", "1", "2", "3"]
+
+
+def test_pairs_for_evaluation_have_lavis_retrieval_tables(photos: Path, captions: Path) -> None:
+    splits = {"val": {"annotations": str(captions), "image_root": str(photos)}}
+    dataset = build("image_text_json", splits=splits)["val"]
+    batch = next(iter(DataLoader(dataset, 10, collate_fn=dataset.collater)))
+    assert batch["index"].tolist() == batch["image_id"].tolist() == list(range(10))
+    assert batch["text_input"][3] == "red 3"
+    assert dataset.img2txt[3] == [6, 7]
+    assert dataset.txt2img[7] == 3
+    assert dataset.text[6] == "red 3"
+    assert dataset.image[3] == "3.png"
+
+
+def test_rows_of_one_image_are_one_image(photos: Path) -> None:
+    path = photos.parent / "rows.json"
+    rows = [{"image": f"{i % 2}.png", "caption": f"c{i}"} for i in range(6)]
+    path.write_text(json.dumps(rows))
+    splits = {name: {"annotations": str(path)} for name in ("train", "val")}
+    datasets = build("image_text_json", image_root=str(photos), splits=splits)
+    assert [datasets["train"][i]["image_id"] for i in range(6)] == [0, 1, 0, 1, 0, 1]
+    assert datasets["val"].img2txt == {0: [0, 1, 2], 1: [3, 4, 5]}
+    assert datasets["val"].text[3:] == ["c1", "c3", "c5"]
+
+
+def test_several_files_are_joined(photos: Path, captions: Path) -> None:
+    splits = {"train": {"annotations": [str(captions), str(captions)]}}
+    assert len(build("image_text_json", image_root=str(photos), splits=splits)["train"]) == 40
+
+
+@pytest.mark.parametrize("damage", [b"", b"not an image", "cut"])
+def test_a_corrupt_image_is_skipped_or_fatal(photos: Path, captions: Path, damage: bytes | str) -> None:
+    bad = photos / "4.png"
+    bad.write_bytes(bad.read_bytes()[:50] if damage == "cut" else damage)  # type: ignore[arg-type]
+    settings = {"image_root": str(photos), "splits": {"train": {"annotations": str(captions)}}}
+    dataset = build("image_text_json", **settings)["train"]
+    assert dataset[8]["image_id"] == 5
+    assert dataset.corrupt() == [f"{bad} (sample 8)", f"{bad} (sample 9)"]
+    dataset = build("image_text_json", **settings, on_corrupt="raise")["train"]
+    with pytest.raises(DataFault) as error:
+        dataset[8]
+    assert str(error.value).count(str(bad)) == 1
+
+
+def test_questions_for_training_are_in_lavis_form(photos: Path, questions: Path) -> None:
+    splits = {"train": {"annotations": str(questions)}}
+    dataset = build("image_question_json", image_root=str(photos), splits=splits)["train"]
+    batch = next(iter(DataLoader(dataset, 2, collate_fn=dataset.collater)))
+    assert batch["text_input"] == ["how red?", "how red?"]
+    assert batch["answer"] == ["very", "0", "very", "1"]
+    torch.testing.assert_close(batch["weight"], torch.tensor([2 / 3, 1 / 3] * 2))
+    assert batch["n_answers"].tolist() == [2, 2]
+
+
+def test_questions_for_evaluation_are_in_lavis_form(photos: Path, questions: Path) -> None:
+    candidates = photos.parent / "answers.json"
+    candidates.write_text('["very", "hardly"]')
+    dataset = build(
+        "image_question_json",
+        image_root=str(photos),
+        id_key="id",
+        answer_list=str(candidates),
+        splits={"test": {"annotations": str(questions)}},
+    )["test"]
+    batch = next(iter(DataLoader(dataset, 3, collate_fn=dataset.collater)))
+    assert batch["question_id"].tolist() == [100, 101, 102]
+    assert batch["answer"] == ["very"] * 3
+    assert batch["instance_id"] == ["0", "1", "2"]
+    assert dataset.answer_list == ["very", "hardly"]
+
+
+def test_question_ids_must_be_unique_whole_numbers(photos: Path, questions: Path) -> None:
+    splits = {"test": {"annotations": str(questions)}}
+    with pytest.raises(UserError, match=r"id_key 'image': '0\.png' is not a unique whole number"):
+        build("image_question_json", image_root=str(photos), id_key="image", splits=splits)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"set datasets\.image_text_json\.splits\.train\.annotations"),
+        ({"splits": {"vall": {"annotations": "x"}}}, "split 'vall': did you mean 'val'"),
+        ({"splits": {"val": {"annotations": "gone.json"}}}, r"gone\.json: no such annotation file"),
+        ({"image_root": "/nowhere"}, "/nowhere: no such image folder"),
+        ({"caption_key": "text"}, r"10 of 10 rows are wrong: row 1: no caption under 'text'"),
+        ({"on_corrupt": "ignore"}, "on_corrupt: ignore"),
+    ],
+)
+def test_a_wrong_configuration_is_named(photos: Path, captions: Path, settings: dict[str, Any], message: str) -> None:
+    if settings and "splits" not in settings:
+        settings = {"image_root": str(photos), **settings}
+        settings["splits"] = {"train": {"annotations": str(captions)}}
+    with pytest.raises(UserError, match=message):
+        build("image_text_json", **settings)
