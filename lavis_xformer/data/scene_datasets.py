@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ Processor = Callable[[Any], Any]
 Sample = dict[str, Any]
 
 SPLITS = ("train", "val", "test")
+_scene = lru_cache(maxsize=64)(make_scene)  # a sample asks for its scene twice
 _MANY_SCENES = 1000  # how many scenes may not allow a kind of question before one gives up
 
 
@@ -63,7 +65,7 @@ class SceneSource:
 
     def scene(self, index: int) -> Scene:
         """Draw a scene."""
-        return make_scene(self.seed, self.split, index, self.preset)
+        return _scene(self.seed, self.split, index, self.preset)
 
     def paint(self, index: int) -> NDArray[np.uint8]:
         """Paint a scene: (image_size, image_size, 3)."""
@@ -169,9 +171,7 @@ class ScenePairEvalDataset(SceneDataset):
         super().__init__(**shared)
         k = captions_per_image
         scenes = range(self.source.scenes)
-        self.annotation = [
-            self.row(i, i, caption=captions(self.source.scene(i), level, k)) for i in scenes
-        ]
+        self.annotation = [self.row(i, i, caption=captions(self.source.scene(i), level, k)) for i in scenes]
         self.text = [self.text_processor(text) for row in self.annotation for text in row["caption"]]
         self.image = [row["image"] for row in self.annotation]
         self.img2txt = {i: list(range(i * k, (i + 1) * k)) for i in scenes}
@@ -214,9 +214,7 @@ class SceneQuestionDataset(SceneDataset):
             question = ask(self.source.scene(index), rng, kind)
             if question is not None:
                 return index, question
-        raise UserError(
-            f"kinds: no scene of preset '{self.source.preset}' allows a question of kind '{kind}'"
-        )
+        raise UserError(f"kinds: no scene of preset '{self.source.preset}' allows a question of kind '{kind}'")
 
     def _annotate(self, number: int) -> Sample:
         index, asked = self._ask(number)
@@ -309,7 +307,7 @@ class _SceneBuilder(BaseDatasetBuilder):
 class ScenePairBuilder(_SceneBuilder):
     """Scenes with captions: training pairs, and evaluation by losses and by retrieval."""
 
-    DATASET_CONFIG_DICT = {"default": config_path("datasets/scenes.yaml")}
+    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": config_path("datasets/scenes.yaml")}
     train_dataset_cls, eval_dataset_cls = ScenePairDataset, ScenePairEvalDataset
     split_keys = ("captions", "captions_per_image")
 
@@ -325,7 +323,7 @@ class ScenePairBuilder(_SceneBuilder):
 class SceneQuestionBuilder(_SceneBuilder):
     """Scenes with questions and answers."""
 
-    DATASET_CONFIG_DICT = {"default": config_path("datasets/scenes_vqa.yaml")}
+    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": config_path("datasets/scenes_vqa.yaml")}
     train_dataset_cls = eval_dataset_cls = SceneQuestionDataset
     split_keys = ("questions_per_image",)
 

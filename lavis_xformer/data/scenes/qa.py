@@ -25,11 +25,14 @@ from lavis_xformer.data.scenes.words import (
     plural,
     with_article,
 )
-from lavis_xformer.data.scenes.world import CELL_BORDERS, Scene, SceneObject, relations
+from lavis_xformer.data.scenes.world import CELL_BORDERS, Scene, SceneObject, relations, visible_shares
 from lavis_xformer.errors import UserError, nearest
 
 CELL_MARGIN = 0.03
 """How far from the border of a cell an object must be for its place to be asked."""
+
+DETAIL_VISIBLE = 0.93
+"""Share of an object that must be seen for its mark or facing to be asked."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,15 @@ def _attribute(scene: Scene, rng: Generator) -> Question | None:
     return Question("attribute", *pick(rng, options)) if options else None
 
 
+def _uncovered(scene: Scene) -> list[SceneObject]:
+    """The objects of which nearly all is seen, so that no detail hides behind another object."""
+    shares = visible_shares(scene.objects)
+    return [o for o, share in zip(scene.objects, shares, strict=True) if share >= DETAIL_VISIBLE]
+
+
 def _mark(scene: Scene, rng: Generator) -> Question | None:
     """The fine mark of the largest or of a named object."""
-    chosen = _named(scene, rng, scene.objects)
+    chosen = _named(scene, rng, _uncovered(scene))
     if chosen is None:
         return None
     item, name = chosen
@@ -132,7 +141,7 @@ def _mark(scene: Scene, rng: Generator) -> Question | None:
 
 def _facing(scene: Scene, rng: Generator) -> Question | None:
     """Which way the largest or a named object faces, where one sees it."""
-    chosen = _named(scene, rng, [item for item in scene.objects if item.directed])
+    chosen = _named(scene, rng, [item for item in _uncovered(scene) if item.directed])
     if chosen is None:
         return None
     item, name = chosen
@@ -246,7 +255,5 @@ def majority_share(asked: Iterable[Question]) -> dict[str, tuple[str, float]]:
     answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for question in asked:
         answers[question.kind][question.answer] += 1
-    return {
-        kind: (top := counts.most_common(1)[0])[:1] + (top[1] / counts.total(),)
-        for kind, counts in answers.items()
-    }
+    tops = {kind: counts.most_common(1)[0] for kind, counts in answers.items()}
+    return {kind: (top, times / answers[kind].total()) for kind, (top, times) in tops.items()}

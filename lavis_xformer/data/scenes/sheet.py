@@ -21,7 +21,7 @@ ZOOM = 4  # pixels of the sheet per pixel of a scene
 GAP = 16
 COLUMNS, ROWS = 5, 3
 LINE = 17
-TEXT_LINES = 11
+TEXT_LINES = 9
 HEADER = 64
 
 
@@ -43,13 +43,20 @@ def _wrap(text: str, width: int) -> list[str]:
     return lines
 
 
-def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: str) -> int:
-    """Write a text below ``at``; return where the next one starts."""
-    x, y = at
-    for line in _wrap(text, SIDE * ZOOM):
-        draw.text((x, y), line, colour, _font(14))
-        y += LINE
-    return y
+def _write(draw: ImageDraw.ImageDraw, top: int, text: str, answer: str = "") -> int:
+    """Write a text and its answer from ``top`` downwards; return where the next one starts."""
+    left, width = GAP // 2, SIDE * ZOOM
+    lines = _wrap(text, width)
+    for number, line in enumerate(lines):
+        draw.text((left, top + number * LINE), line, INK, _font(14))
+    top += len(lines) * LINE
+    if answer:
+        end = _font(14).getlength(lines[-1] + "  ")
+        fits = end + _font(14).getlength(answer) <= width
+        at = (left + end, top - LINE) if fits else (left, top)
+        draw.text(at, answer, ANSWER, _font(14), stroke_width=0.4, stroke_fill=ANSWER)
+        top += 0 if fits else LINE
+    return top + GAP // 2
 
 
 def _card(scene: Scene, level: str) -> Image.Image:
@@ -59,13 +66,11 @@ def _card(scene: Scene, level: str) -> Image.Image:
     picture = Image.fromarray(render(scene, SIDE)).resize((side, side), Image.Resampling.NEAREST)
     card.paste(picture, (GAP // 2, GAP // 2))
     draw = ImageDraw.Draw(card)
-    x, y = GAP // 2, side + GAP
-    draw.text((x, y), f"{level} caption", SOFT, _font(12))
-    y = _write(draw, (x, y + LINE - 2), captions(scene, level, 1)[0], INK) + 5
+    draw.text((GAP // 2, side + GAP), f"{level} caption", SOFT, _font(12))
+    top = _write(draw, side + GAP + LINE - 2, captions(scene, level, 1)[0])
     rng = scene_rng(scene.seed, scene.split, scene.index, 3)
-    for asked in sorted(questions(scene, rng), key=lambda _: rng.random())[:2]:
-        y = _write(draw, (x, y), asked.text, INK)
-        y = _write(draw, (x + 12, y), asked.answer, ANSWER) + 3
+    for asked in questions(scene, rng, n=2):
+        top = _write(draw, top, asked.text, asked.answer)
     return card
 
 
@@ -84,8 +89,7 @@ def contact_sheet(preset: str, seed: int, path: str | Path, split: str = "train"
     find_preset(preset)
     levels = list(LEVELS)
     cards = [
-        _card(make_scene(seed, split, index, preset), levels[index % len(levels)])
-        for index in range(COLUMNS * ROWS)
+        _card(make_scene(seed, split, index, preset), levels[index % len(levels)]) for index in range(COLUMNS * ROWS)
     ]
     width, height = cards[0].width + GAP, cards[0].height + GAP
     sheet = Image.new("RGB", (COLUMNS * width + GAP, ROWS * height + GAP + HEADER), PAPER)

@@ -8,7 +8,7 @@ D: side of the sprite in pixels.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -57,9 +57,7 @@ def _moon() -> NDArray[np.float64]:
     crossing = (outer**2 - inner**2 + lift**2) / (2 * lift)
     tip = float(np.degrees(np.arcsin(crossing / outer)))
     inner_tip = float(np.degrees(np.arcsin((crossing - lift) / inner)))
-    return np.concatenate(
-        [_arc(180 - tip, 360 + tip, outer), _arc(inner_tip, -180 - inner_tip, inner, lift)]
-    )
+    return np.concatenate([_arc(180 - tip, 360 + tip, outer), _arc(inner_tip, -180 - inner_tip, inner, lift)])
 
 
 _CROSS = [(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3)]
@@ -75,6 +73,15 @@ OUTLINES: dict[str, NDArray[np.float64]] = {
     ),
     "cross": np.array(_CROSS + [(-x, -y) for x, y in _CROSS]) * 0.31,
 }
+
+
+def _area(outline: NDArray[np.float64]) -> float:
+    """Area of a polygon as a share of the square around the unit disc (shoelace formula)."""
+    x, y = outline.T
+    return float(abs(x @ np.roll(y, 1) - y @ np.roll(x, 1))) / 8
+
+
+AREAS = {shape: _area(outline) for shape, outline in OUTLINES.items()}
 
 
 def _rotate(points: NDArray[np.float64], degrees: float) -> NDArray[np.float64]:
@@ -106,10 +113,11 @@ def _local(side: int, degrees: float) -> NDArray[np.float64]:
 
 
 def _bite(body: Mask, frame: NDArray[np.float64]) -> Mask:
-    """A disc around the point of the body that lies farthest to the lower right in its own frame."""
-    reach = np.where(body, frame[..., 0] - 0.6 * frame[..., 1], -np.inf)
-    centre = frame.reshape(-1, 2)[int(reach.argmax())]
-    return ((frame - centre) ** 2).sum(-1) < 0.4**2
+    """A disc around the point of the border that is nearest to the lower right flank, in the object's own frame."""
+    border = body & ~_erode(body, 1)
+    away = np.where(border, ((frame - (0.5, -0.35)) ** 2).sum(-1), np.inf)
+    centre = frame.reshape(-1, 2)[int(away.argmin())]
+    return ((frame - centre) ** 2).sum(-1) < 0.38**2
 
 
 def _inked(mark: str, body: Mask, frame: NDArray[np.float64]) -> Mask:
@@ -134,7 +142,7 @@ def _average(fine: Mask, side: int) -> Floats:
     return fine.reshape(side, FINE, side, FINE).mean(axis=(1, 3)).astype(np.float32)
 
 
-@lru_cache(maxsize=None)
+@cache
 def sprite(shape: str, mark: str, side: int, degrees: int) -> Sprite:
     """Draw one object.
 

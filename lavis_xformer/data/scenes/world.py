@@ -14,7 +14,7 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 
-from lavis_xformer.data.scenes.sprites import Sprite, sprite
+from lavis_xformer.data.scenes.sprites import AREAS, Sprite, sprite
 from lavis_xformer.data.scenes.words import (
     COLOURS,
     COLUMNS,
@@ -107,12 +107,15 @@ class SceneObject:
         """Whether one sees which way it faces."""
         return self.shape in DIRECTED
 
+    @property
+    def area(self) -> float:
+        """The share of the picture that it would cover alone and without a notch."""
+        return AREAS[self.shape] * self.diameter**2
+
     def box(self, size: int) -> tuple[int, int, int]:
         """Top, left and side of its square in a picture of ``size`` pixels."""
         side = max(2, round(self.diameter * size))
-        top, left = (
-            min(max(round(v * size - side / 2), 0), size - side) for v in (self.y, self.x)
-        )
+        top, left = (min(max(round(v * size - side / 2), 0), size - side) for v in (self.y, self.x))
         return top, left, side
 
     def sprite(self, size: int) -> Sprite:
@@ -159,9 +162,7 @@ class Scene:
             if shape in (None, o.shape) and colour in (None, o.colour) and mark in (None, o.mark)
         ]
 
-    def count(
-        self, *, shape: str | None = None, colour: str | None = None, mark: str | None = None
-    ) -> int:
+    def count(self, *, shape: str | None = None, colour: str | None = None, mark: str | None = None) -> int:
         """How many objects have the given attributes."""
         return len(self.find(shape=shape, colour=colour, mark=mark))
 
@@ -175,9 +176,10 @@ class Scene:
         return [o for o in self.objects if groups[o.colour, o.shape] == 1]
 
     def largest(self) -> SceneObject | None:
-        """The largest object, or None where no object is larger than all others by a sixth."""
-        first, *rest = sorted(self.objects, key=lambda o: -o.diameter)
-        return first if not rest or first.diameter > rest[0].diameter * 7 / 6 else None
+        """The object that is larger than all others by a third in area and spans no less; None if there is none."""
+        first, *rest = sorted(self.objects, key=lambda o: -o.area)
+        clear = all(3 * first.area >= 4 * o.area and first.diameter >= o.diameter for o in rest)
+        return first if clear else None
 
 
 def relations(first: SceneObject, second: SceneObject) -> list[str]:
@@ -291,9 +293,7 @@ def _look(rng: Generator, kind: int, rules: Preset) -> _Look:
     )
 
 
-def _arrange(
-    rng: Generator, looks: Sequence[_Look], rules: Preset
-) -> tuple[SceneObject, ...] | None:
+def _arrange(rng: Generator, looks: Sequence[_Look], rules: Preset) -> tuple[SceneObject, ...] | None:
     """Give every object a size and a place; None where one finds no place.
 
     The more objects, the smaller they tend to be, so that the area they cover says little of their number.

@@ -1,0 +1,256 @@
+"""Captions are true, the description is complete, and answers are right and not given away."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from lavis_xformer.data.scenes import (
+    ANSWERS,
+    LEVELS,
+    PRESETS,
+    QUESTION_KINDS,
+    ask,
+    caption,
+    captions,
+    coarse_caption,
+    description,
+    fine_caption,
+    majority_share,
+    make_scene,
+    questions,
+    vocabulary,
+)
+from lavis_xformer.data.scenes.words import COLOURS, DIRECTED, GROUNDS, MARKS, NUMBERS, SHAPES, SIZES, plural
+from lavis_xformer.errors import UserError
+
+SCENES = [make_scene(5, "val", index, preset) for preset in PRESETS for index in range(250)]
+NUMBER_WORDS = dict(zip(NUMBERS, range(10), strict=True)) | {"a": 1, "an": 1}
+SINGULAR = {plural(shape): shape for shape in SHAPES} | {shape: shape for shape in SHAPES}
+A_SHAPE = "|".join(sorted(SINGULAR, key=len, reverse=True))
+A_COLOUR = "|".join(COLOURS)
+
+
+def rng():
+    return np.random.default_rng(0)
+
+
+def naive_cell(item):
+    """Place of an object in a three by three grid, written down anew."""
+    row = "top" if item.y < 0.385 else "bottom" if item.y > 0.615 else ""
+    column = "left" if item.x < 0.385 else "right" if item.x > 0.615 else ""
+    return " ".join(word for word in (row, column) if word) or "middle"
+
+
+def ground_words(text):
+    found = re.findall(r"(\w+) ground", text)
+    return set(found)
+
+
+def test_coarse_captions_name_only_what_is_there_and_never_a_mark():
+    draw, exact, placed = rng(), 0, 0
+    for scene in SCENES:
+        text = coarse_caption(scene, draw)
+        assert ground_words(text) <= {scene.ground.name}
+        body = re.sub(r"\w+ ground", "", text)
+        assert not set(body.split()) & {*MARKS, *SIZES}
+        for colour, shape in re.findall(rf"(?:({A_COLOUR}) )?\b({A_SHAPE})\b", body):
+            number = scene.count(shape=SINGULAR[shape], colour=colour or None)
+            assert number > 1 if shape != SINGULAR[shape] else number == 1
+        exact += bool(set(body.split()) & set(NUMBERS[2:]))
+        placed += "at the" in body or "in the middle" in body
+    assert exact < 0.15 * len(SCENES)
+    assert placed < 0.1 * len(SCENES)
+
+
+def test_medium_captions_give_every_group_its_number_and_a_true_relation():
+    draw, related = rng(), 0
+    for scene in SCENES:
+        groups, _, told = caption(scene, draw).partition(", the ")
+        found = re.findall(rf"(\w+) ({A_COLOUR}) ({A_SHAPE})", groups)
+        naive = Counter((item.colour, item.shape) for item in scene.objects)
+        assert {(c, SINGULAR[s]): NUMBER_WORDS[n] for n, c, s in found} == dict(naive)
+        if match := re.fullmatch(r"(\w+) (\w+) is (left of|right of|above|below) the (\w+) (\w+)", told):
+            first, second = (scene.find(colour=c, shape=s) for c, s in (match.group(1, 2), match.group(4, 5)))
+            assert len(first) == len(second) == 1
+            dx, dy = first[0].x - second[0].x, first[0].y - second[0].y
+            assert {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[match.group(3)] >= 0.12
+            related += 1
+        elif told:
+            colour, shape, size, place = re.fullmatch(r"(\w+) (\w+) is (\w+) and (?:at|in) the (.+)", told).groups()
+            (item,) = scene.find(colour=colour, shape=shape)
+            assert (item.size, naive_cell(item)) == (size, place)
+    assert related > 100
+
+
+def seen_objects(text):
+    """Parse every fully named object of a text: size, mark, colour, shape, facing or '', place."""
+    pattern = rf"({'|'.join(SIZES)}) ({'|'.join(MARKS)}) ({A_COLOUR}) (\w+)(?: facing (\w+))? (?:at|in) the "
+    return re.findall(pattern + r"((?:top|bottom|left|right|middle)(?: left| right)?)", text)
+
+
+def as_seen(item, facing):
+    return item.size, item.mark, item.colour, item.shape, item.facing if facing else "", naive_cell(item)
+
+
+def test_fine_captions_describe_objects_that_are_there():
+    draw = rng()
+    for scene in SCENES:
+        text = fine_caption(scene, draw)
+        told = seen_objects(text)
+        assert 1 <= len(told) <= 3
+        there = Counter(as_seen(item, facing=False) for item in scene.objects)
+        assert not Counter((*parts[:4], "", parts[5]) for parts in told) - there
+        for parts in told:
+            faced = {as_seen(item, facing=bool(parts[4])) for item in scene.objects}
+            assert parts in faced
+        if total := re.match(r"(\w+) objects", text):
+            assert NUMBER_WORDS[total.group(1)] == len(scene.objects)
+
+
+def test_captions_repeat_and_begin_alike():
+    for level in LEVELS:
+        for scene in SCENES[:50]:
+            assert captions(scene, level, 5) == captions(scene, level, 5)
+            assert captions(scene, level, 2) == captions(scene, level, 5)[:2]
+    with pytest.raises(UserError, match="did you mean 'coarse'"):
+        captions(SCENES[0], "coarser", 1)
+
+
+def test_captions_are_short_enough_for_blip2_and_mostly_tell_scenes_apart():
+    for level in ("medium", "fine"):
+        texts = [captions(make_scene(0, "test", index), level, 1)[0] for index in range(1000)]
+        lengths = [len(re.findall(r"\w+|,", text)) for text in texts]
+        assert np.mean([length > 32 for length in lengths]) < 0.01
+        shared = sum(times for times in Counter(texts).values() if times > 1)
+        assert shared <= 20
+
+
+def test_words_stay_in_the_vocabulary():
+    draw, known, used = rng(), set(vocabulary()), set()
+    for scene in SCENES:
+        texts = [write(scene, draw) for write in LEVELS.values()] + [description(scene)]
+        texts += [f"{q.text} {q.answer}" for q in questions(scene, draw, n=12)]
+        used |= set(re.findall(r"[^\s.,?:]+", " ".join(texts)))
+    assert used <= known
+    assert len(known - used) <= 3
+    assert len(known) < 120
+
+
+def test_descriptions_list_every_object_in_order():
+    for scene in SCENES:
+        text = description(scene)
+        listed = seen_objects(text.split("left to right: ")[1])
+        in_order = sorted(scene.objects, key=lambda item: item.x)
+        assert listed == [as_seen(item, item.shape in DIRECTED) for item in in_order]
+        assert ground_words(text) == {scene.ground.name} <= set(GROUNDS)
+
+
+class Reader:
+    """Answers questions from a description alone."""
+
+    def __init__(self, text):
+        self.parts = dict(part.split(": ") for part in text.rstrip(".").split(". ")[1:])
+        self.total = text.split()[0]
+        self.objects = seen_objects(self.parts["left to right"])
+
+    def named(self, name):
+        if name == "largest object":
+            size, mark, colour, shape = self.parts["largest"].split()[:4]
+            alike = [o for o in self.objects if o[:4] == (size, mark, colour, shape)]
+            return alike[0] if len(alike) == 1 else None
+        (found,) = [o for o in self.objects if all(word in (*o[2:4], "object") for word in name.split())]
+        return found
+
+    def number(self, name):
+        words = [SINGULAR.get(word, word) for word in name.split() if word not in ("object", "objects")]
+        return sum(all(word in o[2:4] for word in words) for o in self.objects)
+
+    def order(self, part, first, second):
+        names = [" ".join(o[2:4]) for o in self.objects] if part == "left to right" else self.parts[part].split(", ")
+        return names.index(first) < names.index(second)
+
+    def answer(self, text):
+        if text in (
+            "how many objects are there?",
+            "how many objects are in the image?",
+            "what is the number of objects?",
+        ):
+            return self.total
+        if match := re.fullmatch(r"how many (.+) are (?:there|in the image)\?", text):
+            return str(self.number(match.group(1)))
+        if match := re.fullmatch(r"does an? (.+) exist in the image\?", text):
+            return "yes" if self.number(match.group(1)) else "no"
+        if match := re.fullmatch(r"is the (\w+ \w+) (.+) the (\w+ \w+)\?", text):
+            return self.relation(*match.groups())
+        pattern = r"(what (?:size|mark|colour|shape)|which way|where) (?:is|has|does) the (.+?)( face)?\?"
+        what, name, _ = re.fullmatch(pattern, text).groups()
+        if (found := self.named(name)) is None:
+            return None
+        return found[["what size", "what mark", "what colour", "what shape", "which way", "where"].index(what)]
+
+    def relation(self, first, how, second):
+        part = "left to right" if "left" in how or "right" in how else "top to bottom"
+        before, after = ("left", "right") if part == "left to right" else ("above", "below")
+        true = before if self.order(part, first, second) else after
+        return true if " or " in how else "yes" if how.removesuffix(" of") == true else "no"
+
+
+def test_every_question_is_answered_by_the_description_alone():
+    draw, kinds = rng(), Counter()
+    for scene in SCENES:
+        reader = Reader(description(scene))
+        for asked in questions(scene, draw, n=12):
+            found = reader.answer(asked.text)
+            assert found in (asked.answer, None), (asked, description(scene))
+            assert asked.answer in ANSWERS
+            kinds[asked.kind] += found is not None
+    assert set(kinds) == set(QUESTION_KINDS)
+    assert min(kinds.values()) > 200
+
+
+def test_answers_of_the_largest_object_are_those_of_the_largest():
+    draw, found = rng(), 0
+    for scene in SCENES:
+        for asked in questions(scene, draw, n=12):
+            if "largest" in asked.text:
+                item = max(scene.objects, key=lambda o: o.area)
+                true = (item.colour, item.shape, item.mark, item.facing, naive_cell(item))
+                words = ("colour", "shape", "mark", "which way", "where")
+                assert asked.answer == next(a for a, w in zip(true, words, strict=True) if w in asked.text)
+                found += 1
+    assert found > 200
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_majority_does_not_give_answers_away(preset):
+    draw = rng()
+    drawn = [make_scene(1, "test", index, preset) for index in range(1500)]
+    shares = majority_share(q for scene in drawn for q in questions(scene, draw))
+    most = PRESETS[preset].objects[1]
+    bounds = {
+        "count": 1.25 / most,
+        "count_group": 0.35,
+        "presence": 0.55,
+        "attribute": 0.2,
+        "mark": 0.25,
+        "facing": 0.32,
+        "relation": 0.35,
+        "position": 0.2,
+    }
+    assert set(shares) == set(bounds)
+    for kind, (answer, share) in shares.items():
+        assert share <= bounds[kind], (kind, answer, share)
+
+
+def test_asking_one_kind_or_many():
+    draw = rng()
+    for scene in SCENES[:100]:
+        several = questions(scene, draw, n=10)
+        assert len({q.text for q in several}) == len(several) <= 10
+        assert all(q.kind == "presence" for q in questions(scene, draw, kinds=["presence"], n=3))
+    with pytest.raises(UserError, match="did you mean 'count'"):
+        ask(SCENES[0], draw, "counts")

@@ -1,0 +1,164 @@
+"""Scenes are replayable, disjoint between splits, visible, and fast to make."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import astuple, replace
+
+import numpy as np
+import pytest
+
+from lavis_xformer.data.scenes import PRESETS, make_scene, relations, render, visible_shares
+from lavis_xformer.data.scenes.sheet import main
+from lavis_xformer.data.scenes.sprites import AREAS, sprite
+from lavis_xformer.data.scenes.words import COLOURS, GROUNDS, MARKS, SHAPES
+from lavis_xformer.errors import UserError
+
+
+def scenes(preset="standard", count=300, split="val", seed=0):
+    return [make_scene(seed, split, index, preset) for index in range(count)]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_same_arguments_give_the_same_scene_and_picture(preset):
+    first, again = scenes(preset, 20), scenes(preset, 20)
+    assert first == again
+    assert all((render(a) == render(b)).all() for a, b in zip(first, again, strict=True))
+
+
+def test_seeds_splits_and_indices_give_different_scenes_and_pictures():
+    groups = [scenes(count=120, split=split, seed=seed) for split in ("train", "val", "test") for seed in (0, 1)]
+    every = [scene for group in groups for scene in group]
+    assert len({astuple(scene)[:2] for scene in every}) == len(every)
+    assert len({render(scene).tobytes() for scene in every}) == len(every)
+
+
+@pytest.mark.parametrize("size", [32, 64, 100])
+def test_pictures_are_rgb_of_the_wanted_size(size):
+    for scene in scenes(count=30):
+        picture = render(scene, size)
+        assert picture.shape == (size, size, 3)
+        assert picture.dtype == np.uint8
+        assert picture.std() > 3
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_numbers_and_grounds_keep_to_the_preset(preset):
+    rules, drawn = PRESETS[preset], scenes(preset, 600)
+    assert {len(scene.objects) for scene in drawn} == set(range(rules.objects[0], rules.objects[1] + 1))
+    assert {scene.ground.name for scene in drawn} == set(rules.grounds)
+    assert max(len(scene.groups()) for scene in drawn) == rules.kinds
+    every = [item for scene in drawn for item in scene.objects]
+    assert {item.shape for item in every} == set(SHAPES)
+    assert {item.colour for item in every} == set(COLOURS)
+    assert {item.mark for item in every} == set(MARKS)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_object_stays_mostly_visible(preset):
+    for scene in scenes(preset, 60):
+        whole = render(scene).astype(int)
+        shares = visible_shares(scene.objects)
+        assert shares.min() >= PRESETS[preset].visible
+        for number, (item, share) in enumerate(zip(scene.objects, shares, strict=True)):
+            rest = (*scene.objects[:number], *scene.objects[number + 1 :])
+            gone = np.abs(whole - render(replace(scene, objects=rest))).sum(-1) > 0
+            covered = np.count_nonzero(item.sprite(64).alpha > 0.5)
+            assert np.count_nonzero(gone) >= 0.8 * share * covered  # what it alone changes in the picture
+
+
+def test_objects_are_larger_than_a_patch_and_inside_the_picture():
+    for item in (item for scene in scenes() for item in scene.objects):
+        top, left, side = item.box(64)
+        assert side > 8
+        assert min(top, left) >= 0
+        assert max(top, left) + side <= 64
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("side", [11, 18, 26])
+def test_every_mark_changes_the_look_of_every_shape(shape, side):
+    sprites = [sprite(shape, mark, side, 0) for mark in MARKS]
+    looks = [drawn.alpha * (1 - 0.8 * drawn.ink) for drawn in sprites]
+    for first, second in itertools.combinations(looks, 2):
+        assert np.abs(first - second).sum() > 0.03 * side**2
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_areas_are_those_of_the_drawn_shapes(shape):
+    assert sprite(shape, "plain", 64, 0).alpha.mean() == pytest.approx(AREAS[shape], abs=0.01)
+
+
+def test_marks_look_different_in_the_picture():
+    scene = next(scene for scene in scenes() if len(scene.objects) == 1)
+    item = scene.objects[0]
+    looks = {render(replace(scene, objects=(replace(item, mark=mark),))).tobytes() for mark in MARKS}
+    assert len(looks) == len(MARKS)
+
+
+def test_grounds_look_different():
+    scene = replace(scenes(count=1)[0], objects=())
+    looks = {render(replace(scene, ground=replace(scene.ground, name=name))).tobytes() for name in GROUNDS}
+    assert len(looks) == len(GROUNDS)
+
+
+def test_ground_truth_equals_a_naive_count():
+    for scene in scenes():
+        for shape, colour in itertools.product(SHAPES, COLOURS):
+            naive = sum(1 for item in scene.objects if item.shape == shape and item.colour == colour)
+            assert scene.count(shape=shape, colour=colour) == naive
+            assert scene.groups()[colour, shape] == naive
+        for mark in MARKS:
+            assert scene.count(mark=mark) == sum(item.mark == mark for item in scene.objects)
+
+
+def test_relations_are_opposite_seen_from_the_other_side():
+    opposite = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+    for scene in scenes():
+        for a, b in itertools.combinations(scene.objects, 2):
+            assert [opposite[name] for name in relations(a, b)] == relations(b, a)
+            assert ("left of" in relations(a, b)) == (a.x <= b.x - 0.12)
+            assert ("above" in relations(a, b)) == (a.y <= b.y - 0.12)
+
+
+def test_the_largest_is_larger_than_all_others():
+    found = 0
+    for scene in scenes():
+        largest = scene.largest()
+        for other in scene.objects:
+            if largest is not None and other is not largest:
+                assert largest.area >= other.area * 1.33
+                assert largest.diameter >= other.diameter
+                found += 1
+    assert found > 100
+
+
+def test_covered_area_tells_little_of_the_number_of_objects():
+    drawn = scenes(count=2000)
+    numbers = np.array([len(scene.objects) for scene in drawn])
+    areas = np.array([sum(item.area for item in scene.objects) for scene in drawn])
+    nearest = np.array([areas[numbers == number].mean() for number in range(1, 10)])
+    guesses = 1 + np.abs(areas[:, None] - nearest).argmin(1)
+    assert (guesses == numbers).mean() < 0.3
+
+
+def test_scenes_are_made_faster_than_they_are_used():
+    [render(scene) for scene in scenes(count=300)]  # fill the cache of sprites
+    start = time.process_time()
+    [render(scene) for scene in scenes(count=300, seed=1)]
+    assert 300 / (time.process_time() - start) > 250
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'standard'"):
+        make_scene(0, "train", 0, "standart")
+
+
+def test_contact_sheet_is_written(tmp_path, capsys):
+    path = tmp_path / "scenes.png"
+    assert main(["--out", str(path), "--preset", "fine"]) == 0
+    assert path.stat().st_size > 50_000
+    assert str(path) in capsys.readouterr().out
+    with pytest.raises(UserError, match="nowhere"):
+        main(["--out", str(tmp_path / "nowhere" / "scenes.png")])
