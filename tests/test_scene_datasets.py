@@ -1,0 +1,146 @@
+"""Scenes as LAVIS sees them: found in the registry, built from the shipped configuration, collated, retrieved."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+import torch
+from lavis.common.registry import registry
+from lavis.datasets.builders import load_dataset
+from omegaconf import OmegaConf
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import default_collate
+
+from lavis_xformer.data import processors, scene_datasets  # noqa: F401  (they register themselves)
+from lavis_xformer.data.scenes import ANSWERS, QUESTION_KINDS, captions, make_scene, render
+from lavis_xformer.errors import UserError
+from lavis_xformer.images import CLIP_MEAN, CLIP_STD
+
+
+def build(name, *changes):
+    """Datasets of a builder: its shipped configuration, small, with dotted ``key=value`` changes."""
+    builder = registry.get_builder_class(name)
+    config = OmegaConf.load(builder.default_config_path()).datasets[name]
+    sizes = [f"splits.{split}.scenes=12" for split in ("train", "val", "test")]
+    merged = OmegaConf.merge(config, OmegaConf.from_dotlist([*sizes, *changes]))
+    return builder(merged).build_datasets()
+
+
+def test_shipped_configuration_builds_through_lavis():
+    datasets = load_dataset("xformer_scenes")
+    assert {split: len(dataset) for split, dataset in datasets.items()} == {
+        "train": 100_000,
+        "val": 1000,
+        "test": 1000,
+    }
+    assert datasets["train"][99_999]["image"].shape == (6, 64, 64)
+    with pytest.raises(IndexError):
+        datasets["train"][100_000]
+
+
+def test_training_pairs_hold_the_picture_and_every_caption_of_their_scene():
+    train = build("xformer_scenes")["train"]
+    assert len(train) == 60
+    for number in (0, 4, 5, 59):
+        sample, index = train[number], number // 5
+        scene = make_scene(0, "train", index)
+        expected = torch.from_numpy(render(scene)).permute(2, 0, 1) / 255
+        clip = sample["image"][:3] * torch.tensor(CLIP_STD)[:, None, None] + torch.tensor(CLIP_MEAN)[:, None, None]
+        torch.testing.assert_close(clip, expected)
+        assert sample["text_input"] == captions(scene, "medium", 5)[number % 5]
+        assert (sample["image_id"], sample["instance_id"]) == (index, str(number))
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_pairs_collate_as_lavis_collates(split):
+    dataset = build("xformer_scenes")[split]
+    for batch in (next(iter(DataLoader(dataset, 3))), next(iter(DataLoader(dataset, 3, collate_fn=dataset.collater)))):
+        assert batch["image"].shape == (3, 6, 64, 64)
+        assert len(batch["text_input"]) == 3
+        assert isinstance(batch["text_input"][0], str)
+        assert batch["image_id"].tolist() == ([0, 0, 0] if split == "train" else [0, 1, 2])
+
+
+def test_evaluation_pairs_carry_the_tables_of_retrieval():
+    val = build("xformer_scenes", "splits.val.captions_per_image=3")["val"]
+    assert len(val) == len(val.image) == 12
+    assert len(val.text) == 36
+    for image, texts in val.img2txt.items():
+        assert [val.txt2img[text] for text in texts] == [image] * 3
+        scene = make_scene(0, "val", image)
+        assert [val.text[text] for text in texts] == captions(scene, "medium", 3)
+        assert val[image]["text_input"] == val.text[texts[0]]
+        assert val[image]["index"] == image
+
+
+def test_loading_in_workers_equals_loading_here_and_cached_equals_painted():
+    plain = build("xformer_scenes")["train"]
+    cached = build("xformer_scenes", "cached=true")["train"]
+    here = default_collate([plain[number] for number in range(60)])
+    loaded = list(DataLoader(cached, 20, num_workers=2))
+    assert torch.equal(here["image"], torch.cat([batch["image"] for batch in loaded]))
+    assert here["text_input"] == [text for batch in loaded for text in batch["text_input"]]
+
+
+def test_splits_share_no_picture():
+    datasets = build("xformer_scenes")
+    pictures = [d.source.paint(index).tobytes() for d in datasets.values() for index in range(12)]
+    assert len(set(pictures)) == 36
+
+
+def test_a_split_of_no_scenes_is_left_out():
+    assert set(build("xformer_scenes", "splits.test.scenes=0")) == {"train", "val"}
+
+
+def test_questions_take_turns_and_belong_to_their_picture():
+    test = build("xformer_scenes_vqa")["test"]
+    assert len(test) == 96
+    samples = [test[number] for number in range(96)]
+    assert Counter(sample["kind"] for sample in samples) == dict.fromkeys(QUESTION_KINDS, 12)
+    assert [sample["question_id"] for sample in samples] == list(range(96))
+    for sample in samples:
+        scene = make_scene(0, "test", sample["image_id"])
+        if re.fullmatch(
+            r"(how many objects are (there|in the image)|what is the number of objects)\?", sample["text_input"]
+        ):
+            assert sample["answers"] == [str(len(scene.objects))]
+        assert sample["answers"][0] in ANSWERS
+    replaced = {sample["image_id"] for sample in samples if sample["image_id"] >= 12}
+    assert replaced  # scenes beyond the split's last stand in where a kind can't be asked
+
+
+def test_questions_collate_into_lavis_vqa_batches():
+    train = build("xformer_scenes_vqa")["train"]
+    batch = next(iter(DataLoader(train, 5, collate_fn=train.collater)))
+    assert batch["image"].shape == (5, 6, 64, 64)
+    assert [[answer] for answer in batch["answer"]] == batch["answers"]
+    assert batch["weight"].tolist() == [1.0] * 5
+    assert batch["n_answers"].tolist() == [1] * 5
+    assert batch["question_id"].tolist() == [0, 1, 2, 3, 4]
+    assert batch["kind"] == list(QUESTION_KINDS[:5])
+    assert train.answer_list == ANSWERS
+
+
+def test_chosen_kinds_only():
+    train = build("xformer_scenes_vqa", "kinds=[count,relation]")["train"]
+    assert Counter(row["kind"] for row in train.annotation) == {"count": 48, "relation": 48}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("xformer_scenes", "preset=standart", "did you mean 'standard'"),
+        ("xformer_scenes", "splits.train.captions=medum", "did you mean 'medium'"),
+        ("xformer_scenes", "splits.train.scene=3", "splits.train: unknown key 'scene'.*'scenes'"),
+        ("xformer_scenes", "splits.valid.scenes=3", "no split named 'valid'.*'val'"),
+        ("xformer_scenes", "splits.train.scenes=many", "scenes is 'many'; it must be a whole number"),
+        ("xformer_scenes", "seed=-1", "seed is -1"),
+        ("xformer_scenes", "vis_processor.eval=null", "vis_processor has no 'eval'"),
+        ("xformer_scenes_vqa", "kinds=[counts]", "did you mean 'count'"),
+    ],
+)
+def test_mistakes_name_the_key_and_the_remedy(name, change, message):
+    with pytest.raises(UserError, match=message):
+        build(name, change)
