@@ -88,7 +88,6 @@ setup(
         "tensorboard>=2.10",
         "matplotlib>=3.5",
         "tqdm>=4.60",
-        "rich>=12",
         "packaging>=21",
     ],
     extras_require={"dev": ["pytest>=7", "ruff>=0.6", "mypy>=1.8"]},

@@ -48,15 +48,15 @@ def check_keys(
         UserError: a key is unknown, or text stands where a number does by default.
     """
     allowed = _optional_keys(classes)
-    exist = set(_nodes(defaults))
+    exist = set(nodes(defaults))
     ours = [section for section, cls in classes.items() if cls.__module__.startswith("lavis_xformer.")]
     if {"runner", "task"}.issubset(ours):
         ours.append("run")
-    for key in _nodes(project, leaves=True):
+    for key in nodes(project, leaves=True):
         if any(key.startswith(f"{section}.") for section in ours):
             _check_key("", key, exist, allowed)
-    usual = _nodes(OmegaConf.merge(defaults, project))
-    for key, value in _nodes(chosen, leaves=True).items():
+    usual = nodes(OmegaConf.merge(defaults, project))
+    for key, value in nodes(chosen, leaves=True).items():
         _check_key("--options ", key, set(usual), allowed)
         if isinstance(usual.get(key), (int, float)) and isinstance(value, str):
             raise UserError(f"--options {key}={value}: expected a value like {usual[key]}")
@@ -85,7 +85,7 @@ def _optional_keys(classes: dict[str, Any]) -> list[str]:
     return [f"{section}.{key}{rest}" for section, names in keys.items() for key in names for rest in ("", ".*")]
 
 
-def _nodes(config: Container | Mapping[Any, Any], prefix: str = "", leaves: bool = False) -> dict[str, Any]:
+def nodes(config: Container | Mapping[Any, Any], prefix: str = "", leaves: bool = False) -> dict[str, Any]:
     """Return every node, or every leaf, by its dotted path; interpolations stay text."""
     values = OmegaConf.to_container(config) if isinstance(config, Container) else config
     found: dict[str, Any] = {}
@@ -94,5 +94,5 @@ def _nodes(config: Container | Mapping[Any, Any], prefix: str = "", leaves: bool
         if not (inside and value and leaves):
             found[f"{prefix}{key}"] = value
         if inside:
-            found |= _nodes(value, f"{prefix}{key}.", leaves)
+            found |= nodes(value, f"{prefix}{key}.", leaves)
     return found
