@@ -80,9 +80,7 @@ def test_validate_says_what_it_saw(photos: Path, capsys: pytest.CaptureFixture[s
     assert "no problem found" in said
 
 
-def test_validate_exits_1_and_numbers_the_problems(
-    photos: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_validate_exits_1_and_numbers_the_problems(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"image": f"{i}.png", "caption": "x"} for i in range(10)]
     del rows[2]["caption"]
     (photos / "5.png").write_bytes(b"not an image")

@@ -20,13 +20,9 @@ def jpeg(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F"]
-)
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F"])
 def test_every_mode_becomes_rgb(mode: str) -> None:
-    rgb = to_rgb(
-        Image.new("RGB", (5, 7), "red").convert("L" if mode == "PA" else "RGB").convert(mode)
-    )
+    rgb = to_rgb(Image.new("RGB", (5, 7), "red").convert("L" if mode == "PA" else "RGB").convert(mode))
     assert rgb.mode == "RGB"
     assert rgb.size == (5, 7)
 
@@ -84,11 +80,7 @@ def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("limit", [2000, 1000])
-def test_a_decompression_bomb_is_refused(
-    jpeg: Path, limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        Image, "MAX_IMAGE_PIXELS", limit
-    )  # the photo has 3072: PIL warns, then fails
+def test_a_decompression_bomb_is_refused(jpeg: Path, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)  # the photo has 3072: PIL warns, then fails
     with pytest.raises(PhotoError, match="decompression bomb"):
         open_photo(jpeg)

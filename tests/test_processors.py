@@ -30,9 +30,7 @@ def views(packed: torch.Tensor, clip_size: int, mae_size: int) -> tuple[torch.Te
     return clip[0], mae[0]
 
 
-def seeded(
-    function: Callable[[Image.Image], torch.Tensor], photo: Image.Image, seed: int
-) -> torch.Tensor:
+def seeded(function: Callable[[Image.Image], torch.Tensor], photo: Image.Image, seed: int) -> torch.Tensor:
     torch.manual_seed(seed)
     return function(photo)
 
@@ -43,9 +41,7 @@ def mae_chain(*geometry: Callable[[Image.Image], Image.Image]) -> transforms.Com
 
 
 @pytest.mark.parametrize("sizes", [(32, 32), (32, 24), (24, 40)])
-def test_eval_equals_lavis_and_torchvision_bit_for_bit(
-    photo: Image.Image, sizes: tuple[int, int]
-) -> None:
+def test_eval_equals_lavis_and_torchvision_bit_for_bit(photo: Image.Image, sizes: tuple[int, int]) -> None:
     clip_size, mae_size = sizes
     processor = XFormerImageEvalProcessor(image_size=clip_size, mae_image_size=mae_size)
     clip, mae = views(processor(photo), clip_size, mae_size)
@@ -56,17 +52,11 @@ def test_eval_equals_lavis_and_torchvision_bit_for_bit(
 
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("sizes", [(32, 32), (32, 24)])
-def test_train_equals_lavis_and_torchvision_bit_for_bit(
-    photo: Image.Image, sizes: tuple[int, int], seed: int
-) -> None:
+def test_train_equals_lavis_and_torchvision_bit_for_bit(photo: Image.Image, sizes: tuple[int, int], seed: int) -> None:
     clip_size, mae_size = sizes
-    processor = XFormerImageTrainProcessor(
-        image_size=clip_size, mae_image_size=mae_size, min_scale=0.3
-    )
+    processor = XFormerImageTrainProcessor(image_size=clip_size, mae_image_size=mae_size, min_scale=0.3)
     clip, mae = views(seeded(processor, photo, seed), clip_size, mae_size)
-    crop = transforms.RandomResizedCrop(
-        mae_size, (0.3, 1.0), interpolation=InterpolationMode.BICUBIC
-    )
+    crop = transforms.RandomResizedCrop(mae_size, (0.3, 1.0), interpolation=InterpolationMode.BICUBIC)
     lavis = Blip2ImageTrainProcessor(image_size=clip_size, min_scale=0.3)
     assert torch.equal(clip, seeded(lavis, photo, seed))
     assert torch.equal(mae, seeded(mae_chain(crop, transforms.RandomHorizontalFlip()), photo, seed))
@@ -81,9 +71,7 @@ def test_both_views_show_the_same_crop_and_flip(photo: Image.Image) -> None:
 
 def test_hflip_false_never_mirrors(photo: Image.Image) -> None:
     settings = {"image_size": 16, "min_scale": 1.0, "max_scale": 1.0}
-    upright = [
-        seeded(XFormerImageTrainProcessor(hflip=False, **settings), photo, s) for s in range(8)
-    ]
+    upright = [seeded(XFormerImageTrainProcessor(hflip=False, **settings), photo, s) for s in range(8)]
     either = [seeded(XFormerImageTrainProcessor(**settings), photo, s) for s in range(8)]
     same = [torch.equal(a, b) for a, b in zip(upright, either, strict=True)]
     mirrored = [torch.equal(a.flip(-1), b) for a, b in zip(upright, either, strict=True)]
@@ -106,9 +94,7 @@ def test_other_modes_stack_with_rgb(photo: Image.Image, mode: str) -> None:
 @pytest.mark.parametrize("name", ["xformer_image_train", "xformer_image_eval"])
 def test_registry_builds_from_nothing_and_from_yaml(photo: Image.Image, name: str) -> None:
     cls = registry.get_processor_class(name)
-    config = OmegaConf.create(
-        {"name": name, "image_size": 16, "mae_image_size": None, "mean": [0.5, 0.5, 0.5]}
-    )
+    config = OmegaConf.create({"name": name, "image_size": 16, "mae_image_size": None, "mean": [0.5, 0.5, 0.5]})
     assert cls.from_config(None)(photo).shape == (6, 224, 224)
     assert cls.from_config(config)(photo).shape == (6, 16, 16)
 

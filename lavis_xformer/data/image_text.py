@@ -190,9 +190,7 @@ def check(
 
 def summary(records: Sequence[Record]) -> list[str]:
     """Describe good rows in a few lines: how many images, texts per image, words per text."""
-    images = Counter(
-        record.image_id if isinstance(record, Pair) else record.image for record in records
-    )
+    images = Counter(record.image_id if isinstance(record, Pair) else record.image for record in records)
     lines = [f"{len(records)} good rows, {len(images)} images"]
     pairs = [record for record in records if isinstance(record, Pair)]
     questions = [record for record in records if isinstance(record, Question)]
@@ -225,9 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     keys: Keys = (
-        QuestionKeys(
-            image=options.image_key, question=options.question_key, answer=options.answer_key
-        )
+        QuestionKeys(image=options.image_key, question=options.question_key, answer=options.answer_key)
         if options.question_key
         else PairKeys(image=options.image_key, caption=options.caption_key, image_id=options.id_key)
     )
@@ -259,9 +255,7 @@ def undecodable(records: Sequence[Record], image_root: str | Path) -> list[tuple
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lavis-xformer validate", description="Check a file of images and texts."
-    )
+    parser = argparse.ArgumentParser(prog="lavis-xformer validate", description="Check a file of images and texts.")
     add = parser.add_argument
     add("file", help="JSON list, JSON object that holds a list, JSON lines, or CSV")
     add("--image-root", default=".", help="folder that the rows' image paths start from")

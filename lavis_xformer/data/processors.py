@@ -122,9 +122,7 @@ class XFormerImageTrainProcessor(_TwoViewProcessor):
 
     keys: Mapping[str, Any] = {**_DEFAULTS, "min_scale": 0.5, "max_scale": 1.0, "hflip": True}
 
-    def __init__(
-        self, *, min_scale: float = 0.5, max_scale: float = 1.0, hflip: bool = True, **views: Any
-    ) -> None:
+    def __init__(self, *, min_scale: float = 0.5, max_scale: float = 1.0, hflip: bool = True, **views: Any) -> None:
         """Prepare crop and flip.
 
         Args:

@@ -1,0 +1,133 @@
+"""Read a number, yes or no, or a choice from what a model said.
+
+How an answer is read decides a score, so every reader has a name:
+
+- ``gvt_official`` reads answers as GVT-bench's authors do (github.com/TencentARC/GVT, ``evaluations/count.py``
+  and ``multiclass.py``), which is loose: number words are replaced wherever they occur, case matters, the
+  first run of digits wins, none counts as 0, and an answer is right if "yes" or "no", whichever is true,
+  occurs anywhere in it ("I do not know" is right where the truth is "No.").
+- ``pope_official`` reads yes or no as POPE's authors do: in the first sentence, the words no, No or not mean
+  no, everything else means yes.
+- ``strict`` takes only an answer that says one thing: one number, or one of yes and no, as whole words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from lavis_xformer.errors import UserError, nearest
+
+# "nive" is the authors' spelling: their scorer does not know "nine".
+_GVT_WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nive")
+_NUMBER_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen twenty"
+).split()
+
+
+def read_count(answer: str, scorer: str = "strict") -> int | None:
+    """Read a number from an answer.
+
+    Args:
+        answer: what a model said.
+        scorer: ``gvt_official`` or ``strict``.
+
+    Returns:
+        The number; None where ``strict`` finds none, or several different ones.
+    """
+    return _choose(_COUNT_READERS, scorer)(answer)
+
+
+def read_presence(answer: str, scorer: str = "strict") -> bool | None:
+    """Read yes (True) or no (False) from an answer.
+
+    Args:
+        answer: what a model said.
+        scorer: ``pope_official`` or ``strict``.
+
+    Returns:
+        None where ``strict`` finds neither or both.
+    """
+    return _choose(_PRESENCE_READERS, scorer)(answer)
+
+
+def read_gvt_presence(answer: str, truth: bool) -> bool | None:
+    """Read yes or no as GVT-bench's authors do, who look for the true one first.
+
+    Args:
+        answer: what a model said.
+        truth: what is true; an answer that says both is taken for it.
+
+    Returns:
+        None where the answer holds neither.
+    """
+    said = answer.lower()
+    if ("yes" if truth else "no") in said:
+        return truth
+    return (not truth) if ("no" if truth else "yes") in said else None
+
+
+def read_choice(answer: str, options: str) -> str | None:
+    """Read which option of "(a) Open (b) Closed" an answer chooses: by its letter or by its text.
+
+    Args:
+        answer: what a model said, as "(b)", "b.", "closed" or "(b) Closed".
+        options: the options as the benchmark writes them.
+
+    Returns:
+        The letter; None where the answer names none of the options, or several.
+    """
+    said = answer.strip().lower()
+    choices = dict(re.findall(r"\(([a-z])\)\s*(.*?)\s*(?=\([a-z]\)|$)", options.lower()))
+    letter = re.match(r"\(([a-z])\)|([a-z])(?:[.):]|$)", said)
+    if letter and (letter[1] or letter[2]) in choices:
+        return letter[1] or letter[2]
+    named = {key for key, text in choices.items() if text and _has_words(said, text)}
+    # The longer of "yes" and "yes, two" is meant where both occur.
+    named -= {key for key in named for other in named - {key} if _has_words(choices[other], choices[key])}
+    return named.pop() if len(named) == 1 else None
+
+
+def _gvt_count(answer: str) -> int:
+    for number, word in enumerate(_GVT_WORDS):
+        answer = answer.replace(word, str(number))
+    digits = re.search(r"\d+", answer)
+    return int(digits[0]) if digits else 0
+
+
+def _strict_count(answer: str) -> int | None:
+    words = re.findall(r"\d+(?:\.\d+)?|[a-z]+", answer.lower())
+    found = {word if word not in _NUMBER_WORDS else str(_NUMBER_WORDS.index(word)) for word in words}
+    found = {"0" if word == "none" else word for word in found}
+    numbers = {word for word in found if word[0].isdigit()}
+    only = numbers.pop() if len(numbers) == 1 else ""
+    return int(only) if only.isdigit() else None
+
+
+def _pope_presence(answer: str) -> bool:
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return not {"No", "not", "no"} & set(words)
+
+
+def _strict_presence(answer: str) -> bool | None:
+    said = set(re.findall(r"[a-z]+", answer.lower())) & {"yes", "no"}
+    return "yes" in said if len(said) == 1 else None
+
+
+_COUNT_READERS: dict[str, Callable[[str], int | None]] = {"gvt_official": _gvt_count, "strict": _strict_count}
+_PRESENCE_READERS: dict[str, Callable[[str], bool | None]] = {
+    "pope_official": _pope_presence,
+    "strict": _strict_presence,
+}
+
+
+def _choose(readers: dict[str, Callable[[str], Any]], scorer: str) -> Callable[[str], Any]:
+    if scorer not in readers:
+        raise UserError(f"scorer '{scorer}': {nearest(scorer, readers)}")
+    return readers[scorer]
+
+
+def _has_words(text: str, part: str) -> bool:
+    return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", text) is not None

@@ -1,0 +1,319 @@
+"""Scores of answers: counting, yes or no, pairs, and the difference between two models.
+
+Pure functions of predictions and truths. A scorer's name belongs beside every number it gives; what the
+names mean is told in :mod:`lavis_xformer.answers`.
+
+Accuracies, ratios and shares are between 0 and 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from lavis_xformer.answers import read_choice, read_count, read_gvt_presence, read_presence
+from lavis_xformer.errors import UserError
+
+_COUNT_EDGES = (3, 6, 9)  # the authors' bins of the true count: 0-2, 3-5, 6-8, 9 and more
+_PRESENCE_EDGES = (10, 20)  # and of the number of objects in the image: 0-9, 10-19, 20 and more
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Scores of the items whose value lies in [low, high).
+
+    Attributes:
+        low: smallest value.
+        high: first value beyond; None in the last bin.
+        n: number of items.
+        accuracy: share of right answers.
+        mae: mean absolute error of counts; None for other answers.
+        rmse: root of the mean squared error of counts; None for other answers.
+    """
+
+    low: int
+    high: int | None
+    n: int
+    accuracy: float
+    mae: float | None = None
+    rmse: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What every score has.
+
+    Attributes:
+        scorer: the name of what read the answers.
+        n: number of items.
+        accuracy: share of right answers.
+        majority: accuracy of always giving the most frequent truth.
+        majority_answer: that truth.
+        unread: share of answers that the scorer could not read; they are wrong.
+        correct: right or wrong, item by item, for :func:`paired_bootstrap`.
+        bins: accuracy by the number of objects.
+    """
+
+    scorer: str
+    n: int
+    accuracy: float
+    majority: float
+    majority_answer: str
+    unread: float
+    correct: tuple[bool, ...]
+    bins: tuple[Bin, ...] = ()
+
+    def summary(self) -> dict[str, Any]:
+        """Return everything but the single items, ready for JSON."""
+        return {key: value for key, value in asdict(self).items() if key != "correct"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CountScore(Score):
+    """Score of counting.
+
+    Attributes:
+        mae: mean absolute error; an answer that could not be read counts as 0, as the authors have it.
+        rmse: root of the mean squared error, likewise.
+    """
+
+    mae: float
+    rmse: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresenceScore(Score):
+    """Score of yes or no; "yes" is the positive class, as in POPE (arXiv 2305.10355).
+
+    Attributes:
+        precision: share of the answers "yes" that are right; 0 where there is none.
+        recall: share of the true "yes" that were found; 0 where there is none.
+        f1: harmonic mean of the two.
+        yes_ratio: share of answers "yes" among all.
+    """
+
+    precision: float
+    recall: float
+    f1: float
+    yes_ratio: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairScore(Score):
+    """Score of pairs of which both must be right, as in MMVP (arXiv 2401.06209).
+
+    Attributes:
+        pairs: number of pairs.
+        pair_accuracy: share of pairs with two right answers; a guess has 0.25.
+    """
+
+    pairs: int
+    pair_accuracy: float
+
+
+def score_counts(
+    predictions: Sequence[str],
+    truths: Sequence[str | int],
+    *,
+    scorer: str = "strict",
+    bin_by: Sequence[int] | None = None,
+    edges: Sequence[int] = _COUNT_EDGES,
+) -> CountScore:
+    """Score answers to "how many".
+
+    Args:
+        predictions: what the model said.
+        truths: the true numbers.
+        scorer: ``gvt_official`` or ``strict``.
+        bin_by: a number of every item to bin by; the true number where it is None.
+        edges: where a new bin begins.
+
+    Raises:
+        UserError: the lists differ in length or are empty, or there is no such scorer.
+    """
+    _check(predictions, truths, bin_by)
+    true = np.array([int(truth) for truth in truths])
+    read = [read_count(answer, scorer) for answer in predictions]
+    correct = np.array([number == truth for number, truth in zip(read, true, strict=True)])
+    error = np.abs(np.array([number or 0 for number in read]) - true)
+    return CountScore(
+        **_common(scorer, correct, [str(truth) for truth in true], read),
+        mae=float(error.mean()),
+        rmse=math.sqrt((error**2).mean()),
+        bins=_bins(correct, true if bin_by is None else np.array(bin_by), edges, error),
+    )
+
+
+def score_presence(
+    predictions: Sequence[str],
+    truths: Sequence[str],
+    *,
+    scorer: str = "strict",
+    bin_by: Sequence[int] | None = None,
+    edges: Sequence[int] = _PRESENCE_EDGES,
+) -> PresenceScore:
+    """Score answers to yes-or-no questions.
+
+    Args:
+        predictions: what the model said.
+        truths: "yes" or "no", in any case, with or without a full stop.
+        scorer: ``gvt_official``, ``pope_official`` or ``strict``. The first accepts an answer that says both;
+            its precision, recall and yes-ratio take such an answer for what is true.
+        bin_by: a number of every item to bin by, as the number of objects in the image; None: no bins.
+        edges: where a new bin begins.
+
+    Raises:
+        UserError: the lists differ in length or are empty, a truth is neither, or there is no such scorer.
+    """
+    _check(predictions, truths, bin_by)
+    true = np.array([_truth(truth) for truth in truths])
+    if scorer == "gvt_official":
+        read = [read_gvt_presence(answer, truth) for answer, truth in zip(predictions, true, strict=True)]
+    else:
+        read = [read_presence(answer, scorer) for answer in predictions]
+    said_yes = np.array([answer is True for answer in read])
+    correct = np.array([answer is not None and answer == truth for answer, truth in zip(read, true, strict=True)])
+    hits = int((said_yes & true).sum())
+    precision, recall = hits / max(1, int(said_yes.sum())), hits / max(1, int(true.sum()))
+    return PresenceScore(
+        **_common(scorer, correct, ["yes" if truth else "no" for truth in true], read),
+        precision=precision,
+        recall=recall,
+        f1=2 * precision * recall / (precision + recall) if hits else 0.0,
+        yes_ratio=float(said_yes.mean()),
+        bins=() if bin_by is None else _bins(correct, np.array(bin_by), edges),
+    )
+
+
+def score_pairs(
+    predictions: Sequence[str],
+    truths: Sequence[str],
+    *,
+    options: Sequence[str],
+    pairs: Sequence[Hashable],
+) -> PairScore:
+    """Score choices in pairs, both of which must be right.
+
+    Args:
+        predictions: what the model said.
+        truths: the right letters, as "(a)" or "a".
+        options: the options of every item, as "(a) Open (b) Closed".
+        pairs: which pair every item belongs to.
+
+    Raises:
+        UserError: the lists differ in length or are empty.
+    """
+    _check(predictions, truths, options, pairs)
+    read = [read_choice(answer, choice) for answer, choice in zip(predictions, options, strict=True)]
+    true = [truth.strip(" ().").lower() for truth in truths]
+    correct = np.array([letter == truth for letter, truth in zip(read, true, strict=True)])
+    whole: dict[Hashable, bool] = {}
+    for pair, right in zip(pairs, correct, strict=True):
+        whole[pair] = whole.get(pair, True) and bool(right)
+    return PairScore(
+        **_common("strict", correct, true, read),
+        pairs=len(whole),
+        pair_accuracy=sum(whole.values()) / len(whole),
+    )
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A difference of means and its bootstrap interval.
+
+    Attributes:
+        difference: mean of the first minus mean of the second.
+        low: lower end of the interval.
+        high: upper end.
+        confidence: share of resamples inside.
+    """
+
+    difference: float
+    low: float
+    high: float
+    confidence: float
+
+
+def paired_bootstrap(
+    first: Sequence[float],
+    second: Sequence[float],
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Give the percentile interval of the difference between two models on the same items.
+
+    Args:
+        first: score of every item for one model, as :attr:`Score.correct`.
+        second: the same items' scores for the other.
+        clusters: what is drawn anew as a whole, as the image of every question; None: every item by itself.
+        resamples: how many times items are drawn with replacement.
+        confidence: between 0 and 1.
+        seed: of the drawing.
+
+    Raises:
+        UserError: the lists differ in length or are empty.
+    """
+    _check(first, second, clusters)
+    gain = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
+    numbers: dict[Hashable, int] = {}
+    for name in range(len(gain)) if clusters is None else clusters:
+        numbers.setdefault(name, len(numbers))
+    member = [numbers[name] for name in (range(len(gain)) if clusters is None else clusters)]
+    sums, sizes = np.bincount(member, weights=gain), np.bincount(member)
+    rng = np.random.default_rng(seed)
+    means = []
+    for _ in range(resamples):
+        drawn = rng.integers(0, len(sums), len(sums))
+        means.append(sums[drawn].sum() / sizes[drawn].sum())
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, (tail, 1 - tail))
+    return Interval(float(gain.mean()), float(low), float(high), confidence)
+
+
+def _truth(truth: str) -> bool:
+    word = truth.strip().rstrip(".").lower()
+    if word not in ("yes", "no"):
+        raise UserError(f"truth '{truth}': expected yes or no")
+    return word == "yes"
+
+
+def _check(first: Sequence[Any], *others: Sequence[Any] | None) -> None:
+    lengths = [len(first), *(len(other) for other in others if other is not None)]
+    if len(set(lengths)) > 1 or not lengths[0]:
+        raise UserError(f"scores need lists of one length, not empty; these have {lengths}")
+
+
+def _common(scorer: str, correct: np.ndarray, truths: Sequence[str], read: Sequence[Any]) -> dict[str, Any]:
+    answer, count = Counter(truths).most_common(1)[0]
+    return {
+        "scorer": scorer,
+        "n": len(truths),
+        "accuracy": float(correct.mean()),
+        "majority": count / len(truths),
+        "majority_answer": answer,
+        "unread": sum(value is None for value in read) / len(truths),
+        "correct": tuple(bool(right) for right in correct),
+    }
+
+
+def _bins(
+    correct: np.ndarray, values: np.ndarray, edges: Sequence[int], error: np.ndarray | None = None
+) -> tuple[Bin, ...]:
+    """Group items by value; bins without items are left out."""
+    bins = []
+    for low, high in zip((0, *edges), (*edges, None), strict=True):
+        inside = (values >= low) & (values < (math.inf if high is None else high))
+        if inside.any():
+            own = None if error is None else error[inside]
+            mae = None if own is None else float(own.mean())
+            rmse = None if own is None else math.sqrt((own**2).mean())
+            bins.append(Bin(low, high, int(inside.sum()), float(correct[inside].mean()), mae, rmse))
+    return tuple(bins)
