@@ -21,7 +21,7 @@ ZOOM = 4  # pixels of the sheet per pixel of a scene
 GAP = 16
 COLUMNS, ROWS = 5, 3
 LINE = 17
-TEXT_LINES = 9
+TEXT_LINES = 14  # room for the longest texts; what no card needs is cut off
 HEADER = 64
 
 
@@ -59,8 +59,8 @@ def _write(draw: ImageDraw.ImageDraw, top: int, text: str, answer: str = "") -> 
     return top + GAP // 2
 
 
-def _card(scene: Scene, level: str) -> Image.Image:
-    """One scene, enlarged without smoothing, with what is said and asked about it."""
+def _card(scene: Scene, level: str) -> tuple[Image.Image, int]:
+    """One scene, enlarged without smoothing, with what is said and asked about it; and where the text ends."""
     side = SIDE * ZOOM
     card = Image.new("RGB", (side + GAP, side + GAP + TEXT_LINES * LINE), CARD)
     picture = Image.fromarray(render(scene, SIDE)).resize((side, side), Image.Resampling.NEAREST)
@@ -71,7 +71,7 @@ def _card(scene: Scene, level: str) -> Image.Image:
     rng = scene_rng(scene.seed, scene.split, scene.index, 3)
     for asked in questions(scene, rng, n=2):
         top = _write(draw, top, asked.text, asked.answer)
-    return card
+    return card, top
 
 
 def contact_sheet(preset: str, seed: int, path: str | Path, split: str = "train") -> None:
@@ -91,15 +91,16 @@ def contact_sheet(preset: str, seed: int, path: str | Path, split: str = "train"
     cards = [
         _card(make_scene(seed, split, index, preset), levels[index % len(levels)]) for index in range(COLUMNS * ROWS)
     ]
-    width, height = cards[0].width + GAP, cards[0].height + GAP
+    side, tall = cards[0][0].width, max(bottom for _, bottom in cards)
+    width, height = side + GAP, tall + GAP
     sheet = Image.new("RGB", (COLUMNS * width + GAP, ROWS * height + GAP + HEADER), PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((GAP, 10), f"Scenes, preset '{preset}'", INK, _font(26))
     note = f"{split} split, seed {seed}; painted at {SIDE} x {SIDE} pixels, shown {ZOOM} times as large"
     draw.text((GAP, 44), note, SOFT, _font(14))
-    for number, card in enumerate(cards):
+    for number, (card, _) in enumerate(cards):
         row, column = divmod(number, COLUMNS)
-        sheet.paste(card, (GAP + column * width, HEADER + GAP + row * height))
+        sheet.paste(card.crop((0, 0, side, tall)), (GAP + column * width, HEADER + GAP + row * height))
     try:
         sheet.save(path)
     except (OSError, ValueError) as error:
