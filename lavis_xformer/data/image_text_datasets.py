@@ -212,7 +212,8 @@ class LocalFilesBuilder(BaseDatasetBuilder):
                 raise UserError(f"{self.name}: split '{split}': {nearest(split, SPLITS)}")
         given = [name for name in SPLITS if (splits.get(name) or {}).get("annotations")]
         if not given:
-            raise UserError(f"{self.name}: no annotation file: set datasets.{self.name}.splits.train.annotations")
+            split = next(iter(splits), "train")
+            raise UserError(f"{self.name}: no annotation file: set datasets.{self.name}.splits.{split}.annotations")
         on_corrupt = self.config.get("on_corrupt", "skip")
         return {split: guard(self.build_split(split), on_corrupt=on_corrupt) for split in given}
 

@@ -1,0 +1,122 @@
+"""Benchmarks in LAVIS's form of VQA evaluation, from files as their authors publish them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from lavis_xformer.data import benchmarks
+from lavis_xformer.data.records import sha256
+from lavis_xformer.errors import UserError
+
+NAMES = ("gvt_coco_oc", "gvt_coco_mci", "gvt_vcr_oc", "gvt_vcr_mci", "pope", "mmvp")
+
+
+def gvt(image_id: int | str, question: str, answer: str) -> dict[str, Any]:
+    return {"image_id": image_id, "text_in": question, "text_out": answer, "n_obj_exist": 3}
+
+
+def picture(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), "red").save(path)
+
+
+def build(name: str, files: list[Path] | Path, root: Path, **settings: Any) -> Any:
+    cls = registry.get_builder_class(name)
+    defaults = OmegaConf.load(cls.default_config_path()).datasets[name]
+    given = [str(file) for file in files] if isinstance(files, list) else str(files)
+    mine = {
+        "image_root": str(root),
+        "splits": {"test": {"annotations": given}},
+        "vis_processor": {"eval": {"image_size": 16}},
+    }
+    return cls(OmegaConf.merge(defaults, mine, settings)).build_datasets()["test"]
+
+
+def batch(dataset: Any) -> dict[str, Any]:
+    return next(iter(DataLoader(dataset, len(dataset), collate_fn=dataset.collater)))
+
+
+def test_gvt_coco_counts(tmp_path: Path) -> None:
+    picture(tmp_path / "000000000139.jpg")
+    file = tmp_path / "coco_oc.json"
+    file.write_text(json.dumps([gvt(139, "How many people are there in the image?", "2")]))
+    dataset = build("gvt_coco_oc", file, tmp_path)
+    samples = batch(dataset)
+    assert samples["text_input"] == ["how many people are there in the image?"]
+    assert (samples["answer"], samples["question_id"].tolist()) == (["2"], [0])
+    assert samples["image"].shape == (1, 6, 16, 16)
+    assert (dataset.kind, dataset.truths, dataset.column("n_objects")) == ("count", ["2"], [3])
+    assert dataset.question_sha256 == [sha256(file)]
+
+
+@pytest.mark.parametrize(("template", "words"), [("raw", {"exist", "exis"}), ("repaired", {"exist"})])
+def test_gvt_vcr_presence_repairs_its_leak(tmp_path: Path, template: str, words: set[str]) -> None:
+    picture(tmp_path / "film" / "1@2.jpg")
+    rows = [gvt("film/1@2.jpg", f"Does ties {word} in the image?", "No.") for word in ("exist", "exis")]
+    (tmp_path / "vcr_mci.json").write_text(json.dumps(rows))
+    dataset = build("gvt_vcr_mci", tmp_path / "vcr_mci.json", tmp_path, template=template)
+    assert {question.split()[2] for question in dataset.column("question")} == words
+    assert (dataset.truths, dataset.template, dataset.kind) == (["no", "no"], template, "presence")
+
+
+def test_pope_subsets(tmp_path: Path) -> None:
+    picture(tmp_path / "COCO_val2014_000000000001.jpg")
+    files = [tmp_path / "coco_pope_random.json", tmp_path / "coco_pope_popular.json"]
+    row = {"image": "COCO_val2014_000000000001.jpg", "text": "Is there a cat in the image?", "label": "no"}
+    for file in files:  # JSON lines, whatever the ending, as POPE has it; equal question ids
+        file.write_text("\n".join(json.dumps({"question_id": n, **row}) for n in (1, 2)))
+    dataset = build("pope", files, tmp_path)
+    assert dataset.column("subset") == ["coco_pope_random"] * 2 + ["coco_pope_popular"] * 2
+    assert batch(dataset)["question_id"].tolist() == [0, 1, 2, 3]
+
+
+def test_mmvp_pairs(tmp_path: Path) -> None:
+    for number in (1, 2):
+        picture(tmp_path / f"{number}.jpg")
+    options = "(a) Open (b) Closed"
+    table = f'Index,Question,Options,Correct Answer\n1,"Open, or not?",{options},(a)\n2,"Open, or not?",{options},(b)\n'
+    (tmp_path / "Questions.csv").write_text(table)
+    dataset = build("mmvp", tmp_path / "Questions.csv", tmp_path)
+    assert dataset.column("pair") == [0, 0]
+    assert dataset.column("options") == [options] * 2
+    assert dataset.truths == ["(a)", "(b)"]
+    assert dataset.column("question")[0] == f"Open, or not? {options}"
+
+
+def test_another_benchmarks_published_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture(tmp_path / "000000000139.jpg")
+    file = tmp_path / "coco_oc.json"
+    file.write_text(json.dumps([gvt(139, "How many?", "2")]))
+    monkeypatch.setattr(benchmarks, "GVT_SHA256", {sha256(file): "gvt_coco_oc"})
+    with pytest.raises(UserError, match="is the question file of gvt_coco_oc"):
+        build("gvt_coco_mci", file, tmp_path)
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "vcr_mci.json"
+    file.write_text(json.dumps([gvt("gone.jpg", "Does it exist?", "No.")]))
+    with pytest.raises(UserError, match=r"row 1: no image file .*gone\.jpg"):
+        build("gvt_vcr_mci", file, tmp_path)
+    with pytest.raises(UserError, match=r"nowhere: no such image folder"):
+        build("gvt_vcr_mci", file, tmp_path / "nowhere")
+    with pytest.raises(UserError, match="did you mean 'repaired'"):
+        build("gvt_vcr_mci", file, tmp_path, template="repared")
+    with pytest.raises(UserError, match=r"row 1: no 'image' \(the row has image_id"):
+        build("pope", file, tmp_path)
+    with pytest.raises(UserError, match="is a benchmark"):
+        build("gvt_vcr_mci", file, tmp_path, splits={"train": {"annotations": str(file)}})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_default_names_what_is_missing(name: str) -> None:
+    cls = registry.get_builder_class(name)
+    with pytest.raises(UserError, match=rf"{name}: no annotation file: set datasets\.{name}\.splits"):
+        cls().build_datasets()
