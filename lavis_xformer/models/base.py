@@ -62,9 +62,9 @@ class XFormerBase(Blip2Base):
     def __init__(
         self,
         *,
-        visual_encoder: nn.Module,
+        visual_encoder: Any,
         mae: MaskedAutoencoder | None,
-        qformer: nn.Module,
+        qformer: Any,
         tokenizer: Any,
         fusion: Fusion,
         image_size: int,
@@ -87,10 +87,10 @@ class XFormerBase(Blip2Base):
         """
         super().__init__()
         self.tokenizer = tokenizer
-        self.visual_encoder = freeze(visual_encoder) if freeze_vit else visual_encoder
+        self.visual_encoder: Any = freeze(visual_encoder) if freeze_vit else visual_encoder
         self.ln_vision = LayerNorm(visual_encoder.num_features)
         self.mae = mae if fusion.needs_mae else None
-        self.Qformer = qformer
+        self.Qformer: Any = qformer
         self.Qformer.resize_token_embeddings(len(tokenizer))
         self._copy_text_weights_to_queries()
         self.query_tokens = nn.Parameter(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lavis.common.utils import is_url
 from omegaconf import DictConfig
@@ -37,7 +38,7 @@ class LoadReport:
     unused: tuple[str, ...]  #: in the file, of no use to this model
 
 
-def load_pretrained(model: nn.Module, cfg: DictConfig) -> LoadReport | None:
+def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport | None:
     """Load what the configuration names: ``finetuned``, ``pretrained`` or ``blip2_pretrained``.
 
     Args:
@@ -145,7 +146,7 @@ def load_state(
         unused=tuple(sorted(unused)),
     )
     logging.info(
-        "%s: loaded %d weights; %d start anew%s; %d frozen ones are not in the file; %d of the file's are of no use here",
+        "%s: loaded %d weights; %d start anew%s; %d frozen ones aren't in the file; %d of the file's are of no use",
         source,
         len(report.loaded),
         len(report.missing_new),

@@ -12,15 +12,47 @@ import torch
 import torch.nn.functional as F
 from lavis.models.blip2_models.blip2 import compute_sim_matrix
 from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
-from torch import Tensor
+from torch import Tensor, nn
 
 from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.models.base import XFormerBase
 
 MODES = ("multimodal", "image", "text")
 
 
-class FeatureInterface:
-    """Mixed into the stage-1 model; MAE sees the whole image in all of these."""
+class FeatureModel(XFormerBase):
+    """Stage 1's heads on Z' and what they are good for without training; MAE sees the whole image in all of it."""
+
+    CONFIG_KEYS = XFormerBase.CONFIG_KEYS | {"embed_dim"}
+
+    def __init__(self, *, embed_dim: int = 256, **parts: Any) -> None:
+        """Add the heads to the shared parts.
+
+        Args:
+            embed_dim: E.
+            parts: of :class:`XFormerBase`.
+        """
+        super().__init__(**parts)
+        width = self.Qformer.config.hidden_size
+        self.vision_proj = nn.Linear(width, embed_dim)
+        self.text_proj = nn.Linear(width, embed_dim)
+        self.itm_head = nn.Linear(width, 2)
+
+    def match(self, clip: Tensor, mae: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor:
+        """Do R images and texts belong together? Scored on the multimodal Z'.
+
+        Args:
+            clip: C (R, Nc, Dc).
+            mae: M (R, Nm, Dm), None where the fusion needs none.
+            ids: (R, T) tokens.
+            mask: (R, T), 1 is a token, 0 is padding.
+
+        Returns:
+            (R, 2) logits, column 1 says "they match".
+        """
+        zq = self.query_image_and_text(clip, ids, mask)  # (R, Q, D)
+        z, _ = self.fusion.refine(zq, mae)
+        return self.itm_head(z).mean(dim=1)
 
     @torch.no_grad()
     def extract_features(self, samples: dict[str, Any], mode: str = "multimodal") -> BlipOutputFeatures:
@@ -74,7 +106,7 @@ class FeatureInterface:
     def compute_itm(self, image_inputs: Tensor, text_ids: Tensor, text_atts: Tensor) -> Tensor:
         """Score R pairs of image tokens (from :meth:`forward_image`) and text (R, T): (R,) logits of a match."""
         clip, mae = self._split(image_inputs)
-        return self._match(clip, mae, text_ids, text_atts)[:, 1]
+        return self.match(clip, mae, text_ids, text_atts)[:, 1]
 
     def compute_sim_matrix(self, data_loader: Any, task_cfg: Any) -> tuple[Any, Any]:
         """Image-to-text and text-to-image scores for LAVIS's retrieval task: ITC, re-ranked by ITM.

@@ -11,21 +11,21 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from lavis.common.registry import registry
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from lavis_xformer import losses
 from lavis_xformer.distributed import gather, own_rows
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.models.base import Tokens, XFormerBase
+from lavis_xformer.models.base import Tokens
 from lavis_xformer.models.checkpoints import load_pretrained
-from lavis_xformer.models.features import FeatureInterface
+from lavis_xformer.models.features import FeatureModel
 
 LOSSES = ("itc", "itm", "itg", "rec")
 
 
 @registry.register_model("xformer")
-class XFormer(FeatureInterface, XFormerBase):
+class XFormer(FeatureModel):
     """The first-stage model: queries that know what is there (CLIP) and how it looks (MAE).
 
     Usage:
@@ -37,26 +37,24 @@ class XFormer(FeatureInterface, XFormerBase):
         "mini": "models/xformer_mini.yaml",
         "pretrain": "models/xformer_pretrain.yaml",
     }
-    CONFIG_KEYS = XFormerBase.CONFIG_KEYS | {"embed_dim", "mask_ratio", "mask_vl", "loss_weights"}
+    CONFIG_KEYS = FeatureModel.CONFIG_KEYS | {"mask_ratio", "mask_vl", "loss_weights"}
 
     def __init__(
         self,
         *,
-        embed_dim: int = 256,
         mask_ratio: float = 0.5,
         mask_vl: bool = True,
         loss_weights: dict[str, float] | None = None,
         **parts: Any,
     ) -> None:
-        """Add the heads of stage 1 to the shared parts.
+        """Add what the losses of stage 1 need.
 
         Args:
-            embed_dim: E.
             mask_ratio: share of the patches hidden from MAE in training.
             mask_vl: whether ITC, ITM and ITG see the masked M too, in one pass; otherwise a second pass over the whole
                 image serves them.
             loss_weights: of ``itc``, ``itm``, ``itg`` and ``rec``; 1 where nothing is said, 0 leaves a loss out.
-            parts: of :class:`XFormerBase`.
+            parts: of :class:`FeatureModel`.
 
         Raises:
             UserError: a weight for a loss that doesn't exist, or a mask ratio outside [0, 1).
@@ -67,10 +65,6 @@ class XFormer(FeatureInterface, XFormerBase):
                 raise UserError(f"model.loss_weights: no loss '{name}'; {nearest(name, LOSSES)}")
         if not 0 <= mask_ratio < 1:
             raise UserError(f"model.mask_ratio is {mask_ratio}; it must lie in [0, 1)")
-        width = self.Qformer.config.hidden_size
-        self.vision_proj = nn.Linear(width, embed_dim)
-        self.text_proj = nn.Linear(width, embed_dim)
-        self.itm_head = nn.Linear(width, 2)
         self.temp = nn.Parameter(0.07 * torch.ones([]))
         self.mask_ratio = mask_ratio
         self.mask_vl = mask_vl
@@ -114,7 +108,7 @@ class XFormer(FeatureInterface, XFormerBase):
         if self.reconstructs:
             terms["rec"] = self._reconstruction(aligned, seen)
 
-        loss = sum(self.loss_weights[name] * term for name, term in terms.items())
+        loss = torch.stack([self.loss_weights[name] * term for name, term in terms.items()]).sum()
         named = {f"loss_{name}": term for name, term in terms.items()}
         return {"loss": loss, **named, "itm_accuracy": itm_accuracy}
 
@@ -145,29 +139,19 @@ class XFormer(FeatureInterface, XFormerBase):
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
         """Do image and text belong together? B true pairs, B with a hard wrong image, B with a hard wrong text."""
-        ids, mask = text.input_ids, text.attention_mask
-        pairs = [(tokens.clip, tokens.mae_tokens, ids, mask)]
+        clip, mae, ids, mask = tokens.clip, tokens.mae_tokens, text.input_ids, text.attention_mask
         if sim_i2t.shape[1] > 1:  # a single sample in all has no negatives
-            targets = own_rows(len(ids), ids.device)
-            image_neg = losses.hard_negatives(sim_t2i, targets, generator)  # (B,) a wrong image for each text
-            text_neg = losses.hard_negatives(sim_i2t, targets, generator)  # (B,) a wrong text for each image
-            all_mae = None if tokens.mae is None else gather(tokens.mae.tokens)
-            wrong_mae = None if all_mae is None else all_mae[image_neg]
-            pairs.append((gather(tokens.clip)[image_neg], wrong_mae, ids, mask))
-            pairs.append((tokens.clip, tokens.mae_tokens, gather(ids)[text_neg], gather(mask)[text_neg]))
-        clip, mae, ids, mask = (
-            None if column[0] is None else torch.cat(column) for column in zip(*pairs, strict=True)
-        )
-        logits = self._match(clip, mae, ids, mask)  # (3B, 2)
+            own = own_rows(len(ids), ids.device)
+            image_neg = losses.hard_negatives(sim_t2i, own, generator)  # (B,) a wrong image for each text
+            text_neg = losses.hard_negatives(sim_i2t, own, generator)  # (B,) a wrong text for each image
+            clip = torch.cat([clip, gather(clip)[image_neg], clip])  # (3B, Nc, Dc)
+            mae = None if mae is None else torch.cat([mae, gather(mae)[image_neg], mae])
+            ids = torch.cat([ids, ids, gather(ids)[text_neg]])  # (3B, T)
+            mask = torch.cat([mask, mask, gather(mask)[text_neg]])
+        logits = self.match(clip, mae, ids, mask)  # (3B, 2)
         labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
         labels[: len(tokens.clip)] = 1
         return losses.itm(logits, labels), (logits.argmax(-1) == labels).float().mean()
-
-    def _match(self, clip: Tensor, mae: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor:
-        """Score pairs on the multimodal Z': (R, 2), column 1 says "they match"."""
-        zq = self.query_image_and_text(clip, ids, mask)  # (R, Q, D)
-        z, _ = self.fusion.refine(zq, mae)
-        return self.itm_head(z).mean(dim=1)
 
     def _itg(self, query_cache: Any, text: Any) -> Tensor:
         """Caption the image: text sees the queries through their cached keys and values, as in BLIP-2."""
@@ -184,8 +168,10 @@ class XFormer(FeatureInterface, XFormerBase):
 
     def _reconstruction(self, aligned: Tensor | None, tokens: Tokens) -> Tensor:
         """M' (B, Nm, Dm) through MAE's frozen decoder must still give the masked patches."""
-        assert self.mae is not None and tokens.mae is not None
-        assert aligned is not None and tokens.pixels is not None
+        assert self.mae is not None
+        assert tokens.mae is not None
+        assert tokens.pixels is not None
+        assert aligned is not None
         prediction = self.mae.decode(aligned, tokens.mae.ids_restore)  # (B, N, P)
         return losses.reconstruction(prediction, self.mae.target(tokens.pixels), tokens.mae.mask)
 
@@ -196,12 +182,12 @@ class XFormer(FeatureInterface, XFormerBase):
         Raises:
             UserError: a name, folder or file in the configuration is wrong.
         """
-        weights = cfg.get("loss_weights")
+        weights: Any = cfg.get("loss_weights")
         model = cls(
             embed_dim=cfg.get("embed_dim", 256),
             mask_ratio=cfg.get("mask_ratio", 0.5),
             mask_vl=cfg.get("mask_vl", True),
-            loss_weights=None if weights is None else OmegaConf.to_container(weights),
+            loss_weights=dict(weights or {}),
             **cls.build_parts(cfg),
         )
         load_pretrained(model, cfg)

@@ -44,7 +44,7 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 VIT_MODELS = ("eva_clip_g", "clip_L")
 
 
-def eva_vit(*, drop_path_rate: float = 0.0, use_grad_checkpoint: bool = False, **sizes: Any) -> nn.Module:
+def eva_vit(*, drop_path_rate: float = 0.0, use_grad_checkpoint: bool = False, **sizes: Any) -> Any:
     """LAVIS's EVA ViT of the given sizes (``img_size``, ``patch_size``, ...), with random weights."""
     return VisionTransformer(
         use_mean_pooling=False,
@@ -62,7 +62,7 @@ def build_clip(
     weights: str | None = None,
     drop_path_rate: float = 0.0,
     use_grad_checkpoint: bool = False,
-) -> nn.Module:
+) -> Any:
     """The CLIP image encoder, whose tokens C the Q-Former reads.
 
     Args:
@@ -76,7 +76,8 @@ def build_clip(
         UserError: there is no such model, folder or file, or it can't be fetched.
     """
     path = resolve(name)
-    options = {"drop_path_rate": drop_path_rate, "use_grad_checkpoint": use_grad_checkpoint}
+    options: dict[str, Any] = {"drop_path_rate": drop_path_rate, "use_grad_checkpoint": use_grad_checkpoint}
+    unused: tuple[str, ...] = ()
     if name == "eva_clip_g":
         model = eva_vit(img_size=image_size, **EVA_CLIP_G, **options)
         state = load_torch_file(weights or download(EVA_CLIP_G_URL, key="vit_weights"), key="vit_weights")
@@ -91,7 +92,6 @@ def build_clip(
         sizes = {key: config[key] for key in EVA_KEYS}
         model = eva_vit(**{**sizes, "img_size": image_size}, **options)
         state = load_file(_existing(folder / "model.safetensors", "vit_model"))
-        unused = ()
     else:
         raise UserError(f"model.vit_model: no model or folder '{name}'; {nearest(name, VIT_MODELS)}")
     interpolate_pos_embed(model, state)
@@ -142,7 +142,7 @@ def _load_hub_mae(path: str, name: str) -> ViTMAEForPreTraining:
     return model
 
 
-def build_qformer(name: str, *, num_queries: int, vision_width: int, cross_attention_freq: int) -> nn.Module:
+def build_qformer(name: str, *, num_queries: int, vision_width: int, cross_attention_freq: int) -> Any:
     """LAVIS's Q-Former: BERT with learned queries and cross-attention to C in every n-th layer.
 
     Args:
@@ -224,7 +224,7 @@ def load_checked(
     logging.info("loaded %d weights of %s", len(own), source)
 
 
-def load_torch_file(path: str | Path, *, key: str) -> dict[str, Tensor]:
+def load_torch_file(path: str | Path, *, key: str) -> dict[str, Any]:
     """Read tensors from a ``.pth`` file; pickled code is refused.
 
     Args:
