@@ -171,21 +171,20 @@ def score_presence(
         UserError: the lists differ in length or are empty, a truth is neither, or there is no such scorer.
     """
     _check(predictions, truths, bin_by)
-    true = np.array([_truth(truth) for truth in truths])
+    true = [_truth(truth) for truth in truths]
     if scorer == "gvt_official":
         read = [read_gvt_presence(answer, truth) for answer, truth in zip(predictions, true, strict=True)]
     else:
         read = [read_presence(answer, scorer) for answer in predictions]
-    said_yes = np.array([answer is True for answer in read])
-    correct = np.array([answer is not None and answer == truth for answer, truth in zip(read, true, strict=True)])
-    hits = int((said_yes & true).sum())
-    precision, recall = hits / max(1, int(said_yes.sum())), hits / max(1, int(true.sum()))
+    correct = np.array([answer is truth for answer, truth in zip(read, true, strict=True)])
+    hits = sum(answer is truth is True for answer, truth in zip(read, true, strict=True))
+    precision, recall = hits / max(1, read.count(True)), hits / max(1, true.count(True))
     return PresenceScore(
         **_common(scorer, correct, ["yes" if truth else "no" for truth in true], read),
         precision=precision,
         recall=recall,
         f1=2 * precision * recall / (precision + recall) if hits else 0.0,
-        yes_ratio=float(said_yes.mean()),
+        yes_ratio=read.count(True) / len(read),
         bins=() if bin_by is None else _bins(correct, np.array(bin_by), edges),
     )
 

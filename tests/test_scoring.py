@@ -57,6 +57,13 @@ def test_presence_by_hand() -> None:
     assert [(b.n, b.accuracy) for b in score.bins] == [(3, 1 / 3), (3, 1)]
 
 
+@pytest.mark.parametrize("scorer", ["gvt_official", "pope_official", "strict"])
+def test_always_yes_finds_every_yes(scorer: str) -> None:
+    score = score_presence(["Yes."] * 4, ["Yes.", "no", "no", "No"], scorer=scorer)
+    assert (score.accuracy, score.precision, score.recall, score.yes_ratio) == (0.25, 0.25, 1, 1)
+    assert (score.majority, score.majority_answer) == (0.75, "no")
+
+
 def test_presence_with_no_yes_at_all() -> None:
     score = score_presence(["no", "no"], ["no", "yes"])
     assert (score.precision, score.recall, score.f1, score.majority) == (0, 0, 0, 0.5)
