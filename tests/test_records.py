@@ -34,6 +34,13 @@ def test_every_form_gives_the_same_rows(tmp_path: Path, name: str, text: str, nu
     assert read_rows(tmp_path / name) == list(zip(numbers, ROWS, strict=True))
 
 
+def test_line_breaks_inside_texts_do_not_break_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"caption": "one\u2028two"}\r\n{"caption": "x"}\r\n', encoding="utf-8")
+    assert [row["caption"] for _, row in read_rows(tmp_path / "a.jsonl")] == ["one\u2028two", "x"]
+    (tmp_path / "a.csv").write_text('image,caption\na.jpg,"one\ntwo"\n')
+    assert read_rows(tmp_path / "a.csv") == [(1, {"image": "a.jpg", "caption": "one\ntwo"})]
+
+
 def test_rows_key_chooses_among_several_lists(tmp_path: Path) -> None:
     path = tmp_path / "coco.json"
     path.write_text(json.dumps({"images": [{"id": 1}], "annotations": ROWS}))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable, Sequence
@@ -48,7 +49,7 @@ def read_rows(path: str | Path, *, rows_key: str | None = None) -> list[tuple[in
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read: {error}") from error
     if path.suffix.lower() == ".csv":
-        rows: list[tuple[int, Any]] = list(enumerate(csv.DictReader(text.splitlines()), start=1))
+        rows: list[tuple[int, Any]] = list(enumerate(csv.DictReader(io.StringIO(text, newline="")), start=1))
     else:
         rows = _parse_json(text, path, rows_key)
     if not rows:
@@ -74,7 +75,7 @@ def read_strings(path: str | Path) -> list[str]:
 
 
 def _parse_json(text: str, path: Path, rows_key: str | None) -> list[tuple[int, Any]]:
-    lines = [(n, line) for n, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if path.suffix.lower() in (".jsonl", ".ndjson") or _is_json_object(lines, 2):
         return _parse_lines(lines, path)
     try:
