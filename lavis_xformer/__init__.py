@@ -34,7 +34,6 @@ def register() -> None:
     :func:`lavis_xformer.paths.cache_folder`; its lists of models and datasets, snapshots, are taken anew.
     """
     from importlib import import_module
-    from importlib.util import find_spec
 
     from lavis import models
     from lavis.common.registry import registry
@@ -43,8 +42,7 @@ def register() -> None:
     from lavis_xformer.paths import LAVIS_CACHE, cache_folder
 
     for name in _REGISTERING:
-        if find_spec(name):
-            import_module(name)
+        import_module(name)
     paths = registry.mapping["paths"]
     if paths["cache_root"] == LAVIS_CACHE:
         paths["cache_root"] = str(cache_folder())

@@ -1,0 +1,77 @@
+"""The command and how entry points report errors."""
+
+from __future__ import annotations
+
+import urllib.error
+from importlib import import_module
+
+import pytest
+
+from lavis_xformer import __version__, cli
+from lavis_xformer.errors import UserError
+
+
+def fail(error: BaseException):
+    def command(argv: list[str]) -> int:
+        raise error
+
+    return command
+
+
+def test_a_mistake_of_the_user_is_one_line_and_status_2(capsys):
+    assert cli.run(fail(UserError("run.task: there is\n  no task")), []) == 2
+    assert capsys.readouterr().err == "lavis-xformer: error: run.task: there is no task\n"
+
+
+@pytest.mark.parametrize("how", ["flag", "variable"])
+def test_the_traceback_can_be_seen(how: str, capsys, monkeypatch):
+    if how == "variable":
+        monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
+    assert cli.run(fail(UserError("no")), [cli.TRACEBACK_FLAG] if how == "flag" else []) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_the_traceback_flag_is_not_handed_on():
+    seen: list[str] = []
+    assert cli.run(seen.extend, ["--cfg-path", "x", cli.TRACEBACK_FLAG]) == 0
+    assert seen == ["--cfg-path", "x"]
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        cli.run(fail(ZeroDivisionError("a bug")), [])
+
+
+def test_an_unreachable_network_names_what_to_set(capsys):
+    error = OSError("wrapped")
+    error.__cause__ = urllib.error.URLError("Name or service not known")
+    assert cli.run(fail(error), []) == 2
+    assert "to a local path" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_status_130(capsys):
+    assert cli.run(fail(KeyboardInterrupt()), []) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_status_is_that_of_the_command():
+    assert cli.run(lambda argv: 1, []) == 1
+    assert cli.run(lambda argv: None, []) == 0
+
+
+def test_help_version_and_unknown_commands(capsys):
+    assert cli.main(["--help"]) == 0
+    assert "doctor" in capsys.readouterr().out
+    assert cli.main(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+    assert cli.main([]) == 2
+    assert cli.main(["docter"]) == 2
+    assert "did you mean 'doctor'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_exists_and_shows_its_help(name: str, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        import_module(cli.COMMANDS[name][0]).main(["--help"])
+    assert stopped.value.code == 0
+    assert "usage:" in capsys.readouterr().out

@@ -1,0 +1,198 @@
+"""Configurations: how layers merge, and that every mistake is named before anything is built."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import lavis_xformer
+from lavis_xformer.errors import UserError
+
+YAML = """
+model:
+  arch: blip2
+  model_type: pretrain
+datasets:
+  coco_caption:
+    build_info:
+      images: {storage: images}
+      annotations:
+        train: {storage: train.json}
+        val: {storage: train.json}
+        test:
+    vis_processor:
+      train: {name: blip2_image_train, image_size: 224}
+run:
+  task: image_text_pretrain
+  runner: runner_base
+  lr_sched: linear_warmup_cosine_lr
+  init_lr: 1e-4
+  max_epoch: 10
+  output_dir: out
+"""
+INFO = "datasets.coco_caption.build_info"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered():
+    lavis_xformer.register()
+
+
+@pytest.fixture
+def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Load YAML, or another text, with options, in a folder with one photo folder and one annotation file."""
+    from lavis_xformer.config import load_config
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "train.json").write_text("[]")
+
+    def run(*options: str, text: str = YAML):
+        (tmp_path / "run.yaml").write_text(text)
+        return load_config("run.yaml", options)
+
+    return run
+
+
+def test_layers_and_relative_paths(load, tmp_path: Path):
+    config = load("run.max_epoch=3")
+    assert config.run_cfg.max_epoch == 3
+    assert config.run_cfg.init_lr == pytest.approx(1e-4)
+    assert config.model_cfg.num_query_token == 32
+    assert config.run_cfg.output_dir == str(tmp_path / "out")
+    assert config.datasets_cfg.coco_caption.build_info.images.storage == str(tmp_path / "images")
+    assert list(config.datasets_cfg.coco_caption.build_info.annotations) == ["train", "val"]
+
+
+def test_options_in_the_form_of_keys_and_values(load):
+    assert load("run.max_epoch", "3", "run.seed", "5").run_cfg.seed == 5
+
+
+def test_a_model_type_among_the_options_loads_its_defaults(load):
+    assert load().model_cfg.image_size == 224
+    assert load("model.model_type=coco").model_cfg.image_size == 364
+
+
+def test_null_is_all_defaults_in_a_yaml_and_removal_in_options(load):
+    local = YAML.replace("  coco_caption:", "  vg_caption:\n  coco_caption:")
+    assert list(load("datasets.vg_caption=null", text=local).datasets_cfg) == ["coco_caption"]
+    with pytest.raises(UserError, match=r"datasets\.vg_caption\.build_info\.images\.storage: there is no folder"):
+        load(text=local)
+
+
+def test_options_add_a_dataset_with_its_defaults(load):
+    info = "datasets.vg_caption.build_info"
+    config = load(f"{info}.images.storage=images", f"{info}.annotations.train.storage=train.json")
+    assert list(config.datasets_cfg) == ["coco_caption", "vg_caption"]
+    assert config.datasets_cfg.vg_caption.data_type == "images"
+
+
+def test_existing_annotations_need_no_url(load):
+    train = load(f"{INFO}.annotations.train.url=null").datasets_cfg.coco_caption.build_info.annotations.train
+    assert train.url == train.storage
+
+
+def test_annotations_to_be_fetched_stay_lavis_business(load):
+    text = YAML.replace("train: {storage: train.json}", "train: {}")
+    train = load(text=text).datasets_cfg.coco_caption.build_info.annotations.train
+    assert train.url.startswith("https://")
+
+
+def test_interface_of_lavis_is_kept(load):
+    from lavis.common.registry import registry
+
+    config = load()
+    config.pretty_print()
+    assert registry.get("configuration") is config
+    assert config.to_dict()["run"]["task"] == "image_text_pretrain"
+    assert config.get_config() is config.config
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("model.arch=blip3", "model.arch: there is no model 'blip3': did you mean 'blip2'?"),
+        ("model.model_type=pretrian", "did you mean 'pretrain'?"),
+        ("run.task=image_text", "did you mean 'image_text_pretrain'?"),
+        ("run.runner=runner", "run.runner: there is no runner 'runner': did you mean 'runner_"),
+        ("run.lr_sched=cosine", "run.lr_sched: there is no lr scheduler 'cosine'"),
+        ("datasets.coco_captoin.type=x", "there is no dataset 'coco_captoin': did you mean 'coco_caption'?"),
+        ("datasets.coco_caption.type=mini", "datasets.coco_caption.type: 'mini' is unknown"),
+        ("datasets.coco_caption.vis_processor.train.name=blip", "vis_processor.train.name: there is no processor"),
+        ("datasets.coco_caption.vis_processor.train.image_sze=32", "did you mean 'datasets.coco_caption.vis"),
+        (f"{INFO}.images.storge=x", "images.storge: no configuration knows this key"),
+        (f"{INFO}.images.storage=/nope", f"{INFO}.images.storage: there is no folder /nope"),
+        (f"{INFO}.annotations.train.storage=/nope.json", f"{INFO}.annotations.train.storage: there is no file"),
+        (f"{INFO}.annotations.train.url=/nope.json", ""),
+        ("run.resume_ckpt_path=nope.pth", "run.resume_ckpt_path: there is no file nope.pth"),
+        ("run.max_epohc=3", "run.max_epohc: no configuration knows this key: did you mean 'run.max_epoch'?"),
+        ("run.max_epoch=three", "run.max_epoch=three: expected a value like 10"),
+        ("max_epoch=3", "expected section.key=value"),
+        ("run.max_epoch", "expected section.key=value"),
+        ("=3", "expected section.key=value"),
+        ("run.seed=[1", "not YAML"),
+        ("datasets.coco_caption=null", "at least one dataset"),
+        ("run.output_dir=${nowhere}", "nowhere"),
+    ],
+)
+def test_mistakes_in_options(option: str, message: str, load):
+    if not message:
+        assert load(option)  # the file is there already, so nothing is fetched
+        return
+    with pytest.raises(UserError) as raised:
+        load(option)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {arch: blip2\nrun: [", "run.yaml, line"),
+        ("- a list", "section 'model:' is missing"),
+        ("", "section 'model:' is missing"),
+        ("model: {arch: blip2}\ndatasets:\nrun: {task: x}", "section 'datasets:'"),
+        (YAML.replace("  arch: blip2\n", ""), "model.arch: the model is missing"),
+        (YAML.replace("  task: image_text_pretrain\n", ""), "run.task: the task is missing"),
+        (YAML.replace("  model_type: pretrain\n", ""), "blip2 has no default model type: name one of"),
+    ],
+)
+def test_mistakes_in_the_yaml(text: str, message: str, load):
+    with pytest.raises(UserError) as raised:
+        load(text=text)
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+XFORMER = YAML.replace("arch: blip2\n  model_type: pretrain", "arch: xformer")
+
+
+def test_our_model_has_a_default_type(load):
+    assert load(text=XFORMER).model_cfg.model_type == "mini"
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("fusion: dula", "model.fusion: 'dula' is unknown: did you mean 'dual'?"),
+        ("fusoin: dual", "model.fusoin: no configuration knows this key: did you mean 'model.fusion'?"),
+    ],
+)
+def test_the_yaml_of_our_model_is_checked_key_by_key(section: str, message: str, load):
+    with pytest.raises(UserError) as raised:
+        load(text=XFORMER.replace("arch: xformer", f"arch: xformer\n  {section}"))
+    assert message in str(raised.value)
+
+
+def test_loading_without_a_type_takes_the_default(monkeypatch):
+    import lavis.models
+
+    monkeypatch.setattr(lavis.models, "load_model_and_preprocess", lambda *args, **rest: args)
+    assert lavis_xformer.load_model_and_preprocess("xformer") == ("xformer", "mini")
+    assert lavis_xformer.load_model_and_preprocess("blip2", "coco") == ("blip2", "coco")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("xformr", None), ("xformer", "mni"), ("blip2", None)])
+def test_loading_what_does_not_exist(name: str, kind: str | None):
+    with pytest.raises(UserError):
+        lavis_xformer.load_model_and_preprocess(name, kind)
