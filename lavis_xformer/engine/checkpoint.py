@@ -1,0 +1,160 @@
+"""Checkpoint files: written whole or not at all, checked before they are believed.
+
+A checkpoint is what ``torch.save`` writes: a zip archive whose every record carries a CRC-32, so a
+torn or altered file is recognised without a format of our own, and ``torch.load`` reads it anywhere.
+Names tell the order: ``checkpoint_{epoch}.pth`` after an epoch (LAVIS's name),
+``checkpoint_{epoch}_step{n}.pth`` after ``n`` optimiser steps of that epoch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lavis_xformer.errors import UserError
+
+FORMAT = "lavis_xformer/checkpoint/1"
+BEST = "checkpoint_best.pth"
+_NAME = re.compile(r"checkpoint_(\d+)(?:_step(\d+))?\.pth")
+
+logger = logging.getLogger(__name__)
+
+
+class BadCheckpoint(UserError):
+    """A file that is not a whole checkpoint of this runner; the message says why."""
+
+
+def name_of(epoch: int, step: int | None = None) -> str:
+    """Return the file name after ``step`` optimiser steps of ``epoch``; ``None`` is its end."""
+    return f"checkpoint_{epoch}.pth" if step is None else f"checkpoint_{epoch}_step{step}.pth"
+
+
+def listed(folder: Path) -> list[Path]:
+    """Return the checkpoints of a run folder, newest first; the best one is not among them."""
+
+    def position(path: Path) -> tuple[int, float]:
+        match = _NAME.fullmatch(path.name)
+        assert match is not None
+        return int(match[1]), float(match[2] or "inf")
+
+    found = [path for path in folder.glob("checkpoint_*.pth") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=position, reverse=True)
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write ``content`` to ``path`` so that at any moment the old file or the new one is whole.
+
+    Temporary file, flush to disk, rename, flush of the folder's entry. An interrupted or failed
+    write leaves ``path`` as it was.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({"format": FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch's zip writer reports a full disk so
+        raise OSError(f"{path} could not be written: {error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    _flush_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small text file as ``write`` does a checkpoint."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _flush_folder(path.parent)
+
+
+def alias(source: Path, path: Path) -> None:
+    """Give the file ``source`` the second name ``path``: a hard link where possible, else a copy."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, path)
+    _flush_folder(path.parent)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU.
+
+    Raises:
+        BadCheckpoint: it is missing, torn, altered, or holds something else than a checkpoint.
+    """
+    reason = damage(path)
+    if reason:
+        raise BadCheckpoint(f"{path} is no usable checkpoint: {reason}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadCheckpoint(f"{path} is no usable checkpoint: {first_line}") from error
+    if not isinstance(content, dict) or not {"model", "optimizer", "epoch"} <= content.keys():
+        raise BadCheckpoint(f"{path} holds no training state (model, optimizer, epoch)")
+    return content
+
+
+def damage(path: Path) -> str:
+    """Say what is wrong with a file without unpickling it; empty where its checksums hold."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except FileNotFoundError:
+        return "there is no such file"
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        return f"torn or foreign ({error})"
+    return f"checksum of its record {broken} does not hold" if broken else ""
+
+
+def newest(folder: Path, *, set_aside: bool = False) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest good checkpoint of a run folder and its content, ``None`` without any.
+
+    Args:
+        folder: the run's.
+        set_aside: rename what is bad to ``*.bad``, so that it never counts again; for one process.
+    """
+    for path in listed(folder):
+        try:
+            return path, read(path)
+        except BadCheckpoint as error:
+            logger.warning("%s; trying the one before", error)
+            if set_aside:
+                os.replace(path, path.with_name(path.name + ".bad"))
+    return None
+
+
+def prune(folder: Path, *, keep: int) -> None:
+    """Remove all but the newest ``keep`` checkpoints, and what killed writes have left; 0 keeps all."""
+    for path in listed(folder)[keep:] if keep else []:
+        path.unlink(missing_ok=True)
+    for path in folder.glob(".checkpoint_*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def _flush_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems can't flush a folder
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -1,0 +1,87 @@
+"""Run folders: what a run was configured to do, and which of them a restart goes on with."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lavis_xformer.engine import checkpoint
+
+CONFIG_NAME, SUMMARY_NAME = "config.json", "summary.json"
+
+# What may differ between a run and its restart: where and how it runs, not what it computes.
+INCIDENTAL = {
+    f"run.{name}"
+    for name in (
+        "resume resume_ckpt_path job_id output_dir num_workers device distributed gpu rank world_size "
+        "dist_url dist_backend log_freq tensorboard next_command keep_last save_every_steps "
+        "save_every_minutes loader_timeout skip_nonfinite"
+    ).split()
+}
+PACKAGES = ("lavis_xformer", "salesforce-lavis", "torch", "transformers", "numpy")
+
+logger = logging.getLogger(__name__)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return ``key: old -> new`` for every key of two configurations that changes the computation."""
+    before, after = dict(_flat(old)), dict(_flat(new))
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key not in INCIDENTAL
+    ]
+
+
+def newest_matching(output_dir: Path, config: Mapping[str, Any]) -> str | None:
+    """Return the id of the newest run under ``output_dir`` that this configuration can go on with.
+
+    That is a run of the same configuration (where it computes and how often it saves may differ)
+    which has a checkpoint.
+    """
+    folders = sorted(output_dir.glob(f"*/{CONFIG_NAME}"), key=lambda path: path.stat().st_mtime_ns)
+    for path in reversed(folders):
+        try:
+            changes = differences(json.loads(path.read_text(encoding="utf-8")), config)
+        except ValueError:
+            continue
+        if not changes and checkpoint.listed(path.parent):
+            return path.parent.name
+        if changes:
+            logger.info("%s is another run: %s", path.parent, "; ".join(changes[:3]))
+    return None
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Return what a finished run wrote at its end, ``None`` for a run that has not finished."""
+    path = folder / SUMMARY_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    checkpoint.write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,168 @@
+"""What a run leaves to be seen: JSON lines, TensorBoard, and a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tqdm import tqdm
+
+from lavis_xformer.engine import checkpoint
+
+LOG_NAME = "log.jsonl"
+
+logger = logging.getLogger(__name__)
+
+
+class Averages:
+    """Means of named values over the steps of an epoch."""
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, float]) -> None:
+        """Take in the values of a step; a name may be absent from some steps."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of each name over the steps that had it."""
+        return {name: self.sums[name] / self.counts[name] for name in self.sums}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values for a checkpoint."""
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state_dict``'s values."""
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
+
+class MetricsLog:
+    """Writes records to ``log.jsonl`` and their numbers to TensorBoard; for one process.
+
+    A record is one line: ``{"kind": "step" | "epoch" | "eval" | ..., "epoch": .., "step": .., ...}``
+    where ``step`` counts optimiser steps from the start of the run.
+    """
+
+    def __init__(self, folder: Path, *, from_step: int = 0, tensorboard: bool = True) -> None:
+        """Open the log of a run folder; records after ``from_step`` are of a lost future: dropped."""
+        self.path = folder / LOG_NAME
+        _keep_until(self.path, from_step)
+        self._file: TextIO = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self._events: Any = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
+
+    def write(self, kind: str, *, step: int, values: dict[str, Any], **about: Any) -> None:
+        """Write one record; numbers among ``values`` go to TensorBoard as ``kind/name``."""
+        record = {"kind": kind, **about, "step": step, **values}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._events is None:
+            return
+        group = str(about.get("split") or "train") if kind != "step" else "step"
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self._events.add_scalar(f"{group}/{name}", value, step)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+class Progress:
+    """A bar with losses, images per second and time left in a terminal; plain lines elsewhere."""
+
+    def __init__(self, *, total: int, done: int, title: str, every: int, shown: bool, offset: int = 0) -> None:
+        """Start at ``done`` of ``total`` steps.
+
+        Args:
+            total: steps to show.
+            done: how many lie behind already.
+            title: what is going on.
+            every: where there is no terminal, write a line each so many steps.
+            shown: False on all processes but one.
+            offset: unused steps before the first, for the plain lines.
+        """
+        self.title, self.every, self.total, self.done = title, max(1, every), total, done + offset
+        self.shown = shown
+        self._first, self._start = self.done, time.monotonic()
+        on_terminal = shown and sys.stderr.isatty()
+        self._bar = (
+            tqdm(total=total, initial=done, desc=title, dynamic_ncols=True, leave=False) if on_terminal else None
+        )
+
+    def step(self, values: dict[str, float]) -> None:
+        """Show a step's values."""
+        self.done += 1
+        if self._bar is not None:
+            self._bar.set_postfix_str(_short(values), refresh=False)
+            self._bar.update()
+        elif self.shown and (self.done % self.every == 0 or self.done == self.total):
+            pace = (time.monotonic() - self._start) / max(1, self.done - self._first)
+            left = time.strftime("%H:%M:%S", time.gmtime(pace * (self.total - self.done)))
+            logger.info("%s %d/%d  %s  left %s", self.title, self.done, self.total, _short(values), left)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Return the highest memory use so far in MiB: of the GPU, or of the process on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / 2**10 if sys.platform != "darwin" else kib / 2**20
+
+
+def setup_logging(*, shown: bool) -> None:
+    """Send this package's messages to stdout as plain lines, above a progress bar; others' from WARNING."""
+    package = logging.getLogger("lavis_xformer")
+    package.setLevel(logging.INFO if shown else logging.ERROR)
+    package.propagate = False
+    package.handlers = [_BarHandler()]
+
+
+class _BarHandler(logging.Handler):
+    """Prints above a bar, if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        tqdm.write(prefix + record.getMessage(), file=sys.stdout)
+        sys.stdout.flush()
+
+
+def _short(values: dict[str, float]) -> str:
+    shown = {n: v for n, v in values.items() if n.startswith("loss") or n == "images_per_s"}
+    return "  ".join(f"{name.removeprefix('loss_')} {value:.4g}" for name, value in shown.items())
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the steps after ``step``, what will be summed up again, and a line that a kill has torn."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+            if record["step"] < step + (record["kind"] == "step"):
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    checkpoint.write_text(path, "".join(f"{line}\n" for line in kept))

@@ -1,0 +1,275 @@
+"""The training of one epoch: windows of batches in, logged steps and saved positions out."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader
+
+from lavis_xformer import launch
+from lavis_xformer.distributed import is_main, rank, world_size
+from lavis_xformer.engine import rng
+from lavis_xformer.engine.interruption import Interruption
+from lavis_xformer.engine.log import Averages, MetricsLog, Progress, peak_memory_mb
+from lavis_xformer.engine.step import Stepper
+from lavis_xformer.engine.weights import trainable_state
+from lavis_xformer.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class Schedule(Protocol):
+    """LAVIS's interface of a learning rate schedule."""
+
+    def step(self, cur_epoch: int, cur_step: int) -> None:
+        """Set the learning rate of a step."""
+
+
+@dataclass
+class Position:
+    """How far a run is.
+
+    Attributes:
+        epoch: the epoch being trained, from 0.
+        batches: batches of each process done in this epoch.
+        steps: optimiser steps done in the whole run, skipped ones included.
+        skipped: steps skipped because a loss was not finite.
+    """
+
+    epoch: int = 0
+    batches: int = 0
+    steps: int = 0
+    skipped: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """Return plain values for a checkpoint."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all ranks agree on after the gradients of a step."""
+
+    terms: dict[str, float]
+    finite: bool
+    signum: int
+    save: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """How a loop behaves beside the arithmetic; see ``RunOptions`` for the meaning."""
+
+    accumulate: int = 1
+    skip_nonfinite: int = 0
+    save_every_steps: int = 0
+    save_every_minutes: float = 0.0
+    log_every: int = 50
+
+
+class EpochLoop:
+    """Trains the rest of an epoch from a position."""
+
+    def __init__(
+        self,
+        *,
+        stepper: Stepper,
+        schedule: Schedule,
+        position: Position,
+        averages: Averages,
+        rules: Rules,
+        interruption: Interruption,
+        save: Callable[[], None],
+        log: MetricsLog | None,
+        folder: Path,
+    ) -> None:
+        """Take the parts.
+
+        Args:
+            stepper: computes and applies gradients.
+            schedule: sets the learning rate.
+            position: moved on while training.
+            averages: of the epoch so far.
+            rules: accumulation, saving, what to do about losses that are not finite.
+            interruption: looked at after each step.
+            save: writes a checkpoint of the current position; called on all ranks together.
+            log: on the main process, ``None`` on others.
+            folder: for debugging bundles.
+        """
+        self.stepper, self.schedule, self.position = stepper, schedule, position
+        self.averages, self.rules, self.interruption = averages, rules, interruption
+        self.save, self.log, self.folder = save, log, folder
+        self._last_save = time.monotonic()
+
+    def run(self, loader: DataLoader[Any], *, batches: int) -> dict[str, float]:
+        """Train until ``batches`` batches of the epoch are done; return the epoch's mean terms.
+
+        Raises:
+            UserError: a loss was not finite.
+            SystemExit: after a signal, when the step is done and saved.
+        """
+        progress = self._progress(batches)
+        started = time.monotonic()
+        with self.interruption.deferred():
+            for window, waited in self._windows(loader, batches):
+                before = rng.capture()
+                self._set_learning_rate()
+                terms = self.stepper.gradients(window)
+                verdict = self._agree(terms)
+                self._update(verdict, window, before)
+                started = self._record(verdict, window, waited, started, progress)
+                self._save_or_leave(verdict, batches)
+        progress.close()
+        return self.averages.means()
+
+    def _windows(self, loader: DataLoader[Any], batches: int) -> Iterator[tuple[list[Any], float]]:
+        """Yield lists of up to ``accumulate`` batches on the device, and the seconds waited for them."""
+        left = batches - self.position.batches
+        iterator: Iterator[Any] = iter(loader) if left else iter(())
+        while left > 0:
+            begin = time.monotonic()
+            window = [next(iterator) for _ in range(min(left, self.rules.accumulate))]
+            waited = time.monotonic() - begin
+            left -= len(window)
+            yield [to_device(samples, self.stepper.device) for samples in window], waited
+
+    def _set_learning_rate(self) -> None:
+        step = self.position.batches // self.rules.accumulate
+        self.schedule.step(cur_epoch=self.position.epoch, cur_step=step)
+
+    def _agree(self, terms: dict[str, torch.Tensor]) -> Verdict:
+        """Average the terms over ranks and let any rank's wish to stop or save count for all.
+
+        One transfer from the device and one reduction of a small vector per step.
+        """
+        names = list(terms)
+        values = torch.stack([terms[name] for name in names]).double().cpu()
+        checked = [i for i, n in enumerate(names) if n != "grad_norm" or not self.stepper.scaler]
+        bad = not bool(torch.isfinite(values[checked]).all())
+        flags = torch.tensor([bad, self.interruption.signum, self._save_is_due()]).double()
+        summed = launch.total(torch.cat([flags, values]))
+        means = (summed[3:] / world_size()).tolist()
+        self._own_terms = dict(zip(names, values.tolist(), strict=True))
+        return Verdict(
+            terms=dict(zip(names, means, strict=True)),
+            finite=not summed[0],
+            signum=self.interruption.signum or (15 if summed[1] else 0),
+            save=bool(summed[2]),
+        )
+
+    def _update(self, verdict: Verdict, window: list[Any], before: dict[str, Any]) -> None:
+        if verdict.finite:
+            self.stepper.apply()
+        else:
+            self._skip_or_stop(window, before)
+            self.stepper.discard()
+        self.position.batches += len(window)
+        self.position.steps += 1
+
+    def _record(self, verdict: Verdict, window: list[Any], waited: float, started: float, progress: Progress) -> float:
+        """Log the step; return the time at which it ended."""
+        now = time.monotonic()
+        images = sum(count_samples(samples) for samples in window) * world_size()
+        speed = {
+            "lr": self.stepper.optimizer.param_groups[0]["lr"],
+            "images_per_s": images / max(now - started, 1e-9),
+            "data_wait": waited / max(now - started, 1e-9),
+            "peak_memory_mb": peak_memory_mb(self.stepper.device),
+        }
+        values = {**verdict.terms, **speed}
+        if verdict.finite:
+            self.averages.add(values)
+        if self.log is not None:
+            shown = values if verdict.finite else _json_safe(values)
+            self.log.write("step", epoch=self.position.epoch, step=self.position.steps, values=shown)
+        progress.step(values)
+        return now
+
+    def _save_is_due(self) -> bool:
+        """Whether minutes or steps say so; only the main process's clock counts."""
+        minutes, steps = self.rules.save_every_minutes, self.rules.save_every_steps
+        by_clock = minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes and is_main()
+        return by_clock or (steps > 0 and (self.position.steps + 1) % steps == 0)
+
+    def _save_or_leave(self, verdict: Verdict, batches: int) -> None:
+        at_end = self.position.batches >= batches  # the runner saves there
+        if (verdict.save or verdict.signum) and not (at_end and not verdict.signum):
+            self.save()
+            self._last_save = time.monotonic()
+        if verdict.signum:
+            logger.info("signal %d: step %d done and saved", verdict.signum, self.position.steps)
+            raise SystemExit(128 + verdict.signum)
+
+    def _skip_or_stop(self, window: list[Any], before: dict[str, Any]) -> None:
+        """Count a step whose loss or gradient is not finite, or stop the run with what is known."""
+        self.position.skipped += 1
+        bad = [name for name, value in self._own_terms.items() if not math.isfinite(value)]
+        ids = [image_ids(samples) for samples in window]
+        found = f"rank {rank()}: {', '.join(bad)} for image ids {ids}" if bad else ""
+        about = "; ".join(text for text in launch.collect(found) if text)
+        about = f"not finite in step {self.position.steps} of epoch {self.position.epoch}: {about}"
+        if self.position.skipped <= self.rules.skip_nonfinite:
+            logger.warning("%s; skipped (%d)", about, self.position.skipped)
+            return
+        bundle = self._save_bundle(window, before, bad) if bad else None
+        raise UserError(
+            f"{about}; the batch, weights and random state are in {bundle}; "
+            "run.skip_nonfinite sets how many such steps to skip"
+        )
+
+    def _save_bundle(self, window: list[Any], before: dict[str, Any], bad: list[str]) -> Path:
+        path = self.folder / f"nonfinite_step{self.position.steps}_rank{rank()}.pt"
+        model = getattr(self.stepper.model, "module", self.stepper.model)
+        content = {
+            "bad": bad,
+            "terms": self._own_terms,
+            "position": self.position.as_dict(),
+            "window": [to_device(samples, torch.device("cpu")) for samples in window],
+            "rng": before,
+            "model": trainable_state(model),
+        }
+        torch.save(content, path)
+        return path
+
+    def _progress(self, batches: int) -> Progress:
+        return Progress(
+            total=math.ceil(batches / self.rules.accumulate),
+            done=math.ceil(self.position.batches / self.rules.accumulate),
+            title=f"epoch {self.position.epoch}",
+            every=self.rules.log_every,
+            shown=is_main(),
+        )
+
+
+def to_device(samples: Any, device: torch.device) -> Any:
+    """Move every tensor in nested dicts and lists to ``device``."""
+    if isinstance(samples, torch.Tensor):
+        return samples.to(device, non_blocking=True)
+    if isinstance(samples, Mapping):
+        return {key: to_device(value, device) for key, value in samples.items()}
+    if isinstance(samples, list):
+        return [to_device(value, device) for value in samples]
+    return samples
+
+
+def count_samples(samples: Mapping[str, Any]) -> int:
+    """Return the batch size of samples: the length of the images, or else of any entry."""
+    first = samples["image"] if "image" in samples else next(iter(samples.values()))
+    return len(first)
+
+
+def image_ids(samples: Mapping[str, Any]) -> list[Any]:
+    """Return the ids of a batch's images as plain values; empty where there are none."""
+    ids = samples.get("image_id", samples.get("instance_id", []))
+    return ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
+
+
+def _json_safe(values: dict[str, float]) -> dict[str, Any]:
+    return {name: v if math.isfinite(v) else str(v) for name, v in values.items()}

@@ -1,0 +1,77 @@
+"""The keys that ``xformer_runner`` adds to the ``run:`` section of a LAVIS YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lavis_xformer.errors import UserError
+
+AMP_MODES = {"False": "no", "no": "no", "True": "fp16", "fp16": "fp16", "bf16": "bf16"}
+RESUME_MODES = {"False": "no", "no": "no", "auto": "auto"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Typed and checked values of the runner's own keys; LAVIS's keys are read by ``RunnerBase``.
+
+    Attributes:
+        amp: mixed precision on a GPU: ``bf16``, ``fp16`` (``True`` means fp16, as in LAVIS), ``no``.
+        max_grad_norm: clip the gradient to this 2-norm; 0 does not clip.
+        skip_nonfinite: how many steps with a loss or gradient that is not finite may be skipped in
+            the whole run; the next one stops it.
+        save_every_steps: also save after every so many optimiser steps; 0 saves after epochs only.
+        save_every_minutes: also save when so much time has passed since the last save; 0 never.
+        keep_last: how many checkpoints to keep besides the best; 0 keeps all.
+        resume: ``auto`` continues the newest run of the same configuration under ``output_dir``.
+        job_id: name of the run folder; empty means the time of the start.
+        seed: seed of the weights, of the order of the data and of all augmentation.
+        tensorboard: write TensorBoard events beside the JSON lines.
+        loader_timeout: seconds to wait for a batch before a data worker is taken for dead; 0 waits.
+        next_command: a command to suggest when the run has ended.
+    """
+
+    amp: str = "no"
+    max_grad_norm: float = 0.0
+    skip_nonfinite: int = 0
+    save_every_steps: int = 0
+    save_every_minutes: float = 0.0
+    keep_last: int = 3
+    resume: str = "no"
+    job_id: str = ""
+    seed: int = 42
+    tensorboard: bool = True
+    loader_timeout: float = 0.0
+    next_command: str = ""
+
+    @classmethod
+    def from_config(cls, run_cfg: Mapping[str, Any]) -> RunOptions:
+        """Read the keys of the ``run:`` section.
+
+        Raises:
+            UserError: a value is of the wrong kind, negative, or not among the choices.
+        """
+        given = {f.name: run_cfg.get(f.name) for f in fields(cls)}
+        defaults = cls()
+        values: dict[str, Any] = {
+            name: _checked(name, value, type(getattr(defaults, name)))
+            for name, value in given.items()
+            if value is not None
+        }
+        return cls(**values)
+
+
+def _checked(name: str, value: object, kind: type) -> object:
+    choices = {"amp": AMP_MODES, "resume": RESUME_MODES}.get(name)
+    if choices is not None:
+        if str(value) not in choices:
+            raise UserError(f"run.{name} is {value!r}; it can be {', '.join(choices)}")
+        return choices[str(value)]
+    try:
+        converted = kind(value)
+    except (TypeError, ValueError):
+        raise UserError(f"run.{name} is {value!r}; it must be a {kind.__name__}") from None
+    if kind in (int, float) and converted < 0:
+        raise UserError(f"run.{name} is {value!r}; it can't be negative")
+    return converted

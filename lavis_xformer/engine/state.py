@@ -1,0 +1,138 @@
+"""What a checkpoint holds, taken from a running training and put back into one."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from lavis_xformer.distributed import rank
+from lavis_xformer.engine import jobs, rng
+from lavis_xformer.engine.log import Averages
+from lavis_xformer.engine.loop import Position
+from lavis_xformer.engine.weights import load_trainable, trainable_state
+from lavis_xformer.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingState:
+    """Weights, optimiser, scaler, position, averages and best figures of a run.
+
+    The learning rate needs no entry: it is a function of the position.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None,
+        config: dict[str, Any],
+        batches_per_epoch: int,
+        steps_per_epoch: int,
+        joined_batch: int,
+        seed: int,
+    ) -> None:
+        """Take the parts of a run at its beginning.
+
+        Args:
+            model: without any wrapper.
+            optimizer: of its trainable parameters.
+            scaler: of fp16, or ``None``.
+            config: plain values.
+            batches_per_epoch: of each process.
+            steps_per_epoch: optimiser steps.
+            joined_batch: samples in a batch of all processes together.
+            seed: the run's.
+        """
+        self.model, self.optimizer, self.scaler, self.config = model, optimizer, scaler, config
+        self.batches_per_epoch, self.steps_per_epoch = batches_per_epoch, steps_per_epoch
+        self.joined_batch, self.seed = joined_batch, seed
+        self.position = Position()
+        self.averages = Averages()
+        self.best: dict[str, Any] = {}
+
+    @property
+    def epoch_done(self) -> bool:
+        """Whether all batches of the position's epoch have been trained."""
+        return self.position.batches >= self.batches_per_epoch
+
+    def next_epoch(self) -> None:
+        """Move to the beginning of the next epoch."""
+        self.position.epoch += 1
+        self.position.batches = 0
+        self.averages = Averages()
+
+    def as_dict(self, rng_of_ranks: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the content of a checkpoint, given every rank's random state.
+
+        ``model``, ``optimizer``, ``scaler``, ``epoch`` and ``config`` are as in LAVIS's checkpoints.
+        """
+        return {
+            "model": trainable_state(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "epoch": self.position.epoch,
+            "epoch_done": self.epoch_done,
+            "position": self.position.as_dict(),
+            "averages": self.averages.state_dict(),
+            "rng": rng_of_ranks,
+            "best": self.best,
+            "joined_batch": self.joined_batch,
+            "config": self.config,
+            "versions": jobs.versions(),
+        }
+
+    def restore(self, content: dict[str, Any], *, source: str) -> None:
+        """Put back what ``as_dict`` returned, or a checkpoint of LAVIS's own runner.
+
+        Raises:
+            UserError: it is of another model, or its position is between two batches of this run.
+        """
+        load_trainable(self.model, content["model"], source=source)
+        self._restore_optimizer(content, source)
+        self.position = self._restored_position(content, source)
+        self.best = content.get("best", {})
+        self.averages = Averages()
+        if "averages" in content:
+            self.averages.load_state_dict(content["averages"])
+        self._restore_rng(content.get("rng", []), source)
+
+    def _restore_optimizer(self, content: dict[str, Any], source: str) -> None:
+        try:
+            self.optimizer.load_state_dict(content["optimizer"])
+        except ValueError as error:
+            raise UserError(f"{source}: its optimiser is of another model: {error}") from error
+        if self.scaler is not None and content.get("scaler"):
+            self.scaler.load_state_dict(content["scaler"])
+
+    def _restored_position(self, content: dict[str, Any], source: str) -> Position:
+        if "position" not in content:  # LAVIS saves after epochs only
+            epoch = content["epoch"] + 1
+            return Position(epoch=epoch, steps=epoch * self.steps_per_epoch)
+        position = Position(**content["position"])
+        before, now = content["joined_batch"], self.joined_batch
+        if content["epoch_done"]:
+            position.batches = self.batches_per_epoch
+        elif before != now:
+            samples = position.batches * before
+            if samples % now:
+                raise UserError(
+                    f"{source} was saved within an epoch, after {samples} samples in batches of "
+                    f"{before} over all processes; batches of {now} can't go on there: take one "
+                    "that divides it, or a checkpoint of an epoch's end"
+                )
+            position.batches = samples // now
+        if before != now:
+            logger.warning("%s: a batch over all processes was %d samples, is %d", source, before, now)
+        return position
+
+    def _restore_rng(self, states: list[dict[str, Any]], source: str) -> None:
+        if rank() < len(states):
+            rng.restore(states[rank()])
+            return
+        rng.seed_everything(rng.seed_of(self.seed, rank(), self.position.steps))
+        logger.warning("%s has no random state of process %d: seeded anew", source, rank())

@@ -1,0 +1,100 @@
+"""One optimiser step over a window of batches: autocast, exact accumulation, clipping."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+Terms = dict[str, Tensor]
+
+
+class Stepper:
+    """Computes gradients of a window of batches and applies them.
+
+    The mean over the window's batches is optimised: ``k`` batches of one size give the gradient of
+    one batch ``k`` times as large, for losses that are means over samples. ITC and ITM contrast the
+    samples of one batch, so for them ``k`` small batches are not one large batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        forward: Callable[[nn.Module, Any], Mapping[str, Any]],
+        amp: str = "no",
+        scaler: torch.amp.GradScaler | None = None,
+        max_grad_norm: float = 0.0,
+    ) -> None:
+        """Take the parts.
+
+        Args:
+            model: wrapped in DistributedDataParallel where several processes train.
+            optimizer: of the trainable parameters.
+            forward: ``forward(model, samples)`` gives a dict with ``loss``; every entry that is a
+                0-dim tensor is a term.
+            amp: ``no``, ``bf16`` or ``fp16``.
+            scaler: for fp16.
+            max_grad_norm: 2-norm to clip to; 0 does not clip.
+        """
+        self.model = model
+        self.optimizer = optimizer
+        self.forward = forward
+        self.scaler = scaler
+        self.max_grad_norm = max_grad_norm or float("inf")
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.device = self.parameters[0].device
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+
+    def gradients(self, window: Sequence[Any]) -> Terms:
+        """Accumulate the gradients of the mean loss of ``window``; return its mean terms.
+
+        The terms are detached and include ``grad_norm``, the norm before clipping.
+        """
+        totals: Terms = {}
+        for number, samples in enumerate(window, start=1):
+            with self._synchronised(number == len(window)):
+                terms = self._backward(samples, len(window))
+            for name, value in terms.items():
+                totals[name] = totals[name] + value if name in totals else value
+        means = {name: value / len(window) for name, value in totals.items()}
+        return means | {"grad_norm": self._clip()}
+
+    def apply(self) -> None:
+        """Move the weights along the gradients, and clear these."""
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            self.optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        """Clear the gradients without using them."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _backward(self, samples: Any, share: int) -> Terms:
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            output = self.forward(self.model, samples)
+        loss = output["loss"] / share
+        (self.scaler.scale(loss) if self.scaler is not None else loss).backward()
+        return {
+            name: value.detach().float()
+            for name, value in output.items()
+            if isinstance(value, Tensor) and value.dim() == 0
+        }
+
+    def _clip(self) -> Tensor:
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        return nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        if isinstance(self.model, DistributedDataParallel) and not last:
+            return self.model.no_sync()
+        return contextlib.nullcontext()

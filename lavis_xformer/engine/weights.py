@@ -1,0 +1,63 @@
+"""Which weights a checkpoint holds, and how they are put back: nothing missing, nothing unknown."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lavis_xformer.errors import UserError, nearest
+
+
+def trainable_names(model: nn.Module) -> set[str]:
+    """Return the names of what training changes.
+
+    Parameters that require gradients, under each of their names, and persistent buffers of modules
+    that contain such a parameter (running statistics). A frozen tensor is never among them, not
+    even under a second name by which it is tied to another module.
+    """
+    names = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    saved = model.state_dict().keys()
+    for prefix, module in model.named_modules():
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            own = (f"{prefix}.{n}" if prefix else n for n, _ in module.named_buffers(recurse=False))
+            names.update(name for name in own if name in saved)
+    return names
+
+
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return the part of ``model.state_dict()`` that training changes."""
+    names = trainable_names(model)
+    return {name: value for name, value in model.state_dict().items() if name in names}
+
+
+def load_trainable(model: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
+    """Load a trained state into ``model``; frozen weights may be missing from it.
+
+    Args:
+        model: without any wrapper of a distributed engine.
+        state: as ``trainable_state`` returns it; frozen weights in it are loaded too.
+        source: where it comes from, for messages.
+
+    Raises:
+        UserError: a trainable weight is missing, a name is unknown, or a shape differs.
+    """
+    known = model.state_dict()
+    missing = sorted(trainable_names(model) - state.keys())
+    unknown = sorted(state.keys() - known.keys())
+    shapes = [
+        f"{name} {tuple(value.shape)} instead of {tuple(known[name].shape)}"
+        for name, value in state.items()
+        if name in known and value.shape != known[name].shape
+    ]
+    if missing:
+        raise UserError(f"{source} lacks trained weights of this model: {_some(missing)}")
+    if unknown:
+        hint = nearest(unknown[0], known) if len(known) < 30 else "is it of another model?"
+        raise UserError(f"{source} has weights unknown to this model: {_some(unknown)}; {hint}")
+    if shapes:
+        raise UserError(f"{source} has weights of another shape: {_some(shapes)}")
+    model.load_state_dict(state, strict=False)  # what is missing was found to be frozen above
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

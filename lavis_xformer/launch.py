@@ -1,0 +1,157 @@
+"""Process groups from torchrun's or SLURM's variables; nothing at all for one process."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from lavis_xformer.distributed import is_distributed, world_size
+from lavis_xformer.errors import UserError
+
+T = TypeVar("T")
+
+# Rank 0 may download, render or evaluate alone for long, but a hang must end some day.
+TIMEOUT = datetime.timedelta(hours=2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where a process stands among those that train together."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    address: str = ""
+    port: int = 29500
+
+
+def placement(environ: Mapping[str, str] = os.environ) -> Placement:
+    """Read torchrun's variables, or else those of a SLURM step with several tasks.
+
+    Raises:
+        UserError: a variable that must be there is missing or no number.
+    """
+    try:
+        if "RANK" in environ and "WORLD_SIZE" in environ:
+            return Placement(
+                rank=int(environ["RANK"]),
+                world_size=int(environ["WORLD_SIZE"]),
+                local_rank=int(environ.get("LOCAL_RANK", 0)),
+                address=environ.get("MASTER_ADDR", "localhost"),
+                port=int(environ.get("MASTER_PORT", 29500)),
+            )
+        if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+            nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_NODELIST"]
+            return Placement(
+                rank=int(environ["SLURM_PROCID"]),
+                world_size=int(environ["SLURM_STEP_NUM_TASKS"]),
+                local_rank=int(environ["SLURM_LOCALID"]),
+                address=environ.get("MASTER_ADDR") or first_node(nodes),
+                port=int(environ.get("MASTER_PORT") or port_of(environ.get("SLURM_JOB_ID", "0"))),
+            )
+    except KeyError as error:
+        raise UserError(f"the variable {error} is missing; start with torchrun or srun") from None
+    except ValueError as error:
+        raise UserError(f"a variable of torchrun or SLURM is no number: {error}") from None
+    return Placement()
+
+
+def first_node(nodes: str) -> str:
+    """Return the first host of a SLURM node list such as ``gpu[03-05,9],login1``."""
+    match = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes)
+    if match is None:
+        raise UserError(f"SLURM's node list {nodes!r} can't be read; set MASTER_ADDR")
+    return "".join(part or "" for part in match.groups())
+
+
+def port_of(job: str) -> int:
+    """Return a port that all tasks of a SLURM job, and seldom two jobs, agree on."""
+    digits = re.sub(r"\D", "", job) or "0"
+    return 20000 + int(digits) % 20000
+
+
+@contextlib.contextmanager
+def process_group(device: str) -> Iterator[Placement]:
+    """Join the processes for the block: gloo on CPU, nccl beside it on GPUs.
+
+    A block that ends well ends with a barrier and an orderly shutdown. One that fails does not wait
+    for the others: the launcher stops them.
+
+    Args:
+        device: ``cpu`` or ``cuda``; with ``cuda``, this process's GPU becomes the current one.
+    """
+    place = placement()
+    if device == "cuda":
+        torch.cuda.set_device(place.local_rank)
+    if place.world_size == 1:
+        yield place
+        return
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        init_method=f"tcp://{place.address}:{place.port}" if "RANK" not in os.environ else "env://",
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=TIMEOUT,
+    )
+    yield place
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def share(value: T) -> T:
+    """Return rank 0's ``value`` on every rank."""
+    if not is_distributed():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def collect(value: T) -> list[T]:
+    """Return every rank's ``value``, in the order of the ranks, on every rank."""
+    if not is_distributed():
+        return [value]
+    values: list[T] = [value] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def total(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum over ranks of a CPU tensor; the tensor itself is left as it was."""
+    values = values.clone()
+    if is_distributed():
+        dist.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if is_distributed():
+        dist.barrier()
+
+
+def new_job_id() -> str:
+    """Return the time of rank 0 to the second: one job id on all ranks."""
+    return share(datetime.datetime.now().strftime("%Y%m%d_%H%M%S"))
+
+
+def device_of(wanted: str) -> str:
+    """Resolve ``run.device``: ``auto`` is ``cuda`` where there is a GPU, else ``cpu``.
+
+    Raises:
+        UserError: ``cuda`` without a GPU, or another device.
+    """
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise UserError(f"run.device is {wanted!r}; it can be auto, cpu, cuda")
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise UserError("run.device is 'cuda', but torch finds no GPU; set run.device to auto or cpu")
+    return "cuda" if has_gpu and wanted != "cpu" else "cpu"

@@ -1,0 +1,81 @@
+"""Retrieval figures of a similarity matrix. I: images, T: captions, N: queries, E: width."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from math import comb
+
+import torch
+from torch import Tensor
+
+KS = (1, 5, 10)
+
+
+def best_query_similarity(images: Tensor, texts: Tensor, *, chunk: int = 256) -> Tensor:
+    """Return the similarity of images and captions: the best query's (BLIP-2, arXiv 2301.12597).
+
+    Args:
+        images: (I, N, E) features of each image's queries.
+        texts: (T, E) features of the captions.
+        chunk: images compared at a time.
+
+    Returns:
+        (I, T).
+    """
+    parts = [(part @ texts.T).amax(dim=1) for part in images.split(chunk)]  # (chunk, N, T) -> max
+    return torch.cat(parts)
+
+
+def recalls(similarity: Tensor, owners: Tensor) -> dict[str, float]:
+    """Return R@1/5/10 both ways, in percent; an image may have several captions.
+
+    Image to text asks whether any of the image's captions is among the best k; text to image,
+    whether the caption's image is. Of equal scores the wrong one counts as better, and so does one
+    that is not a number: a collapsed model scores 0, not luck.
+
+    Args:
+        similarity: (I, T).
+        owners: (T,) row of the image that each caption belongs to.
+    """
+    own = owners[None, :] == torch.arange(len(similarity))[:, None]  # (I, T)
+    to_text = _ranks(similarity, own)
+    to_image = _ranks(similarity.T, own.T)
+    figures = {}
+    for name, ranks in (("i2t", to_text), ("t2i", to_image)):
+        for k in KS:
+            figures[f"{name}_r{k}"] = 100.0 * (ranks < k).double().mean().item()
+    return figures
+
+
+def chance_recalls(owners: Tensor) -> dict[str, float]:
+    """Return what ``recalls`` gives on average for random similarities, in percent."""
+    captions = torch.bincount(owners).tolist()  # per image
+    images, texts = len(captions), len(owners)
+    figures = {}
+    for k in KS:
+        k_text = min(k, texts)
+        misses = [comb(texts - own, k_text) / comb(texts, k_text) for own in captions]
+        figures[f"i2t_r{k}"] = 100.0 * (1.0 - sum(misses) / images)
+        figures[f"t2i_r{k}"] = 100.0 * min(1.0, k / images)
+    return figures
+
+
+def group(ids: Sequence[Hashable]) -> tuple[list[int], Tensor]:
+    """Find the images among samples that name theirs.
+
+    Returns:
+        The position at which each image occurs first, and (T,) each sample's row among the images.
+    """
+    rows: dict[Hashable, int] = {}
+    firsts = []
+    for position, name in enumerate(ids):
+        if name not in rows:
+            rows[name] = len(rows)
+            firsts.append(position)
+    return firsts, torch.tensor([rows[name] for name in ids])
+
+
+def _ranks(similarity: Tensor, own: Tensor) -> Tensor:
+    """Return (rows,) the number of wrong columns that are not below a row's best right one."""
+    best = similarity.masked_fill(~own, float("-inf")).amax(dim=1, keepdim=True)
+    return (~(similarity < best) & ~own).sum(dim=1)

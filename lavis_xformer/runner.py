@@ -1,0 +1,293 @@
+"""``xformer_runner``: trains with a task of this package or of LAVIS, and never loses work.
+
+LAVIS's YAML keys keep their meaning; what is added stands in ``engine.options.RunOptions``.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from lavis.common.registry import registry
+from lavis.common.utils import is_url
+from torch import nn
+
+from lavis_xformer import launch
+from lavis_xformer.distributed import is_main, rank, world_size
+from lavis_xformer.engine import checkpoint, jobs, rng
+from lavis_xformer.engine.interruption import Interruption
+from lavis_xformer.engine.log import MetricsLog
+from lavis_xformer.engine.loop import EpochLoop, Rules
+from lavis_xformer.engine.state import TrainingState
+from lavis_xformer.engine.step import Stepper
+from lavis_xformer.engine.weights import load_trainable
+from lavis_xformer.errors import UserError
+from lavis_xformer.portable_runner import PortableRunner
+
+logger = logging.getLogger(__name__)
+
+
+@registry.register_runner("xformer_runner")
+class XFormerRunner(PortableRunner):
+    """Trains, validates, saves and resumes; a resumed run ends with the weights of an unbroken one."""
+
+    def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: dict[str, Any], job_id: str) -> None:
+        """Take what LAVIS's runners take; makes the output folder."""
+        super().__init__(cfg, task, model, datasets, job_id)
+        self.interruption = Interruption()
+        self.metrics_log: MetricsLog | None = None
+
+    @cached_property
+    def stepper(self) -> Stepper:
+        """Gradients and updates for the task's loss."""
+        return Stepper(
+            model=self.model,
+            optimizer=self.optimizer,
+            forward=getattr(self.task, "train_terms", self._lavis_train_step),
+            amp=self.amp,
+            scaler=self.scaler,
+            max_grad_norm=self.options.max_grad_norm,
+        )
+
+    @cached_property
+    def state(self) -> TrainingState:
+        """Everything that a checkpoint holds."""
+        run = self.config.run_cfg
+        return TrainingState(
+            model=self.unwrap_dist_model(self.model),
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            config=self.config.to_dict(),
+            batches_per_epoch=self.batches_per_epoch,
+            steps_per_epoch=self.steps_per_epoch,
+            joined_batch=int(run.batch_size_train) * world_size(),
+            seed=self.options.seed,
+        )
+
+    def _lavis_train_step(self, model: nn.Module, samples: Any) -> dict[str, Any]:
+        return {"loss": self.task.train_step(model=model, samples=samples)}
+
+    # --- training ---------------------------------------------------------------
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end, from wherever the run stands; return and write its summary."""
+        with self.interruption:
+            if self.evaluate_only:
+                return self._evaluate_only()
+            finished = self._resume()
+            if finished is not None:
+                return finished
+            self.log_config()
+            self._announce()
+            for epoch in range(self.state.position.epoch, self.max_epoch):
+                self.log_stats(self.train_epoch(epoch), "train")
+                self._save_checkpoint(epoch)
+                self._validate(epoch)
+                self.state.next_epoch()
+            return self._finish()
+
+    def train_epoch(self, epoch: int) -> dict[str, float]:
+        """Train what is left of ``epoch``; return its mean terms."""
+        self.model.train()
+        self.train_loader.batch_sampler.start(epoch=epoch, skip_batches=self.state.position.batches)
+        loop = EpochLoop(
+            stepper=self.stepper,
+            schedule=self.lr_scheduler,
+            position=self.state.position,
+            averages=self.state.averages,
+            rules=Rules(
+                accumulate=self.accum_grad_iters,
+                skip_nonfinite=self.options.skip_nonfinite,
+                save_every_steps=self.options.save_every_steps,
+                save_every_minutes=self.options.save_every_minutes,
+                log_every=self.log_freq,
+            ),
+            interruption=self.interruption,
+            save=lambda: self._save_checkpoint(epoch),
+            log=self.metrics_log,
+            folder=self.output_dir,
+        )
+        means = loop.run(self.train_loader, batches=self.batches_per_epoch)
+        self._log("epoch", "train", means)
+        return means
+
+    def eval_epoch(self, split_name: str, cur_epoch: int | str, skip_reload: bool = False) -> dict[str, Any] | None:
+        """Evaluate a split with seeded randomness; the training's random state is untouched.
+
+        Args:
+            split_name: a split of the datasets.
+            cur_epoch: the epoch, or ``best`` to load the best checkpoint first.
+            skip_reload: keep the present weights even so.
+
+        Returns:
+            What the task's ``after_evaluation`` returns.
+        """
+        loader = self.dataloaders.get(split_name)
+        if loader is None:
+            raise UserError(f"the datasets have no split '{split_name}', only {list(self.datasets)}")
+        model = self.unwrap_dist_model(self.model)
+        if cur_epoch == "best" and not skip_reload:
+            self._reload_best_model(model)
+        model.eval()
+        with rng.seeded(rng.seed_of(self.options.seed, rank())), torch.no_grad():
+            self.task.before_evaluation(model=model, dataset=self.datasets[split_name])
+            results = self.task.evaluation(model, loader, cuda_enabled=self.device.type == "cuda")
+            if results is None:
+                return None
+            return self.task.after_evaluation(val_result=results, split_name=split_name, epoch=cur_epoch)
+
+    def _validate(self, epoch: int) -> None:
+        """Evaluate the validation splits; the best epoch's checkpoint gets a second name."""
+        for split in self.valid_splits:
+            figures = launch.share(self.eval_epoch(split, epoch))
+            if figures is None:
+                continue
+            if "agg_metrics" not in figures:
+                raise UserError(f"{type(self.task).__name__} gives no 'agg_metrics' for '{split}'")
+            decides = split == ("val" if "val" in self.valid_splits else self.valid_splits[0])
+            if decides and figures["agg_metrics"] > self.state.best.get("agg_metrics", -math.inf):
+                self.state.best = {"epoch": epoch, "split": split, **figures}
+                self._save_checkpoint(epoch, is_best=True)
+            self._log("eval", split, figures)
+            self.log_stats({**figures, "best_epoch": self.state.best.get("epoch")}, split)
+
+    def _finish(self) -> dict[str, Any]:
+        """Evaluate the test splits with the best weights and write ``summary.json``."""
+        test = self.evaluate(cur_epoch="best") or {}
+        for split, figures in test.items():
+            self._log("test", split, figures or {})
+        position = self.state.position
+        summary = {
+            "finished": True,
+            "steps": position.steps,
+            "skipped": position.skipped,
+            "best": self.state.best,
+            "test": test,
+            "versions": jobs.versions(),
+        }
+        if is_main():
+            jobs.write_json(self.output_dir / jobs.SUMMARY_NAME, summary)
+        if self.metrics_log is not None:
+            self.metrics_log.close()
+        return summary
+
+    def _evaluate_only(self) -> dict[str, Any]:
+        """Evaluate validation and test splits with the weights that the configuration names."""
+        if self.resume_ckpt_path is not None:
+            self.load_weights(self.resume_ckpt_path)
+        splits = dict.fromkeys([*self.valid_splits, *self.test_splits])
+        figures = {split: self.eval_epoch(split, "best", skip_reload=True) for split in splits}
+        for split, values in figures.items():
+            self.log_stats(values, split)
+        return {"finished": False, "best": {}, "test": figures}
+
+    def log_config(self) -> None:
+        """Write the configuration: LAVIS's ``log.txt``, and ``config.json``; open the log."""
+        super().log_config()
+        if not is_main():
+            return
+        jobs.write_json(self.output_dir / jobs.CONFIG_NAME, self.config.to_dict())
+        self.metrics_log = MetricsLog(
+            self.output_dir,
+            from_step=self.state.position.steps,
+            tensorboard=self.options.tensorboard,
+        )
+
+    def _log(self, kind: str, split: str, figures: dict[str, Any]) -> None:
+        if self.metrics_log is not None:
+            position = self.state.position
+            self.metrics_log.write(kind, split=split, epoch=position.epoch, step=position.steps, values=figures)
+
+    def _announce(self) -> None:
+        """Say what is about to be done."""
+        model, run = self.state.model, self.config.run_cfg
+        frozen, trained = (
+            sum(p.numel() for p in model.parameters() if p.requires_grad is wanted) / 1e6 for wanted in (False, True)
+        )
+        sizes = ", ".join(f"{split} {len(data)}" for split, data in self.datasets.items())
+        workers = f"{world_size()} process(es), {self.device.type}, mixed precision: {self.amp}"
+        steps = f"{self.max_epoch} epochs of {self.steps_per_epoch} steps"
+        batch = f"{run.batch_size_train} x {world_size()} x {self.accum_grad_iters}"
+        logger.info("model   %s: %.2f M trained, %.2f M frozen", type(model).__name__, trained, frozen)
+        logger.info("data    %s", sizes)
+        logger.info("train   %s, batch x processes x accumulation: %s", steps, batch)
+        logger.info("on      %s", workers)
+        logger.info("output  %s", self.output_dir)
+
+    # --- checkpoints ------------------------------------------------------------
+
+    def _save_checkpoint(self, cur_epoch: int, is_best: bool = False) -> None:
+        """Save the present position; all ranks call it. The best is a second name of its epoch's."""
+        last = self.output_dir / checkpoint.name_of(cur_epoch)
+        if is_best:
+            if is_main() and last.exists():
+                checkpoint.alias(last, self.output_dir / checkpoint.BEST)
+            return
+        states = launch.collect(rng.capture())
+        if not is_main():
+            return
+        done = self.state.position.batches // self.accum_grad_iters
+        name = checkpoint.name_of(cur_epoch, None if self.state.epoch_done else done)
+        try:
+            checkpoint.write(self.output_dir / name, self.state.as_dict(states))
+        except OSError as error:
+            logger.warning("%s; going on, earlier checkpoints are whole", error)
+            return
+        checkpoint.prune(self.output_dir, keep=self.options.keep_last)
+
+    def _resume(self) -> dict[str, Any] | None:
+        """Go to where ``resume: auto`` or ``resume_ckpt_path`` says.
+
+        Returns:
+            The summary of a run that has finished, ``None`` where there is something to do.
+        """
+        if self.options.resume == "auto":
+            summary = launch.share(jobs.read_summary(self.output_dir))
+            if summary is not None:
+                logger.info("this run has finished: nothing to do in %s", self.output_dir)
+                return summary
+            main = is_main()
+            found = checkpoint.newest(self.output_dir, set_aside=True) if main else None
+            path = launch.share(str(found[0]) if found else None)
+            if path is not None:
+                self._load_checkpoint(path)
+                return None
+        if self.resume_ckpt_path is not None:
+            self._load_checkpoint(self.resume_ckpt_path)
+        return None
+
+    def _load_checkpoint(self, url_or_filename: str) -> None:
+        """Go on from a file, which may be one of LAVIS's own runner.
+
+        Raises:
+            UserError: the file is missing, torn or foreign, or does not fit this run.
+        """
+        self.state.restore(_read(url_or_filename), source=url_or_filename)
+        position = self.state.position
+        self.start_epoch = position.epoch
+        logger.info("going on from %s: epoch %d, step %d", url_or_filename, position.epoch, position.steps)
+        if position.epoch >= self.max_epoch or (position.epoch == self.max_epoch - 1 and self.state.epoch_done):
+            logger.info("its training has finished; run.max_epoch is %d", self.max_epoch)
+
+    def load_weights(self, path: str) -> None:
+        """Load the trained weights of a checkpoint, and nothing else of it."""
+        load_trainable(self.unwrap_dist_model(self.model), _read(path)["model"], source=path)
+
+    def _reload_best_model(self, model: nn.Module) -> nn.Module:
+        """Load the best checkpoint; without one, keep the last weights and say so."""
+        path = self.output_dir / checkpoint.BEST
+        if path.exists():
+            load_trainable(model, checkpoint.read(path)["model"], source=str(path))
+        else:
+            logger.info("no best checkpoint was chosen: testing the last weights")
+        return model
+
+
+def _read(path: str) -> dict[str, Any]:
+    if is_url(path):
+        raise UserError(f"run.resume_ckpt_path: download {path} and give its path")
+    return checkpoint.read(Path(path))

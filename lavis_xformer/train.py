@@ -1,0 +1,133 @@
+"""``python -m lavis.train --cfg-path YAML [--options key=value ...]``: train as the YAML says."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def arguments(argv: Sequence[str], doc: str | None) -> argparse.Namespace:
+    """Parse LAVIS's arguments."""
+    parser = argparse.ArgumentParser(prog="python -m lavis." + Path(sys.argv[0]).stem, description=doc)
+    parser.add_argument("--cfg-path", required=True, help="the run's YAML")
+    parser.add_argument("--options", nargs="+", default=[], help="change values of the YAML: run.max_epoch=3 ...")
+    parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    return parser.parse_args(argv)
+
+
+def command(argv: Sequence[str]) -> int:
+    """Train; return the exit status.
+
+    Raises:
+        UserError: something is wrong that the message names.
+    """
+    args = arguments(argv, __doc__)
+    from lavis_xformer import launch, register
+
+    register()
+    from lavis_xformer.config import load_config
+
+    config = load_config(args.cfg_path, args.options)
+    with launch.process_group(launch.device_of(str(config.run_cfg.get("device", "auto")))) as place:
+        runner = build_runner(config, place)
+        summary = runner.train()
+        conclude(runner, summary)
+    return 0
+
+
+def build_runner(config: Any, place: Any, *, runner_name: str | None = None) -> Any:
+    """Build datasets, model and runner of a configuration, on every rank alike.
+
+    Args:
+        config: of ``lavis_xformer.config``.
+        place: of this process.
+        runner_name: in place of ``run.runner``.
+    """
+    from lavis.common.registry import registry
+    from lavis.tasks import setup_task
+
+    from lavis_xformer import launch
+    from lavis_xformer.engine import rng
+    from lavis_xformer.engine.log import setup_logging
+    from lavis_xformer.engine.options import RunOptions
+
+    setup_logging(shown=place.rank == 0)
+    options = RunOptions.from_config(config.run_cfg)
+    job_id = choose_job(config, options)
+    rng.seed_everything(options.seed)
+    task = setup_task(config)
+    datasets = task.build_datasets(config)
+    model = task.build_model(config)
+    rng.seed_everything(rng.seed_of(options.seed, place.rank))
+    launch.barrier()
+    runner_class = registry.get_runner_class(runner_name or config.run_cfg.runner)
+    return runner_class(cfg=config, task=task, model=model, datasets=datasets, job_id=job_id)
+
+
+def choose_job(config: Any, options: Any) -> str:
+    """Return the name of the run folder, the same on all ranks."""
+    from lavis_xformer import launch
+    from lavis_xformer.distributed import is_main
+    from lavis_xformer.engine import jobs
+
+    found = options.job_id
+    if not found and options.resume == "auto" and is_main():
+        found = jobs.newest_matching(Path(config.run_cfg.output_dir), config.to_dict()) or ""
+    return launch.share(found) or launch.new_job_id()
+
+
+def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
+    """Draw the curves and say where everything is, what came out, and what to try next."""
+    from lavis_xformer.distributed import is_main
+
+    if not is_main():
+        return
+    from lavis_xformer.analysis.report import write_report
+
+    folder = runner.output_dir
+    page, picture = write_report(folder)
+    for split, figures in held_out(summary).items():
+        print(f"\n{split}:\n{table(runner.task, figures)}")
+    best = folder / "checkpoint_best.pth"
+    newest = best if best.exists() else next(iter(sorted(folder.glob("checkpoint_*.pth"))), None)
+    print(f"\ncheckpoint  {show(newest)}\nlog         {show(folder / 'log.jsonl')}")
+    print(f"curves      {show(picture)}\nreport      {show(page)}")
+    if runner.options.next_command:
+        print(f"next        {runner.options.next_command}")
+
+
+def held_out(summary: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """Return the figures of a summary by the name of what was evaluated."""
+    best = summary.get("best") or {}
+    splits = {f"{best['split']} (best, epoch {best['epoch']})": best} if best else {}
+    return splits | {split: figures for split, figures in summary["test"].items() if figures}
+
+
+def table(task: Any, figures: Mapping[str, float]) -> str:
+    """Lay out a task's figures as text, beside chance's."""
+    if hasattr(task, "table"):
+        rows = task.table(figures)
+    else:
+        rows = [(n, f"{v:.4f}", "") for n, v in figures.items() if isinstance(v, float)]
+    lines = [f"  {'':<24}{'':>10}{'chance':>10}"] if any(row[2] for row in rows) else []
+    return "\n".join([*lines, *(f"  {name:<24}{value:>10}{by:>10}" for name, value, by in rows)])
+
+
+def show(path: Path | None) -> str:
+    """Return a path as seen from the current folder."""
+    return os.path.relpath(path) if path is not None else "none"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; a mistake of the user is one line and status 2."""
+    from lavis_xformer.cli import run
+
+    return run(command, sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
