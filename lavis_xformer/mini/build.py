@@ -177,7 +177,9 @@ def save_weights(folder: Path, state: dict[str, Tensor], config: dict[str, objec
     """Write model.safetensors in half precision and config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     halves = {name: value.detach().cpu().half().contiguous() for name, value in state.items()}
-    save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
+    path = folder / "model.safetensors"
+    save_file(halves, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # readable by others wherever it is installed
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 

@@ -10,6 +10,7 @@ B: batch, N: patches + 1, D: width, T: text tokens, E: width of the shared space
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,8 @@ class ClipConfig:
         """The image tower with so many blocks, untrained."""
         sizes = asdict(self) | {"depth": depth}
         sizes.pop("trained_depth")
-        return VisionTransformer(use_mean_pooling=False, **sizes)
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        return VisionTransformer(use_mean_pooling=False, norm_layer=norm, **sizes)
 
 
 class TextTower(nn.Module):
