@@ -84,6 +84,7 @@ setup(
         "decord>=0.6",
         "numpy>=1.22,<2",
         "pillow>=9.1",
+        "scipy>=1.9",
         "safetensors>=0.3",
         "tensorboard>=2.10",
         "matplotlib>=3.5",

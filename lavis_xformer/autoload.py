@@ -11,6 +11,7 @@ An interpreter that never imports lavis pays a millisecond. ``LAVIS_XFORMER_AUTO
 from __future__ import annotations
 
 import sys
+import warnings
 from importlib.machinery import ModuleSpec, SourceFileLoader
 
 TYPE_CHECKING = False
@@ -54,6 +55,9 @@ class LavisFinder:
 
             file = __file__.replace("autoload.py", ENTRY_POINTS[name])
             return spec_from_file_location(name, file)
+        if name == "lavis":
+            # Nobody can mend these two lines of the fairscale that LAVIS pins, at every start.
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"fairscale\.")
         if spec is not None and type(spec.loader) is SourceFileLoader:
             spec.loader = AnnouncingLoader(spec.loader.name, spec.loader.path, self._loaded)
         return spec

@@ -20,6 +20,11 @@ TRACEBACK_VARIABLE = "LAVIS_XFORMER_TRACEBACK"
 #: name -> (module whose ``main(argv) -> int`` runs it, one line of help)
 COMMANDS = {
     "doctor": ("lavis_xformer.doctor", "check this environment, and a run's YAML, and say how to mend it"),
+    "scenes": ("lavis_xformer.data.scenes.sheet", "draw a contact sheet of the synthetic scenes"),
+    "validate": ("lavis_xformer.data.image_text", "check a JSON, JSONL or CSV of images and texts"),
+    "report": ("lavis_xformer.analysis.report", "draw the curves and write the report of a run's folder"),
+    "build-mini": ("lavis_xformer.mini.build", "train the mini encoders and language model from scratch"),
+    "probe": ("lavis_xformer.mini.probe", "measure what the mini encoders' tokens tell about scenes"),
 }
 
 

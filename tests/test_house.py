@@ -92,6 +92,14 @@ def test_light_modules_import_nothing_heavy_at_their_head(name: str):
     assert not [imported for imported in imports(head) if matches(imported, HEAVY)]
 
 
+def test_setup_declares_every_package_that_is_imported():
+    declared = (PACKAGE.parent / "setup.py").read_text()
+    other_names = {"PIL": "pillow", "yaml": "omegaconf", "lavis": "salesforce-lavis", "tokenizers": "transformers"}
+    found = {name.split(".")[0] for path in SOURCES.values() for name in imports(ast.walk(ast.parse(path.read_text())))}
+    found -= {*sys.stdlib_module_names, "lavis_xformer", "huggingface_hub"}
+    assert not [name for name in sorted(found) if f'"{other_names.get(name, name)}' not in declared]
+
+
 def test_importing_the_package_imports_neither_torch_nor_lavis():
     code = "import sys, lavis_xformer, lavis_xformer.cli; print({'torch', 'lavis', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
