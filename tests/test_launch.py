@@ -1,0 +1,49 @@
+"""Where a process stands, from torchrun's and SLURM's variables."""
+
+from __future__ import annotations
+
+import pytest
+
+from lavis_xformer.errors import UserError
+from lavis_xformer.launch import Placement, device_of, first_node, placement
+
+
+def test_one_process_needs_no_variables():
+    assert placement({}) == Placement(rank=0, world_size=1, local_rank=0)
+
+
+def test_a_batch_script_without_srun_is_one_process():
+    assert placement({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "5"}).world_size == 1
+
+
+def test_torchrun_goes_before_slurm():
+    variables = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "h", "MASTER_PORT": "7"}
+    assert placement({**variables, "SLURM_STEP_NUM_TASKS": "9"}) == Placement(
+        rank=3, world_size=4, local_rank=1, address="h", port=7
+    )
+
+
+def test_a_slurm_step_meets_on_its_first_node():
+    variables = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123"}
+    place = placement({**variables, "SLURM_STEP_NODELIST": "gpu[03-04]"})
+    assert (place.rank, place.world_size, place.local_rank, place.address) == (5, 8, 1, "gpu03")
+    assert place.port == placement({**variables, "SLURM_STEP_NODELIST": "gpu[03-04]"}).port
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("a", "a"), ("a1,b2", "a1"), ("n[7,9-12],x", "n7"), ("r1-n[007-010]-ib", "r1-n007-ib")],
+)
+def test_node_lists(nodes, first):
+    assert first_node(nodes) == first
+
+
+@pytest.mark.parametrize("variables", [{"SLURM_STEP_NUM_TASKS": "2"}, {"RANK": "x", "WORLD_SIZE": "2"}])
+def test_variables_that_make_no_sense_are_named(variables):
+    with pytest.raises(UserError, match="variable"):
+        placement(variables)
+
+
+def test_an_unknown_device_is_refused():
+    with pytest.raises(UserError, match="auto, cpu, cuda"):
+        device_of("tpu")

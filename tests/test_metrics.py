@@ -1,0 +1,57 @@
+"""Retrieval figures against a reference that sorts, with several captions per image."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lavis_xformer import metrics
+
+
+def naive(similarity, owners):
+    """R@k as one would do it by hand."""
+    images, texts = similarity.shape
+    figures = {}
+    for k in metrics.KS:
+        hits = [any(owners[t] == i for t in similarity[i].argsort(descending=True)[:k]) for i in range(images)]
+        figures[f"i2t_r{k}"] = 100 * sum(hits) / images
+        hits = [owners[t] in similarity[:, t].argsort(descending=True)[:k] for t in range(texts)]
+        figures[f"t2i_r{k}"] = 100 * sum(map(float, hits)) / texts
+    return figures
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_recalls_equal_the_naive_ones(seed):
+    generator = torch.Generator().manual_seed(seed)
+    owners = torch.randint(0, 13, (40,), generator=generator)
+    owners[:13] = torch.arange(13)
+    similarity = torch.randn(13, 40, generator=generator)
+    similarity += 1.5 * (owners[None] == torch.arange(13)[:, None])
+    assert metrics.recalls(similarity, owners) == pytest.approx(naive(similarity, owners))
+
+
+def test_the_best_query_decides():
+    images, texts = torch.randn(7, 4, 3), torch.randn(9, 3)
+    expected = torch.stack([torch.stack([(image @ text).max() for text in texts]) for image in images])
+    torch.testing.assert_close(metrics.best_query_similarity(images, texts, chunk=2), expected)
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_collapsed_model_scores_nothing(value):
+    figures = metrics.recalls(torch.full((20, 20), value), torch.arange(20))
+    assert set(figures.values()) == {0.0}
+
+
+def test_chance_is_what_random_scores_give():
+    owners = torch.tensor([0, 0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8])
+    generator = torch.Generator().manual_seed(0)
+    trials = [metrics.recalls(torch.randn(9, 12, generator=generator), owners) for _ in range(3000)]
+    for name, chance in metrics.chance_recalls(owners).items():
+        mean = sum(trial[name] for trial in trials) / len(trials)
+        assert mean == pytest.approx(chance, abs=1.5), name
+
+
+def test_samples_are_grouped_by_image_in_order_of_appearance():
+    firsts, owners = metrics.group(["b", "a", "b", 7, "a"])
+    assert firsts == [0, 1, 3]
+    assert owners.tolist() == [0, 1, 0, 2, 1]

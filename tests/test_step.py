@@ -1,0 +1,120 @@
+"""Accumulation, clipping, sampling and signals of the engine, without LAVIS."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from lavis_xformer.engine.interruption import Interruption
+from lavis_xformer.engine.options import RunOptions
+from lavis_xformer.engine.sampling import EpochBatchSampler, ReplayDataset, train_loader
+from lavis_xformer.engine.step import Stepper
+from lavis_xformer.errors import UserError
+
+
+def make_stepper(**options):
+    torch.manual_seed(0)
+    model = nn.Linear(5, 1, dtype=torch.float64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def forward(model, batch):
+        loss = model(batch).square().mean()
+        return {"loss": loss, "twice": 2 * loss, "output": model(batch)}
+
+    return Stepper(model=model, optimizer=optimizer, forward=forward, **options)
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+def test_small_batches_add_up_to_the_large_one(parts):
+    data = torch.randn(12, 5, dtype=torch.float64)
+    whole, split = make_stepper(), make_stepper()
+    expected, terms = whole.gradients([data]), split.gradients(data.chunk(parts))
+    for left, right in zip(whole.parameters, split.parameters, strict=True):
+        torch.testing.assert_close(left.grad, right.grad, rtol=0, atol=1e-14)
+    assert terms.keys() == {"loss", "twice", "grad_norm"}
+    for name in terms:
+        torch.testing.assert_close(terms[name].double(), expected[name].double())
+
+
+def test_clipping_bounds_the_step_but_reports_the_norm():
+    data = 100 * torch.randn(4, 5, dtype=torch.float64)
+    stepper = make_stepper(max_grad_norm=1.0)
+    assert stepper.gradients([data])["grad_norm"] > 10
+    norm = torch.stack([p.grad.square().sum() for p in stepper.parameters]).sum().sqrt()
+    torch.testing.assert_close(norm, torch.ones_like(norm), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_ranks_share_the_batches_of_one_process(epoch):
+    common = {"length": 50, "seed": 7}
+    one = EpochBatchSampler(batch_size=6, **common)
+    two = [EpochBatchSampler(batch_size=3, rank=rank, world_size=2, **common) for rank in (0, 1)]
+    for sampler in (one, *two):
+        sampler.start(epoch=epoch)
+    joined = [first + second for first, second in zip(*two, strict=True)]
+    assert joined == list(one)
+    assert len(one) == len(joined) == 8
+    seen = [index for batch in joined for _, index in batch]
+    assert len(set(seen)) == 48
+
+
+def test_skipping_batches_goes_on_where_the_epoch_was():
+    sampler = EpochBatchSampler(length=20, batch_size=4, seed=1)
+    whole = list(sampler)
+    sampler.start(epoch=0, skip_batches=2)
+    assert list(sampler) == whole[2:]
+    sampler.start(epoch=1)
+    assert list(sampler) != whole
+
+
+class Noisy(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        return torch.rand(2) + index
+
+
+def test_a_sample_depends_on_seed_epoch_and_index_alone():
+    data = ReplayDataset(Noisy(), seed=1)
+    torch.manual_seed(9)
+    before = torch.get_rng_state()
+    assert torch.equal(data[0, 3], data.__getitems__([(0, 5), (0, 3)])[1])
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(data[0, 3], data[1, 3])
+    assert not torch.equal(data[0, 3], ReplayDataset(Noisy(), seed=2)[0, 3])
+
+
+def test_a_batch_larger_than_the_data_is_refused_with_numbers():
+    with pytest.raises(UserError, match=r"batch_size_train is 11 .*only 10 samples"):
+        train_loader(Noisy(), batch_size=11, seed=0, num_workers=0)
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_waits_for_the_step_and_a_second_does_not(signum, status):
+    with Interruption() as interruption:
+        with interruption.deferred():
+            os.kill(os.getpid(), signum)
+            assert interruption.signum == signum
+            with pytest.raises(SystemExit) as left:
+                os.kill(os.getpid(), signum)
+            assert left.value.code == status
+        with pytest.raises(SystemExit) as left:
+            os.kill(os.getpid(), signum)
+        assert left.value.code == status
+
+
+def test_options_are_typed_and_checked():
+    options = RunOptions.from_config({"amp": True, "max_grad_norm": "1.5", "keep_last": None, "x": 1})
+    assert (options.amp, options.max_grad_norm, options.keep_last) == ("fp16", 1.5, 3)
+    for wrong, message in (
+        ({"amp": "fp8"}, "run.amp is 'fp8'; it can be"),
+        ({"keep_last": -1}, "run.keep_last is -1; it can't be negative"),
+        ({"save_every_steps": "often"}, "run.save_every_steps is 'often'; it must be a int"),
+    ):
+        with pytest.raises(UserError, match=message):
+            RunOptions.from_config(wrong)
