@@ -85,6 +85,8 @@ setup(
         "numpy>=1.22,<2",
         "pillow>=9.1",
         "scipy>=1.9",
+        "spacy>=3.4",
+        "typing_extensions>=4.4",
         "safetensors>=0.3",
         "tensorboard>=2.10",
         "matplotlib>=3.5",
