@@ -1,0 +1,130 @@
+"""run_scripts/setup_env.sh with stand-ins for Python: which one it takes, and when it installs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TOOLS = ("bash", "sh", "cat", "cksum", "dirname", "ls", "ln", "mkdir", "rm", "sed", "touch")
+# Answers what the script asks of a Python; a broken one answers nothing.
+PYTHON = """#!/bin/sh
+[ "{version}" = broken ] && exit 127
+case "$*" in
+    *"import sys"*) echo "{version}" ;;
+    "-m venv "*) mkdir -p "$3/bin" && ln -s "$0" "$3/bin/python" ;;
+    "-m pip "*) echo "$*" >> "$PIP_LOG"; exit ${{PIP_STATUS:-0}} ;;
+esac
+"""
+
+
+class Machine:
+    """A folder with a clone's files and a PATH that holds only what the test puts there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.clone, self.bin, self.log = folder / "a clone", folder / "the bin", folder / "pip.log"
+        self.venv = self.clone / ".venv"
+        (self.clone / "run_scripts").mkdir(parents=True)
+        self.bin.mkdir()
+        for name in ("setup.py", "pyproject.toml", "constraints.txt", "lavis_xformer.pth", "run_scripts/setup_env.sh"):
+            shutil.copy(ROOT / name, self.clone / name)
+        for name in TOOLS:
+            (self.bin / name).symlink_to(shutil.which(name))
+
+    def add(self, name: str, version: str) -> None:
+        (self.bin / name).write_text(PYTHON.format(version=version))
+        (self.bin / name).chmod(0o755)
+
+    def set_up(self, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {"PATH": str(self.bin), "HOME": str(self.bin), "PIP_LOG": str(self.log), **variables}
+        command = f'source "{self.clone}/run_scripts/setup_env.sh"; echo "$PYTHON"; echo "${{PYTHONPATH-unset}}"'
+        bash = shutil.which("bash")
+        return subprocess.run([bash, "-c", command], capture_output=True, text=True, env=environment, check=False)
+
+    def installs(self) -> int:
+        return len(self.log.read_text().splitlines()) if self.log.exists() else 0
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_takes_the_first_python_that_runs_and_fits(machine: Machine):
+    machine.add("python3.11", "broken")
+    machine.add("python3", "3.12")
+    machine.add("python", "3.10")
+    done = machine.set_up(PYTHONPATH="/elsewhere", VIRTUAL_ENV="/another")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [str(machine.venv / "bin" / "python"), "unset"]
+    assert os.readlink(machine.venv / "bin" / "python") == str(machine.bin / "python")
+    assert f"-m pip install -c {machine.clone}/constraints.txt -e {machine.clone}[dev]" in machine.log.read_text()
+
+
+def test_says_what_it_found_where_nothing_fits(machine: Machine):
+    machine.add("python3.11", "broken")
+    machine.add("python3", "3.12")
+    done = machine.set_up()
+    assert done.returncode != 0
+    assert f"{machine.bin}/python3.11: does not run" in done.stderr
+    assert f"{machine.bin}/python3: Python 3.12" in done.stderr
+    assert "tokenizers 0.13" in done.stderr
+    assert not machine.venv.exists()
+
+
+def test_says_so_where_there_is_no_python_at_all(machine: Machine):
+    done = machine.set_up()
+    assert done.returncode != 0
+    assert "no Python at all" in done.stderr
+
+
+def test_a_second_run_installs_nothing_and_changed_requirements_install_again(machine: Machine):
+    machine.add("python3.11", "3.11")
+    machine.set_up()
+    machine.set_up()
+    assert machine.installs() == 1
+    (machine.venv / "kept").touch()
+    with (machine.clone / "constraints.txt").open("a") as file:
+        file.write("# changed\n")
+    machine.set_up()
+    assert machine.installs() == 2
+    assert (machine.venv / "kept").exists()
+
+
+def test_an_interrupted_install_starts_afresh(machine: Machine):
+    machine.add("python3.11", "3.11")
+    assert machine.set_up(PIP_STATUS="1").returncode != 0
+    (machine.venv / "half").touch()
+    assert machine.set_up().returncode == 0
+    assert machine.installs() == 2
+    assert not (machine.venv / "half").exists()
+
+
+def test_an_environment_whose_python_is_gone_is_made_again(machine: Machine):
+    machine.add("python3.10", "3.10")
+    machine.set_up()
+    (machine.bin / "python3.10").unlink()
+    machine.add("python3.11", "3.11")
+    assert machine.set_up().returncode == 0
+    assert os.readlink(machine.venv / "bin" / "python") == str(machine.bin / "python3.11")
+
+
+def test_a_users_own_environment_is_left_alone(machine: Machine):
+    machine.add("python3.11", "3.11")
+    machine.venv.mkdir()
+    (machine.venv / "theirs").touch()
+    done = machine.set_up()
+    assert done.returncode != 0
+    assert "did not make it" in done.stderr
+    assert (machine.venv / "theirs").exists()
+    assert machine.installs() == 0
+
+
+@pytest.mark.parametrize("script", ["run_scripts/quickstart.sh", "run_scripts/test.sh", ".ci/run"])
+def test_scripts_parse_and_can_be_run(script: str):
+    assert os.access(ROOT / script, os.X_OK)
+    subprocess.run(["bash", "-n", str(ROOT / script)], check=True)
