@@ -104,3 +104,100 @@ def batch() -> dict[str, Any]:
         "text_input": ["a red circle", "two blue squares on the left", "three green star", "one red star above"],
         "image_id": [0, 1, 2, 3],
     }
+
+
+@pytest.fixture(scope="session")
+def opt_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An OPT folder in the hub's format at toy size: random weights, every byte a token, two merges."""
+    import json
+
+    from transformers import OPTConfig, OPTForCausalLM
+    from transformers.models.gpt2.tokenization_gpt2 import bytes_to_unicode
+
+    folder = tmp_path_factory.mktemp("opt")
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *bytes_to_unicode().values(), "Ġa", "re"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\nĠ a\nr e\n")
+    special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**special, "add_bos_token": True}))
+    torch.manual_seed(2)
+    config = OPTConfig(
+        vocab_size=len(tokens),
+        hidden_size=32,
+        word_embed_proj_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        ffn_dim=64,
+        max_position_embeddings=96,
+        init_std=0.5,  # far from uniform, so that generated texts differ
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=2,
+    )
+    OPTForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FlanT5 folder at toy size: random weights, a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("t5")
+    tokens = ["<pad>", "</s>", "<unk>", *WORDS, "Question:", "Answer:", "Short", "how", "many", "?"]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    torch.manual_seed(2)
+    config = T5Config(
+        vocab_size=len(tokens),
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        initializer_factor=4.0,
+        decoder_start_token_id=0,
+    )
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_stage2(vocab_folder: Path, tiny_mae_model: Any, opt_folder: Path, t5_folder: Path) -> Any:
+    """A factory of stage-2 models at toy size, ``make_stage2("opt", fusion="dual", **arguments)``; one seed."""
+    from copy import deepcopy
+
+    from transformers import BertConfig
+
+    from lavis_xformer.models import towers
+    from lavis_xformer.models.fusion import FUSIONS
+    from lavis_xformer.models.mae import MaskedAutoencoder
+    from lavis_xformer.models.stage2 import XFormerOPT, XFormerT5
+
+    def make(kind: str = "opt", fusion: str = "dual", init: str = "identity", **arguments: Any) -> Any:
+        cls, folder = {"opt": (XFormerOPT, opt_folder), "t5": (XFormerT5, t5_folder)}[kind]
+        language = cls.LANGUAGE.from_source(str(folder), max_txt_len=24)
+        torch.manual_seed(0)
+        config = towers.qformer_config(
+            BertConfig.from_pretrained(vocab_folder), num_queries=4, vision_width=20, cross_attention_freq=2
+        )
+        return cls(
+            visual_encoder=towers.eva_vit(
+                img_size=32, patch_size=8, embed_dim=20, depth=2, num_heads=2, mlp_ratio=2, qkv_bias=True
+            ),
+            mae=MaskedAutoencoder(model=deepcopy(tiny_mae_model)),
+            qformer=towers.BertLMHeadModel(config),
+            tokenizer=towers.build_tokenizer(str(vocab_folder)),
+            fusion=FUSIONS[fusion](query_width=32, clip_width=20, mae_width=24, heads=4, init=init),
+            image_size=32,
+            max_txt_len=12,
+            language=language,
+            **arguments,
+        )
+
+    return make

@@ -10,14 +10,17 @@ T: text tokens, S: side of the image.
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from lavis.models.blip2_models.blip2 import Blip2Base, LayerNorm
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as BertOutput
+from typing_extensions import Self
 
+from lavis_xformer import losses
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.images import unpack
 from lavis_xformer.models import towers
@@ -27,6 +30,7 @@ from lavis_xformer.models.mae import MaeFeatures, MaskedAutoencoder
 from lavis_xformer.paths import config_path
 
 Precision = Literal["fp32", "fp16", "bf16"]
+NOTHING = r"(?!)"  # the regular expression that no name matches
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -55,9 +59,9 @@ class XFormerBase(Blip2Base):
         "fusion_self_attention fusion_init fusion_heads max_txt_len blip2_pretrained".split()
     )
 
-    #: prefixes of trainable weights that a checkpoint may lack, and of such that only another stage has
-    may_miss: ClassVar[tuple[str, ...]] = ()
-    may_ignore: ClassVar[tuple[str, ...]] = ()
+    #: regular expressions of names: weights that only stage 1 has, and those that its checkpoints therefore lack
+    STAGE1_WEIGHTS: ClassVar[str] = NOTHING
+    NEW_WEIGHTS: ClassVar[str] = NOTHING
 
     def __init__(
         self,
@@ -102,6 +106,14 @@ class XFormerBase(Blip2Base):
         self.vit_precision: Precision = vit_precision
         self.max_txt_len = max_txt_len
 
+    def drop_text_branch(self) -> None:
+        """Remove what only text needs of the Q-Former, as BLIP-2 does for its second stage."""
+        self.Qformer.cls = None
+        bert = self.Qformer.bert
+        bert.embeddings.word_embeddings = bert.embeddings.position_embeddings = None
+        for layer in bert.encoder.layer:
+            layer.intermediate = layer.output = None
+
     def _copy_text_weights_to_queries(self) -> None:
         """Start the queries' feed-forward layers from the text's, as BLIP-2 does."""
         state = self.Qformer.state_dict()
@@ -122,8 +134,13 @@ class XFormerBase(Blip2Base):
             noise: (B, N), decides which; drawn where it is None.
 
         Raises:
-            UserError: the image has another size or number of channels than the model wants.
+            UserError: it is no tensor, or has another size or number of channels than the model wants.
         """
+        if not isinstance(image, Tensor):
+            raise UserError(
+                f"samples['image'] is a {type(image).__name__}, not a tensor such as "
+                "vis_processors['eval'](image).unsqueeze(0)"
+            )
         mae_size = self.image_size if self.mae is None else self.mae.image_size
         clip_pixels, mae_pixels = unpack(image, clip_size=self.image_size, mae_size=mae_size)
         clip = self.ln_vision(self._run_clip(clip_pixels))  # (B, Nc, Dc)
@@ -148,6 +165,15 @@ class XFormerBase(Blip2Base):
             if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.dtype != dtype:
                 module.to(dtype)
         return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    def reconstruction_loss(self, aligned: Tensor | None, tokens: Tokens) -> Tensor:
+        """M' (B, Nm, Dm) through MAE's frozen decoder must still give the masked patches."""
+        assert self.mae is not None
+        assert tokens.mae is not None
+        assert tokens.pixels is not None
+        assert aligned is not None
+        prediction = self.mae.decode(aligned, tokens.mae.ids_restore)  # (B, N, P)
+        return losses.reconstruction(prediction, self.mae.target(tokens.pixels), tokens.mae.mask)
 
     # ---------------------------------------------------------------- Q-Former
 
@@ -198,15 +224,29 @@ class XFormerBase(Blip2Base):
 
     @classmethod
     def default_config_path(cls, model_type: str) -> str:
-        """The YAML of a model type.
+        """The YAML of a model type, or of a folder that ``lavis-xformer export`` has written.
 
         Raises:
             UserError: there is no such type.
         """
+        if (exported := Path(model_type) / "config.yaml").is_file():
+            return str(exported)
         types = cls.PRETRAINED_MODEL_CONFIG_DICT
         if model_type not in types:
             raise UserError(f"model_type: {cls.__name__} has no '{model_type}'; {nearest(model_type, types)}")
         return config_path(types[model_type])
+
+    @classmethod
+    def from_pretrained(cls, model_type: str) -> Self:
+        """Build a model of one of its types, or of an exported folder, with the weights that its YAML names.
+
+        Raises:
+            UserError: there is no such type, or a name, folder or file in its YAML is wrong.
+        """
+        cfg = OmegaConf.load(cls.default_config_path(model_type)).model
+        if model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:
+            cfg.pretrained = model_type  # the folder, wherever it lies by now
+        return cls.from_config(cfg)
 
     @classmethod
     def build_parts(cls, cfg: DictConfig) -> dict[str, Any]:

@@ -11,6 +11,7 @@ another shape is an error that lists the keys. Two configuration keys tell what 
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from torch import Tensor, nn
 
 from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError
+from lavis_xformer.models.base import NOTHING
 from lavis_xformer.models.fusion import NoFusion
 from lavis_xformer.models.towers import download, load_torch_file
 
-FUSION = "fusion."
+FUSION = r"fusion\."
+LANGUAGE_MODEL = r"(opt|t5)_model\."  # frozen; LAVIS's files hold tied ones all the same
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport | None:
     """Load what the configuration names: ``finetuned``, ``pretrained`` or ``blip2_pretrained``.
 
     Args:
-        model: an X-Former; its ``may_miss`` and ``may_ignore`` are prefixes of weights that a file of another stage
-            may lack or have beyond this model's.
+        model: an X-Former; its ``STAGE1_WEIGHTS`` and ``NEW_WEIGHTS`` say what a file of stage 1 has beyond the model's
+            weights, and lacks of them.
         cfg: the ``model`` configuration.
 
     Returns:
@@ -60,7 +63,7 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport | None:
         return None
     key, source = (key, own) if own else ("blip2_pretrained", blip2)
     state = read_checkpoint(source, key=key)
-    has_fusion = any(name.startswith(FUSION) for name in state)
+    has_fusion = _any(FUSION, state)
     if own and not has_fusion and not isinstance(model.fusion, NoFusion):
         raise UserError(
             f"model.{key}: '{source}' is a checkpoint of BLIP-2, without X-Former's fusion; "
@@ -70,8 +73,11 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport | None:
         raise UserError(
             f"model.blip2_pretrained: '{source}' is a checkpoint of X-Former; set model.pretrained to it instead"
         )
-    may_miss = (*model.may_miss, *((FUSION,) if blip2 else ()))
-    return load_state(model, state, source=source, may_miss=may_miss, may_ignore=model.may_ignore)
+    patterns = [FUSION] if blip2 else []
+    if _any(model.STAGE1_WEIGHTS, state):
+        patterns.append(model.NEW_WEIGHTS)
+    ignored = f"{LANGUAGE_MODEL}|{model.STAGE1_WEIGHTS}"
+    return load_state(model, state, source=source, may_miss="|".join(patterns) or NOTHING, ignored=ignored)
 
 
 def read_checkpoint(source: str, *, key: str) -> dict[str, Tensor]:
@@ -103,8 +109,8 @@ def load_state(
     state: dict[str, Tensor],
     *,
     source: str,
-    may_miss: tuple[str, ...] = (),
-    may_ignore: tuple[str, ...] = (),
+    may_miss: str = NOTHING,
+    ignored: str = NOTHING,
 ) -> LoadReport:
     """Load a state dict and account for every weight.
 
@@ -112,20 +118,21 @@ def load_state(
         model: changed in place.
         state: the file's weights.
         source: its name, for messages.
-        may_miss: prefixes of trainable weights that the file may lack.
-        may_ignore: prefixes of weights in the file that the model need not have.
+        may_miss: regular expression of trainable weights that the file may lack.
+        ignored: regular expression of weights in the file that are left there.
 
     Raises:
         UserError: a weight is missing, unknown or of another shape; the model is unchanged then.
     """
     own = model.state_dict()
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    missing = own.keys() - state.keys()
-    new = {name for name in missing & trainable if name.startswith(may_miss)}
+    unused = {name for name in state if re.match(ignored, name)}
+    brought = state.keys() - unused
+    missing = own.keys() - brought
+    new = {name for name in missing & trainable if re.match(may_miss, name)}
     lost = sorted((missing & trainable) - new)
-    unused = {name for name in state.keys() - own.keys() if name.startswith(may_ignore)}
-    unknown = sorted(state.keys() - own.keys() - unused)
-    loaded = own.keys() & state.keys()
+    unknown = sorted(brought - own.keys())
+    loaded = own.keys() & brought
     shapes = sorted(
         f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
         for name in loaded
@@ -155,6 +162,10 @@ def load_state(
         len(report.unused),
     )
     return report
+
+
+def _any(pattern: str, state: dict[str, Tensor]) -> bool:
+    return any(re.match(pattern, name) for name in state)
 
 
 def _listing(names: list[str] | tuple[str, ...], limit: int = 5) -> str:

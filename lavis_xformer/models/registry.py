@@ -1,5 +1,7 @@
 """Importing this module registers X-Former's models with LAVIS."""
 
+from lavis_xformer.models.matching import XFormerITM
 from lavis_xformer.models.stage1 import XFormer
+from lavis_xformer.models.stage2 import XFormerOPT, XFormerT5
 
-__all__ = ["XFormer"]
+__all__ = ["XFormer", "XFormerITM", "XFormerOPT", "XFormerT5"]

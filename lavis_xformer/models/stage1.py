@@ -106,7 +106,7 @@ class XFormer(FeatureModel):
         loss_itg = self._itg(zq.past_key_values, text)
         terms = {"itc": loss_itc, "itm": loss_itm, "itg": loss_itg}
         if self.reconstructs:
-            terms["rec"] = self._reconstruction(aligned, seen)
+            terms["rec"] = self.reconstruction_loss(aligned, seen)
 
         loss = torch.stack([self.loss_weights[name] * term for name, term in terms.items()]).sum()
         named = {f"loss_{name}": term for name, term in terms.items()}
@@ -165,15 +165,6 @@ class XFormer(FeatureModel):
             return_dict=True,
         ).logits  # (B, T, V)
         return losses.itg(logits, ids, self.tokenizer.pad_token_id)
-
-    def _reconstruction(self, aligned: Tensor | None, tokens: Tokens) -> Tensor:
-        """M' (B, Nm, Dm) through MAE's frozen decoder must still give the masked patches."""
-        assert self.mae is not None
-        assert tokens.mae is not None
-        assert tokens.pixels is not None
-        assert aligned is not None
-        prediction = self.mae.decode(aligned, tokens.mae.ids_restore)  # (B, N, P)
-        return losses.reconstruction(prediction, self.mae.target(tokens.pixels), tokens.mae.mask)
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> XFormer:

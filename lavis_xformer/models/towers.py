@@ -86,7 +86,7 @@ def build_clip(
         try:
             return create_clip_vit_L(image_size, use_grad_checkpoint, "fp32")
         except OSError as error:
-            raise _offline(name, "vit_model", error) from error
+            raise offline_error(name, "vit_model", error) from error
     elif (folder := Path(path)).is_dir():
         config = json.loads(_existing(folder / "config.json", "vit_model").read_text())
         sizes = {key: config[key] for key in EVA_KEYS}
@@ -130,7 +130,7 @@ def _load_hub_mae(path: str, name: str) -> ViTMAEForPreTraining:
         config = ViTMAEConfig.from_pretrained(path)
         model, report = ViTMAEForPreTraining.from_pretrained(path, config=config, output_loading_info=True)
     except OSError as error:
-        raise _offline(name, "mae_model", error) from error
+        raise offline_error(name, "mae_model", error) from error
     problems = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if any(str(key).startswith("decoder.") for key in report["missing_keys"]):
         raise UserError(
@@ -167,7 +167,7 @@ def build_qformer(name: str, *, num_queries: int, vision_width: int, cross_atten
             return BertLMHeadModel(config)
         return BertLMHeadModel.from_pretrained(path, config=config)
     except OSError as error:
-        raise _offline(name, "bert", error) from error
+        raise offline_error(name, "bert", error) from error
 
 
 def qformer_config(
@@ -190,7 +190,7 @@ def build_tokenizer(name: str) -> BertTokenizer:
     try:
         tokenizer = BertTokenizer.from_pretrained(str(resolve(name)))
     except OSError as error:
-        raise _offline(name, "bert", error) from error
+        raise offline_error(name, "bert", error) from error
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     return tokenizer
 
@@ -259,10 +259,11 @@ def download(url: str, *, key: str) -> str:
     try:
         return str(download_cached_file(url, check_hash=False, progress=True))
     except OSError as error:
-        raise _offline(url, key, error) from error
+        raise offline_error(url, key, error) from error
 
 
-def _offline(name: str, key: str, error: OSError) -> UserError:
+def offline_error(name: str, key: str, error: OSError) -> UserError:
+    """Say that ``name`` can't be fetched, and which key of ``model`` to set to a local copy."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UserError(
         f"model.{key}: '{name}' is no local path and can't be fetched ({reason}); "

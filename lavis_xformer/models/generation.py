@@ -1,0 +1,245 @@
+"""What a stage-2 model says: captions and answers, under the names and arguments of LAVIS's BLIP-2.
+
+B: images, Q: queries, D: width of the Q-Former, L: width of the language model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
+from torch import Tensor, nn
+
+from lavis_xformer.errors import UserError
+from lavis_xformer.models.base import XFormerBase
+from lavis_xformer.models.language import LanguageModel
+
+SPACY_MODEL = "en_core_web_sm"
+
+
+class GenerativeModel(XFormerBase):
+    """Z' through one linear layer is the prefix of a frozen language model; MAE sees the whole image."""
+
+    CONFIG_KEYS = XFormerBase.CONFIG_KEYS | {
+        "prompt",
+        "vqa_prompt",
+        "vqa_length_penalty",
+        "apply_lemmatizer",
+        "llm_precision",
+    }
+
+    def __init__(
+        self,
+        *,
+        language: LanguageModel,
+        prompt: str = "",
+        vqa_prompt: str = "Question: {} Short answer:",
+        vqa_length_penalty: float | None = None,
+        apply_lemmatizer: bool = False,
+        **parts: Any,
+    ) -> None:
+        """Put the language model behind the shared parts, without the Q-Former's text branch.
+
+        Weights have LAVIS's names: ``opt_model`` and ``opt_proj``, or ``t5_model`` and ``t5_proj``.
+
+        Args:
+            language: frozen.
+            prompt: before every caption.
+            vqa_prompt: before every answer; ``{}`` stands for the question.
+            vqa_length_penalty: of answers; LAVIS's (0 for OPT, -1 for T5) where it is None.
+            apply_lemmatizer: answer in base forms of nouns and verbs, as LAVIS does for OK-VQA.
+            parts: of :class:`XFormerBase`.
+        """
+        super().__init__(**parts)
+        self.drop_text_branch()
+        self.language = language
+        self.add_module(f"{language.kind}_model", language.model)
+        self.add_module(f"{language.kind}_proj", nn.Linear(self.Qformer.config.hidden_size, language.width))
+        self.prompt = prompt
+        self.vqa_prompt = vqa_prompt
+        self.vqa_length_penalty = language.DEFAULT_LENGTH_PENALTY if vqa_length_penalty is None else vqa_length_penalty
+        self.apply_lemmatizer = apply_lemmatizer
+
+    @property
+    def projection(self) -> nn.Linear:
+        """From Z' to the language model: ``opt_proj`` or ``t5_proj``."""
+        return getattr(self, f"{self.language.kind}_proj")
+
+    def encode_queries(self, image: Tensor) -> Tensor:
+        """Image (B, 3 or 6, S, S) -> Z' (B, Q, D)."""
+        tokens = self.encode_image(image)
+        zq = self.query_image(tokens.clip).last_hidden_state  # (B, Q, D)
+        return self.fusion.refine(zq, tokens.mae_tokens)[0]
+
+    @torch.no_grad()
+    def generate(
+        self,
+        samples: dict[str, Any],
+        use_nucleus_sampling: bool = False,
+        num_beams: int = 5,
+        max_length: int = 30,
+        min_length: int = 1,
+        top_p: float = 0.9,
+        repetition_penalty: float = 1.0,
+        length_penalty: float = 1.0,
+        num_captions: int = 1,
+        temperature: float = 1.0,
+        min_new_tokens: int | None = None,
+    ) -> list[str]:
+        """Caption images, or continue a prompt about them.
+
+        Args:
+            samples: ``image`` (B, 3 or 6, S, S); ``prompt``, a string or one for each image, may replace the model's.
+            use_nucleus_sampling: sample instead of searching with beams.
+            num_beams: 1 means greedy.
+            max_length: most tokens that are generated.
+            min_length: fewest tokens; as in LAVIS, OPT counts those of the prompt too.
+            top_p: probability mass that nucleus sampling keeps.
+            repetition_penalty: 1 means none.
+            length_penalty: of beam search; above 0 favours long texts.
+            num_captions: texts per image.
+            temperature: of sampling.
+            min_new_tokens: fewest tokens that are generated.
+
+        Returns:
+            B * ``num_captions`` texts, those of an image side by side.
+
+        Raises:
+            UserError: prompts that don't fit the images, or more captions than beams.
+        """
+        if not use_nucleus_sampling and num_captions > num_beams:
+            raise UserError(
+                f"num_captions is {num_captions}, but num_beams is only {num_beams}; "
+                "use as many beams, or use_nucleus_sampling"
+            )
+        prefix = self.projection(self.encode_queries(samples["image"]))  # (B, Q, L)
+        prompt = self.prompt if samples.get("prompt") is None else samples["prompt"]
+        return self.language.generate(
+            prefix,
+            one_per_image(prompt, len(prefix), name="samples['prompt']"),
+            do_sample=use_nucleus_sampling,
+            num_beams=1 if use_nucleus_sampling else num_beams,
+            max_new_tokens=max_length,
+            min_length=min_length,
+            min_new_tokens=min_new_tokens,
+            top_p=top_p,
+            temperature=temperature,
+            repetition_penalty=repetition_penalty,
+            length_penalty=length_penalty,
+            num_return_sequences=num_captions,
+        )
+
+    @torch.no_grad()
+    def predict_answers(
+        self,
+        samples: dict[str, Any],
+        num_beams: int = 5,
+        inference_method: str = "generate",
+        max_len: int = 10,
+        min_len: int = 1,
+        num_ans_candidates: int = 128,
+        answer_list: Sequence[str] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        length_penalty: float | None = None,
+        **kwargs: Any,
+    ) -> list[str]:
+        """Answer questions about images; the signature of LAVIS's ``Blip2T5`` and of its main branch.
+
+        Args:
+            samples: ``image`` (B, 3 or 6, S, S) and ``text_input``, B questions.
+            num_beams: 1 means greedy.
+            inference_method: only ``generate``; LAVIS's BLIP-2 knows no other either.
+            max_len: most tokens of an answer.
+            min_len: fewest tokens of an answer.
+            num_ans_candidates: for ranking, which there is not.
+            answer_list: likewise.
+            prompt: in which ``{}`` stands for the question, or one for each image; "" asks the bare question, as in
+                LAVIS; None takes the model's ``vqa_prompt``.
+            length_penalty: of beam search; None takes the model's ``vqa_length_penalty``.
+            kwargs: what other tasks of LAVIS pass.
+
+        Returns:
+            B answers.
+
+        Raises:
+            UserError: questions or prompts that don't fit the images, or another inference method.
+        """
+        if inference_method != "generate":
+            raise UserError(f"run.inference_method: '{inference_method}'; this model has only 'generate'")
+        prefix = self.projection(self.encode_queries(samples["image"]))  # (B, Q, L)
+        questions = one_per_image(samples.get("text_input"), len(prefix), name="samples['text_input']")
+        templates = one_per_image(self.vqa_prompt if prompt is None else prompt, len(prefix), name="prompt")
+        answers = self.language.generate(
+            prefix,
+            [ask(template, question) for template, question in zip(templates, questions, strict=True)],
+            do_sample=False,
+            num_beams=num_beams,
+            max_new_tokens=max_len,
+            min_new_tokens=min_len,
+            length_penalty=self.vqa_length_penalty if length_penalty is None else length_penalty,
+            num_return_sequences=1,
+        )
+        return [lemmatize(answer) for answer in answers] if self.apply_lemmatizer else answers
+
+    @torch.no_grad()
+    def extract_features(self, samples: dict[str, Any], mode: str = "image") -> BlipOutputFeatures:
+        """Features of images.
+
+        Args:
+            samples: ``image`` (B, 3 or 6, S, S).
+            mode: ``image``: ``image_embeds`` (B, Q, D), which is Z', and ``image_embeds_proj`` (B, Q, L), the prefix.
+
+        Raises:
+            UserError: another mode; stage 2 has no text branch.
+        """
+        if mode != "image":
+            raise UserError(f"mode: stage 2 has no features '{mode}', only 'image'; use xformer_feature_extractor")
+        z = self.encode_queries(samples["image"])
+        return BlipOutputFeatures(image_embeds=z, image_embeds_proj=self.projection(z))
+
+
+def one_per_image(text: Any, count: int, *, name: str) -> list[str]:
+    """One string for all images, or one for each -> a list of ``count`` strings.
+
+    Raises:
+        UserError: something else; ``name`` says what it is.
+    """
+    texts = [text] * count if isinstance(text, str) else text
+    if not isinstance(texts, list | tuple) or not all(isinstance(entry, str) for entry in texts):
+        raise UserError(f"{name} must be a string or a list of strings, not {text!r:.80}")
+    if not texts:
+        raise UserError(f"{name} is empty; give one string, or one for each of the {count} images")
+    if len(texts) != count:
+        raise UserError(f"{name} has {len(texts)} strings for {count} images; give one, or one for each image")
+    return list(texts)
+
+
+def ask(template: str, question: str) -> str:
+    """Put the question where the template says ``{}``; an empty template is the bare question."""
+    return template.replace("{}", question) if template else question
+
+
+def lemmatize(answer: str) -> str:
+    """Bring nouns and verbs to their base forms, as LAVIS does.
+
+    Raises:
+        UserError: spaCy's English model is not installed.
+    """
+    words = _spacy()(answer)
+    return " ".join(word.lemma_ if word.pos_ in ("NOUN", "VERB") else word.text for word in words)
+
+
+@functools.cache
+def _spacy() -> Any:
+    import spacy  # LAVIS brings it
+
+    try:
+        return spacy.load(SPACY_MODEL)
+    except OSError as error:
+        raise UserError(
+            f"model.apply_lemmatizer needs spaCy's {SPACY_MODEL}: python -m spacy download {SPACY_MODEL}, "
+            "or set it to False"
+        ) from error

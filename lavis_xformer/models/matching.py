@@ -1,0 +1,46 @@
+"""``xformer_image_text_matching`` and ``xformer_feature_extractor``: stage 1 under LAVIS's other two names.
+
+B: pairs, Q: queries, E: width of the shared space.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from lavis.common.registry import registry
+
+from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.models.stage1 import XFormer
+
+MATCH_HEADS = ("itm", "itc")
+
+registry.register_model("xformer_feature_extractor")(XFormer)
+
+
+@registry.register_model("xformer_image_text_matching")
+class XFormerITM(XFormer):
+    """Does a text fit an image? The interface of LAVIS's ``Blip2ITM``."""
+
+    def forward(self, samples: dict[str, Any], match_head: str = "itm", **unused: Any) -> Any:
+        """Score B pairs.
+
+        Args:
+            samples: ``image`` (B, 3 or 6, S, S) and ``text_input``, B strings.
+            match_head: ``itm``: logits (B, 2), column 1 says "they match"; ``itc``: cosine similarity (B, 1) of the
+                best query.
+            unused: keywords of stage 1's ``forward``.
+
+        Raises:
+            UserError: an unknown head.
+        """
+        if match_head not in MATCH_HEADS:
+            raise UserError(f"match_head: no head '{match_head}'; {nearest(match_head, MATCH_HEADS)}")
+        text = self.tokenize(samples["text_input"])
+        if match_head == "itm":
+            tokens = self.encode_image(samples["image"])
+            return self.match(tokens.clip, tokens.mae_tokens, text.input_ids, text.attention_mask)
+        z, _ = self.forward_image(samples["image"])
+        image_feats = F.normalize(self.vision_proj(z), dim=-1)  # (B, Q, E)
+        text_feats = F.normalize(self.text_proj(self.forward_text(text)), dim=-1)  # (B, E)
+        return (image_feats @ text_feats.unsqueeze(-1)).amax(dim=1)  # (B, 1)

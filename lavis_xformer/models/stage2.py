@@ -1,0 +1,197 @@
+"""X-Former's stage 2: Z' -> one linear layer -> prefix of a frozen language model (arXiv 2407.13851, section 3).
+
+Only the language-modelling loss, on captions as BLIP-2 or on answers to questions; MAE sees the whole image. The
+paper's ablation "reconstruction in both stages" is ``loss_weights: {rec: 1}``.
+
+B: images, A: texts (as many as images, or several answers for each), Q: queries, D: width of the Q-Former,
+L: width of the language model, N: image patches.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from lavis.common.registry import registry
+from omegaconf import DictConfig
+from torch import Tensor
+from typing_extensions import Self
+
+from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.models.checkpoints import load_pretrained
+from lavis_xformer.models.generation import GenerativeModel, ask, one_per_image
+from lavis_xformer.models.language import LanguageModel, OptLanguage, T5Language
+
+LOSSES = ("lm", "rec")
+
+
+class Texts(NamedTuple):
+    """What the language model is asked and should say, A of each."""
+
+    prompts: list[str]
+    targets: list[str]
+    weights: Tensor | None = None  #: (A,)
+    images: Tensor | None = None  #: (A,) the image of each text; None where it is one for each
+
+
+class XFormerStage2(GenerativeModel):
+    """The second-stage model over any :class:`LanguageModel`."""
+
+    LANGUAGE: ClassVar[type[LanguageModel]]
+    STAGE1_WEIGHTS = (
+        r"(vision_proj|text_proj|itm_head)\.|temp$|Qformer\.cls\."
+        r"|Qformer\.bert\.embeddings\.(word|position)_embeddings\."
+        r"|Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\."
+    )
+    NEW_WEIGHTS = r"(opt|t5)_proj\."
+    CONFIG_KEYS = GenerativeModel.CONFIG_KEYS | {"mask_ratio", "loss_weights"}
+
+    def __init__(self, *, mask_ratio: float = 0.5, loss_weights: dict[str, float] | None = None, **parts: Any) -> None:
+        """Add what the losses need.
+
+        Args:
+            mask_ratio: share of the patches that a second pass hides from MAE where there is a reconstruction loss.
+            loss_weights: of ``lm``, 1 where nothing is said, and of ``rec``, 0 where nothing is said.
+            parts: of :class:`GenerativeModel`.
+
+        Raises:
+            UserError: a weight for a loss that doesn't exist, or a mask ratio outside (0, 1).
+        """
+        super().__init__(**parts)
+        for name in loss_weights or {}:
+            if name not in LOSSES:
+                raise UserError(f"model.loss_weights: no loss '{name}'; {nearest(name, LOSSES)}")
+        if not 0 < mask_ratio < 1:
+            raise UserError(f"model.mask_ratio is {mask_ratio}; it must lie between 0 and 1")
+        self.mask_ratio = mask_ratio
+        self.loss_weights = {"lm": 1.0, "rec": 0.0} | dict(loss_weights or {})
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether there is an M' to reconstruct from, and a weight on doing so."""
+        return self.fusion.aligns_mae and self.loss_weights["rec"] > 0
+
+    def forward(self, samples: dict[str, Any], *, noise: Tensor | None = None) -> dict[str, Tensor]:
+        """Compute the losses of a batch.
+
+        Args:
+            samples: ``image`` (B, 3 or 6, S, S) and one of
+
+                * ``text_input``: B captions;
+                * ``text_input`` and ``text_output``: B prompts and what to say after them, as LAVIS's ``Blip2T5``;
+                * ``text_input``: B questions, with ``answer`` (A strings), ``n_answers`` (B,) and ``weight`` (A,) as
+                  LAVIS's VQA datasets have them; or with ``answer``, B strings.
+            noise: (B, N), decides which patches MAE doesn't see; drawn where it is None.
+
+        Returns:
+            Scalars: ``loss``, the weighted sum; ``loss_lm``; ``loss_rec`` where M' is reconstructed.
+
+        Raises:
+            UserError: texts that don't fit the images.
+        """
+        texts = self._texts(samples)
+        tokens = self.encode_image(samples["image"])
+        zq = self.query_image(tokens.clip).last_hidden_state  # Zq (B, Q, D)
+        z, _ = self.fusion.refine(zq, tokens.mae_tokens)  # Z' (B, Q, D)
+        prefix = self.projection(z)  # (B, Q, L)
+        if texts.images is not None:
+            prefix = prefix[texts.images]  # (A, Q, L)
+        terms = {"lm": self.language.loss(prefix, texts.prompts, texts.targets, texts.weights)}
+        if self.reconstructs:
+            seen = self.encode_image(samples["image"], mask_ratio=self.mask_ratio, noise=noise)
+            _, aligned = self.fusion.refine(zq, seen.mae_tokens)  # M'
+            terms["rec"] = self.reconstruction_loss(aligned, seen)
+        loss = torch.stack([self.loss_weights[name] * term for name, term in terms.items()]).sum()
+        return {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}}
+
+    def _texts(self, samples: dict[str, Any]) -> Texts:
+        """Prompts, which bear no loss, and targets of a batch."""
+        count = len(samples["image"])
+        texts = one_per_image(samples.get("text_input"), count, name="samples['text_input']")
+        if "text_output" in samples:
+            return Texts(texts, one_per_image(samples["text_output"], count, name="samples['text_output']"))
+        if "answer" in samples:
+            return self._answers(texts, samples)
+        return Texts([self.prompt] * count, [continuation(self.prompt, text) for text in texts])
+
+    def _answers(self, questions: list[str], samples: dict[str, Any]) -> Texts:
+        answers = [f" {answer}" for answer in samples["answer"]]
+        prompts = [ask(self.vqa_prompt, question) for question in questions]
+        each = samples.get("n_answers")
+        each = torch.ones(len(questions), dtype=torch.long) if each is None else each.cpu()
+        if len(each) != len(questions) or int(each.sum()) != len(answers):
+            raise UserError(
+                f"samples['answer'] has {len(answers)} answers to {len(questions)} questions; samples['n_answers'] "
+                "must say how many belong to each"
+            )
+        images = torch.arange(len(questions)).repeat_interleave(each)  # (A,)
+        weights = samples.get("weight")
+        return Texts(
+            prompts=[prompts[i] for i in images.tolist()],
+            targets=answers,
+            weights=None if weights is None else weights.to(self.device),
+            images=images.to(self.device),
+        )
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig) -> Self:
+        """Build the model of a ``model`` configuration and load what its ``pretrained`` names.
+
+        Raises:
+            UserError: a name, folder or file in the configuration is wrong.
+        """
+        language = cls.LANGUAGE.from_source(
+            cfg[f"{cls.LANGUAGE.kind}_model"],
+            precision=cfg.get("llm_precision"),
+            max_txt_len=cfg.get("max_txt_len", 32),
+        )
+        model = cls(
+            language=language,
+            prompt=cfg.get("prompt") or "",
+            vqa_prompt=cfg.get("vqa_prompt", "Question: {} Short answer:"),
+            vqa_length_penalty=cfg.get("vqa_length_penalty"),
+            apply_lemmatizer=cfg.get("apply_lemmatizer", False),
+            mask_ratio=cfg.get("mask_ratio", 0.5),
+            loss_weights=dict(cfg.get("loss_weights") or {}),
+            **cls.build_parts(cfg),
+        )
+        load_pretrained(model, cfg)
+        return model
+
+
+@registry.register_model("xformer_opt")
+class XFormerOPT(XFormerStage2):
+    """X-Former with OPT.
+
+    Usage:
+        >>> from lavis.models import load_model_and_preprocess
+        >>> model, vis, txt = load_model_and_preprocess("xformer_opt", "mini", is_eval=True)
+        >>> model.generate({"image": vis["eval"](image).unsqueeze(0)})
+    """
+
+    LANGUAGE = OptLanguage
+    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {
+        "mini": "models/xformer_opt_mini.yaml",
+        "pretrain_opt2.7b": "models/xformer_opt_pretrain_opt2.7b.yaml",
+        "pretrain_opt6.7b": "models/xformer_opt_pretrain_opt6.7b.yaml",
+    }
+    CONFIG_KEYS = XFormerStage2.CONFIG_KEYS | {"opt_model"}
+
+
+@registry.register_model("xformer_t5")
+class XFormerT5(XFormerStage2):
+    """X-Former with FlanT5."""
+
+    LANGUAGE = T5Language
+    DEFAULT_MODEL_TYPE = "pretrain_flant5xl"
+    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {
+        "pretrain_flant5xl": "models/xformer_t5_pretrain_flant5xl.yaml",
+    }
+    CONFIG_KEYS = XFormerStage2.CONFIG_KEYS | {"t5_model"}
+
+
+def continuation(prompt: str, caption: str) -> str:
+    """What follows the prompt, whether or not the text processor has put it before the caption already."""
+    if not prompt:
+        return caption
+    return caption[len(prompt) :] if caption.startswith(prompt) else f" {caption}"

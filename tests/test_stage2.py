@@ -1,0 +1,325 @@
+"""Stage 2: parity with LAVIS's BLIP-2, the cache, prompts, questions, gradients, batch size 1."""
+
+from __future__ import annotations
+
+import time
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lavis.models.blip2_models.blip2_opt import Blip2OPT
+from lavis.models.blip2_models.blip2_t5 import Blip2T5
+from lavis.models.blip2_models.modeling_opt import OPTForCausalLM
+from lavis.models.blip2_models.modeling_t5 import T5Config, T5ForConditionalGeneration
+from spacy.util import is_package
+
+from lavis_xformer.errors import UserError
+from lavis_xformer.images import clip_to_mae
+from lavis_xformer.models.fusion import FUSIONS
+from lavis_xformer.models.generation import SPACY_MODEL, lemmatize
+
+KINDS = ("opt", "t5")
+SHARED = "visual_encoder ln_vision Qformer query_tokens".split()
+
+
+def blip2_opt_like(ours: Any, folder: Path) -> Blip2OPT:
+    """LAVIS's own class, and its OPT without cache, around copies of the same parts."""
+    theirs = Blip2OPT.__new__(Blip2OPT)
+    torch.nn.Module.__init__(theirs)
+    for part in [*SHARED, "opt_proj"]:
+        setattr(theirs, part, deepcopy(getattr(ours, part)))
+    theirs.opt_model = OPTForCausalLM.from_pretrained(folder).requires_grad_(False).eval()
+    theirs.opt_tokenizer = deepcopy(ours.language.tokenizer)
+    theirs.eos_token_id = ours.language.end_id
+    theirs.max_txt_len, theirs.prompt = ours.language.max_txt_len, ours.prompt
+    theirs.prompt_length = theirs.opt_tokenizer(ours.prompt, return_tensors="pt").attention_mask.sum(1)
+    return theirs
+
+
+def blip2_t5_like(ours: Any, folder: Path) -> Blip2T5:
+    theirs = Blip2T5.__new__(Blip2T5)
+    torch.nn.Module.__init__(theirs)
+    for part in [*SHARED, "t5_proj"]:
+        setattr(theirs, part, deepcopy(getattr(ours, part)))
+    config = T5Config.from_pretrained(folder)
+    config.dense_act_fn = "gelu"
+    theirs.t5_model = T5ForConditionalGeneration.from_pretrained(folder, config=config).requires_grad_(False).eval()
+    theirs.t5_tokenizer = ours.language.tokenizer
+    theirs.max_txt_len, theirs.prompt, theirs._apply_lemmatizer = ours.language.max_txt_len, ours.prompt, False
+    return theirs
+
+
+def assert_same_losses_and_gradients(ours: Any, theirs: Any, samples: dict[str, Any]) -> None:
+    mine, reference = ours(samples)["loss"], theirs(samples)["loss"]
+    assert mine.item() == pytest.approx(reference.item(), abs=1e-5)
+    mine.backward()
+    reference.backward()
+    expected = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            assert torch.allclose(parameter.grad, expected.pop(name), atol=1e-5), name
+    assert not [name for name in expected if not name.startswith("visual_encoder")]
+
+
+@pytest.mark.parametrize("prompt", ["", "a photo of"])
+def test_without_fusion_opt_is_lavis_blip2_in_loss_and_gradients(
+    prompt: str, make_stage2: Any, batch: dict[str, Any], opt_folder: Path
+) -> None:
+    ours = make_stage2("opt", "none", prompt=prompt)
+    captions = [f"{prompt} {text}".strip() for text in ("a red star", "two", "left of it", "on a square")]
+    assert_same_losses_and_gradients(ours, blip2_opt_like(ours, opt_folder), {**batch, "text_input": captions})
+
+
+def test_without_fusion_t5_is_lavis_blip2_in_loss_and_gradients(
+    make_stage2: Any, batch: dict[str, Any], t5_folder: Path
+) -> None:
+    ours = make_stage2("t5", "none")
+    texts = {"text_input": ["a red", "two", "the", "one"], "text_output": ["star", "blue star", "left", "red"]}
+    assert_same_losses_and_gradients(ours, blip2_t5_like(ours, t5_folder), {**batch, **texts})
+
+
+WAYS = {
+    "greedy": {"num_beams": 1},
+    "beams": {"num_beams": 3, "length_penalty": -1.0, "repetition_penalty": 1.5, "min_length": 6},
+    "captions": {"num_beams": 3, "num_captions": 2},
+    "nucleus": {"use_nucleus_sampling": True, "num_beams": 1, "temperature": 0.7, "num_captions": 2},
+}
+
+
+@pytest.mark.parametrize("way", sorted(WAYS))
+def test_opt_with_cache_says_what_lavis_says_without(
+    way: str, make_stage2: Any, batch: dict[str, Any], opt_folder: Path
+) -> None:
+    ours = make_stage2("opt", "none", prompt="a photo of").eval()
+    theirs = blip2_opt_like(ours, opt_folder).eval()
+    said = []
+    for model in (ours, theirs):
+        torch.manual_seed(7)
+        said.append(model.generate(batch, max_length=12, **WAYS[way]))
+    assert said[0] == said[1]
+    assert len(said[0]) == 4 * WAYS[way].get("num_captions", 1)
+    assert any(said[0])
+
+
+@pytest.mark.parametrize("way", sorted(WAYS))
+def test_t5_with_cache_says_what_lavis_says_without(
+    way: str, make_stage2: Any, batch: dict[str, Any], t5_folder: Path
+) -> None:
+    ours = make_stage2("t5", "none", prompt="a").eval()
+    theirs = blip2_t5_like(ours, t5_folder).eval()
+    said = []
+    for model in (ours, theirs):
+        torch.manual_seed(7)
+        said.append([text.strip() for text in model.generate(batch, max_length=12, **WAYS[way])])
+    assert said[0] == said[1]
+    assert any(said[0])
+
+
+def test_answers_of_t5_are_lavis_answers(make_stage2: Any, batch: dict[str, Any], t5_folder: Path) -> None:
+    ours = make_stage2("t5", "none").eval()
+    theirs = blip2_t5_like(ours, t5_folder).eval()
+    samples = {**batch, "text_input": ["how many star ?", "how many red circle ?", "left ?", "how many ?"]}
+    asked = "Question: {} Short Answer:"
+    mine = ours.predict_answers(samples, prompt=asked, min_len=0)
+    assert mine == [text.strip() for text in theirs.predict_answers(samples, prompt=asked, min_len=0)]
+
+
+def test_the_cache_is_used_and_faster(make_stage2: Any, batch: dict[str, Any], opt_folder: Path) -> None:
+    ours = make_stage2("opt", "none").eval()
+    theirs = blip2_opt_like(ours, opt_folder).eval()
+    lengths: dict[str, list[int]] = {"ours": [], "theirs": []}
+    for name, model in (("ours", ours), ("theirs", theirs)):
+        model.opt_model.model.decoder.layers[0].register_forward_pre_hook(
+            lambda module, args, seen=lengths[name]: seen.append(args[0].shape[1])
+        )
+    seconds = []
+    for model in (ours, theirs):
+        start = time.perf_counter()
+        model.generate(batch, num_beams=5, max_length=40, min_length=40)
+        seconds.append(time.perf_counter() - start)
+    print(f"40 tokens, 5 beams: {seconds[0]:.3f} s with the cache, {seconds[1]:.3f} s without")
+    assert set(lengths["ours"][1:]) == {1}
+    assert lengths["theirs"][-1] > 40
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_of_several_lengths_give_what_each_gives_alone(
+    kind: str, make_stage2: Any, batch: dict[str, Any]
+) -> None:
+    model = make_stage2(kind, init="normal").eval()
+    prompts = ["a", "Question: how many red star ? Answer:", "the red", "two blue square on the left of a"]
+    together = model.generate({**batch, "prompt": prompts}, max_length=8, num_beams=2)
+    alone = [
+        model.generate({"image": image[None], "prompt": prompt}, max_length=8, num_beams=2)[0]
+        for image, prompt in zip(batch["image"], prompts, strict=True)
+    ]
+    assert together == alone
+    questions = {**batch, "text_input": prompts}
+    templates = ["{} Answer:", "{}", "Question: {}", "{} ?"]
+    asked = model.predict_answers(questions, prompt=templates, max_len=6)
+    filled = [template.replace("{}", prompt) for template, prompt in zip(templates, prompts, strict=True)]
+    assert asked == model.predict_answers({**batch, "text_input": filled}, prompt="", max_len=6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fewest_and_most_tokens(kind: str, make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2(kind).eval()
+    counted: list[int] = []
+    decode = model.language.tokenizer.batch_decode
+
+    def count(ids: torch.Tensor, **options: Any) -> list[str]:
+        counted.append(ids.shape[1])
+        return decode(ids, **options)
+
+    model.language.tokenizer.batch_decode = count
+    start = 1 if kind == "t5" else 0  # T5's output begins with its start token
+    model.generate({**batch, "prompt": "a photo of a red star"}, num_beams=1, max_length=9, min_new_tokens=9)
+    assert counted[-1] == 9 + start
+    model.predict_answers({**batch, "text_input": "how many"}, num_beams=1, max_len=4, min_len=4)
+    assert counted[-1] == 4 + start
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dual_starts_as_blip2(kind: str, make_stage2: Any, batch: dict[str, Any]) -> None:
+    dual, blip2 = make_stage2(kind, "dual").eval(), make_stage2(kind, "none").eval()
+    blip2.load_state_dict({k: v for k, v in dual.state_dict().items() if not k.startswith(("fusion", "mae"))})
+    assert torch.equal(dual(batch)["loss"], blip2(batch)["loss"])
+    assert dual.generate(batch, num_beams=2) == blip2.generate(batch, num_beams=2)
+    features = [model.extract_features(batch).image_embeds for model in (dual, blip2)]
+    assert torch.equal(*features)
+    assert features[0].shape == (4, 4, 32)
+
+
+@pytest.mark.parametrize("fusion", sorted(FUSIONS))
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_every_trainable_parameter_and_no_frozen_one(
+    kind: str, fusion: str, make_stage2: Any, batch: dict[str, Any]
+) -> None:
+    model = make_stage2(kind, fusion, init="normal")
+    model.train()
+    model(batch)["loss"].backward()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert [n for n in trained if model.get_parameter(n).grad is None] == []
+    frozen = ("visual_encoder", "mae.", f"{kind}_model")
+    assert not [n for n in trained if n.startswith(frozen)]
+    assert all(p.grad is None for n, p in model.named_parameters() if n.startswith(frozen))
+    for tower in (model.visual_encoder, model.language.model):
+        assert not any(module.training for module in tower.modules())
+    assert model.fusion.training
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_of_one(kind: str, make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2(kind)
+    one = {"image": batch["image"][:1], "text_input": batch["text_input"][:1]}
+    output = model(one)
+    output["loss"].backward()
+    assert all(value.ndim == 0 and torch.isfinite(value) for value in output.values())
+    assert len(model.generate(one, num_beams=2, max_length=4)) == 1
+    assert len(model.predict_answers(one, max_len=4)) == 1
+
+
+def test_the_question_bears_no_loss_and_the_answer_does(make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2("opt", vqa_prompt="Question: {} Answer:").eval()
+    ids, mask, labels = model.language.encode(["Question: a? Answer:", "Q"], [" red", " two stars"])
+    for row, text in enumerate([" red\n", " two stars\n"]):
+        assert model.language.tokenizer.decode(labels[row][labels[row] != -100]) == text
+        assert (mask[row] == (ids[row] != 1)).all()
+    one = {"image": batch["image"][:2], "text_input": ["how many?", "left?"], "answer": ["two", "red"]}
+    other = {**one, "text_input": ["how many?", "left?"], "answer": ["two", "blue"]}
+    assert model(one)["loss"] != model(other)["loss"]
+
+
+def test_answers_of_lavis_vqa_datasets_are_weighted(make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2("opt").eval()
+    samples = {
+        "image": batch["image"][:2],
+        "text_input": ["how many?", "left?"],
+        "answer": ["two", "2", "star"],
+        "n_answers": torch.tensor([2, 1]),
+        "weight": torch.tensor([0.75, 0.25, 1.0]),
+    }
+    loss = model(samples)["loss"]
+    total = counted = 0.0
+    for i, answer, weight in ((0, "two", 0.75), (0, "2", 0.25), (1, "star", 1.0)):
+        one = {"image": batch["image"][i : i + 1], "text_input": [samples["text_input"][i]], "answer": [answer]}
+        tokens = len(model.language.tokenizer(f" {answer}\n", add_special_tokens=False).input_ids)
+        total, counted = total + weight * tokens * model(one)["loss"], counted + weight * tokens
+    assert torch.allclose(loss, total / counted, atol=1e-5)
+    with pytest.raises(UserError, match="3 answers to 2 questions"):
+        model({**samples, "n_answers": torch.tensor([1, 1])})
+
+
+def test_a_long_question_keeps_its_answer(make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2("opt")
+    samples = {"image": batch["image"][:1], "text_input": ["is a red star on it " * 2], "answer": ["two"]}
+    assert torch.isfinite(model(samples)["loss"])
+    with pytest.raises(UserError, match="opt_model reads at most 96"):
+        model({**samples, "text_input": ["is a red star on it " * 9]})
+
+
+def test_reconstruction_in_both_stages(make_stage2: Any, batch: dict[str, Any]) -> None:
+    noise = torch.rand(4, 16)
+    plain = make_stage2("opt", init="normal")(batch)
+    both = make_stage2("opt", init="normal", loss_weights={"rec": 2.0})(batch, noise=noise)
+    assert set(plain) == {"loss", "loss_lm"}
+    assert torch.equal(both["loss_lm"], plain["loss_lm"]), "the language model still sees the whole image"
+    assert both["loss"].item() == pytest.approx((both["loss_lm"] + 2 * both["loss_rec"]).item(), rel=1e-6)
+
+
+def test_packed_and_plain_images_give_the_same(make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2("opt", init="normal").eval()
+    packed = {**batch, "image": torch.cat([batch["image"], clip_to_mae(batch["image"])], dim=1)}
+    assert torch.allclose(model(packed)["loss"], model(batch)["loss"], atol=1e-6)
+
+
+def test_bad_input_is_one_clear_line(make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2("opt").eval()
+
+    def refused(words: str, call: Any = model.generate, **changes: Any) -> None:
+        with pytest.raises(UserError, match=words):
+            call({**batch, **changes})
+
+    refused(r"samples\['prompt'\] is empty", prompt=[])
+    refused("has 2 strings for 4 images", prompt=["a", "the"])
+    refused("must be a string or a list of strings", prompt=[1, 2, 3, 4])
+    refused("must be a string or a list of strings", call=model.predict_answers, text_input=None)
+    refused("has 1 strings for 4 images", call=model, text_input=["a"])
+    refused(r"image has shape \(0, 3, 32, 32\)", image=torch.zeros(0, 3, 32, 32))
+    refused(r"image has shape \(4, 3, 0, 0\)", image=torch.zeros(4, 3, 0, 0))
+    refused(r"image has shape \(4, 1, 32, 32\)", image=torch.zeros(4, 1, 32, 32))
+    refused(r"image has shape \(3, 32, 32\)", image=torch.zeros(3, 32, 32))
+    refused("is a list, not a tensor", image=[1])
+    with pytest.raises(UserError, match="only 'generate'"):
+        model.predict_answers(batch, inference_method="rank")
+    with pytest.raises(UserError, match="num_captions is 2, but num_beams is only 1"):
+        model.generate(batch, num_beams=1, num_captions=2)
+    with pytest.raises(UserError, match="xformer_feature_extractor"):
+        model.extract_features(batch, mode="text")
+    with pytest.raises(UserError, match=r"no loss 'itc'"):
+        make_stage2("opt", loss_weights={"itc": 1})
+    with pytest.raises(UserError, match="mask_ratio is 1"):
+        make_stage2("opt", mask_ratio=1)
+
+
+def test_lemmas_need_spacys_model() -> None:
+    if is_package(SPACY_MODEL):
+        assert lemmatize("two cats") == "two cat"
+        return
+    with pytest.raises(UserError, match="python -m spacy download en_core_web_sm"):
+        lemmatize("two cats")
+
+
+def test_captions_are_learned_by_heart(make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2("opt")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    history = []
+    for _ in range(30):
+        loss = model(batch)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert history[-1] < 0.75 * history[0]
