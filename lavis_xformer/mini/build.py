@@ -43,6 +43,11 @@ class Recipe:
     mae: Schedule
     opt: Schedule
 
+    def longer(self, factor: float) -> Recipe:
+        """The same with so many times the steps."""
+        schedules = {part: getattr(self, part) for part in ("clip", "mae", "opt")}
+        return replace(self, **{k: replace(v, steps=round(factor * v.steps)) for k, v in schedules.items()})
+
 
 RECIPES = {
     "smoke": Recipe(
@@ -64,13 +69,13 @@ RECIPES = {
         opt=Schedule(steps=800, batch=32, lr=2e-3),
     ),
     "full": Recipe(
-        scenes=60_000,
+        scenes=40_000,
         wordings=4,
-        documents=100_000,
+        documents=80_000,
         heldout=1000,
-        clip=Schedule(steps=3000, batch=256, lr=1e-3),
-        mae=Schedule(steps=6000, batch=256, lr=1e-3),
-        opt=Schedule(steps=8000, batch=64, lr=2e-3),
+        clip=Schedule(steps=2000, batch=128, lr=1e-3),
+        mae=Schedule(steps=1400, batch=256, lr=1.5e-3),
+        opt=Schedule(steps=3500, batch=32, lr=2e-3),
     ),
 }
 
@@ -80,7 +85,6 @@ class Job:
     """One run of the command: where, how much, from which seed."""
 
     out: Path
-    preset: str
     recipe: Recipe
     seed: int
     resume: bool
@@ -90,7 +94,7 @@ class Job:
     def fit(self, part: str, module: nn.Module, loss: Callable[[torch.Generator], Tensor]) -> float:
         """Train one part by its schedule; returns seconds."""
         schedule: Schedule = getattr(self.recipe, part)
-        state = self.out / ".state" / f"{part}-{self.preset}-{self.seed}.pt"
+        state = self.out / ".state" / f"{part}-{schedule.steps}x{schedule.batch}-seed{self.seed}.pt"
         return fit(module, loss, schedule=schedule, seed=self.seed, state=state, resume=self.resume, title=part)
 
     def finish(self, part: str, data: str, seconds: float, figures: dict[str, float]) -> None:
@@ -200,6 +204,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the set")
     parser.add_argument("--only", choices=sorted(PARTS), action="append", help="may be repeated")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--longer", type=float, default=1.0, metavar="FACTOR", help="multiply every part's steps")
     parser.add_argument("--resume", action="store_true", help="go on where a stopped run was")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
@@ -207,8 +212,7 @@ def main(argv: list[str]) -> int:
         raise UserError("--device cuda: no GPU is visible here; use --device cpu")
     job = Job(
         out=args.out,
-        preset=args.preset,
-        recipe=RECIPES[args.preset],
+        recipe=RECIPES[args.preset].longer(args.longer),
         seed=args.seed,
         resume=args.resume,
         device=torch.device(args.device),

@@ -81,7 +81,7 @@ def documents(split: str, *, seed: int, count: int) -> list[Document]:
     """What the language model reads.
 
     Of every eight texts one is a caption, one a pair of questions without a description, and six are descriptions
-    with five questions each. Every other scene is an easy one: short texts teach faster.
+    with eight questions each. Every other scene is an easy one: short texts teach faster.
     """
     chunks = in_parallel(partial(_documents, split, seed), count)
     return [document for chunk in chunks for document in chunk]
@@ -101,7 +101,7 @@ def _documents(split: str, seed: int, start: int, stop: int) -> list[Document]:
             level = list(LEVELS.values())[index // 8 % len(LEVELS)]
             found.append(Document(level(shown, rng)))
             continue
-        asked = questions(shown, rng, n=2 if index % 8 == 1 else 5)
+        asked = questions(shown, rng, n=2 if index % 8 == 1 else 8)
         turns = tuple(Turn(q.kind, q.text, q.answer) for q in asked)
         found.append(Document("" if index % 8 == 1 else description(shown), turns))
     return found

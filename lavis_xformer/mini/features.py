@@ -1,0 +1,102 @@
+"""Frozen tokens of rendered scenes: what C and M, and their controls, hand to whoever reads them.
+
+N: scenes, P: patches + 1, D: width of a token, S: side of an image in pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from lavis.models.eva_vit import VisionTransformer
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import ViTMAEForPreTraining
+
+from lavis_xformer.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from lavis_xformer.mini.augment import normalise, unit
+from lavis_xformer.mini.clip import ClipConfig
+from lavis_xformer.mini.training import autocast
+
+Encoder = Callable[[Tensor], Tensor]
+"""Images (B, 3, S, S) in 0..1 to tokens (B, P, D), CLS first, patches in reading order."""
+
+
+def load_clip(folder: Path, *, trained: bool = True) -> VisionTransformer:
+    """The frozen image tower as BLIP-2 reads it; with random weights where ``trained`` is False."""
+    config = ClipConfig(**json.loads((folder / "config.json").read_text()))
+    tower = config.tower(config.depth)
+    if trained:
+        state = load_file(folder / "model.safetensors")
+        tower.load_state_dict({name: value.float() for name, value in state.items()})
+    return tower.eval()
+
+
+def clip_tokens(tower: VisionTransformer, images: Tensor, *, layers: tuple[int, ...] = (-1,)) -> Tensor:
+    """C: outputs of some blocks side by side, (B, P, D x layers)."""
+    outputs = tower.get_intermediate_layers(normalise(images, CLIP_MEAN, CLIP_STD))
+    return torch.cat([outputs[layer] for layer in layers], -1)
+
+
+def mae_tokens(model: ViTMAEForPreTraining, images: Tensor) -> Tensor:
+    """M: encoder output for the whole image, (B, P, D); the masking is bypassed, so patches keep their order."""
+    x = model.vit.embeddings.patch_embeddings(normalise(images, IMAGENET_MEAN, IMAGENET_STD))
+    places = model.vit.embeddings.position_embeddings
+    cls = (model.vit.embeddings.cls_token + places[:, :1]).expand(len(x), -1, -1)
+    x = torch.cat([cls, x + places[:, 1:]], 1)
+    return model.vit.layernorm(model.vit.encoder(x).last_hidden_state)
+
+
+def pixel_tokens(images: Tensor, *, patch: int = 8) -> Tensor:
+    """Raw pixels of each patch, and their mean in the place of CLS, (B, P, 3 x patch x patch)."""
+    x = F.unfold(images, patch, stride=patch).transpose(1, 2)
+    return torch.cat([x.mean(1, keepdim=True), x], 1)
+
+
+def encoders(folder: Path, *, seed: int = 0) -> dict[str, Encoder]:
+    """C, M, C+M and the controls of a set of mini models.
+
+    Args:
+        folder: the set, with ``clip`` and ``mae``.
+        seed: of the random weights.
+
+    Returns:
+        ``C``, ``M``, ``C+M``, ``C two layers`` (as wide as C+M), ``pixels``, ``random`` (the untrained tower).
+    """
+    clip, mae = load_clip(folder / "clip"), ViTMAEForPreTraining.from_pretrained(folder / "mae").eval()
+    torch.manual_seed(seed)
+    untrained = load_clip(folder / "clip", trained=False)
+    middle = len(clip.blocks) // 2
+    return {
+        "C": partial(clip_tokens, clip),
+        "M": partial(mae_tokens, mae),
+        "C+M": lambda x: torch.cat([clip_tokens(clip, x), mae_tokens(mae, x)], -1),
+        "C two layers": partial(clip_tokens, clip, layers=(middle, -1)),
+        "pixels": pixel_tokens,
+        "random": partial(clip_tokens, untrained),
+    }
+
+
+@torch.no_grad()
+def extract(encoder: Encoder, images: Tensor) -> Tensor:
+    """Tokens of uint8 images (N, 3, S, S), float16 (N, P, D)."""
+    with autocast(images.device):
+        parts = [encoder(unit(part)) for part in images.split(250)]
+    return torch.cat([part.half() for part in parts])
+
+
+class Standardise:
+    """Give every channel of a token mean 0 and deviation 1, as measured on training scenes."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        """Measure on tokens (N, P, D); at most 1000 scenes are looked at."""
+        sample = tokens[:1000].float().flatten(0, 1)
+        self.mean, self.std = sample.mean(0), sample.std(0).clamp(min=1e-4)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, P, D) in any precision to standardised float32."""
+        return (tokens.float() - self.mean) / self.std

@@ -1,0 +1,191 @@
+"""``lavis-xformer probe``: what can be read from frozen C, M and their controls, by the same small probe.
+
+The paper's premise is that M carries local detail which C lacks. One attention pooling per task reads standardised
+tokens; every source gets the same scenes, the same steps and the same early stopping, and the best step is chosen
+on scenes that are neither trained nor reported on.
+
+B: batch, N: scenes, P: patches + 1, D: width of the tokens, W: width of the probe, A: pooling queries per task.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from scipy.stats import t as student
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lavis_xformer.assets import resolve
+from lavis_xformer.mini.features import Encoder, Standardise, encoders, extract
+from lavis_xformer.mini.spectrum import similarity_curves
+from lavis_xformer.mini.tasks import NONE, TASKS, Exam, Task, make_exam
+from lavis_xformer.mini.training import generator
+
+TRAIN, STOP = "probe-train", "probe-stop"
+
+
+class Pooling(nn.Module):
+    """Reads one task: queries attend to the tokens, a small MLP names the class."""
+
+    def __init__(self, *, task: Task, width: int, queries: int = 4) -> None:
+        """Build it; ``width`` is W, ``queries`` is A."""
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(queries, width) / width**0.5)
+        self.point = nn.Sequential(nn.Linear(16, width), nn.GELU(), nn.Linear(width, width)) if task.pointed else None
+        self.head = nn.Sequential(nn.Linear(queries * width, 2 * width), nn.GELU(), nn.Linear(2 * width, task.classes))
+
+    def forward(self, keys: Tensor, values: Tensor, points: Tensor) -> Tensor:
+        """Keys and values (B, 4, P, W / 4) and points (B, 16) to logits (B, classes)."""
+        batch, heads, _, part = keys.shape
+        queries = self.queries.expand(batch, -1, -1)  # (B, A, W)
+        if self.point is not None:
+            queries = queries + self.point(points)[:, None]
+        queries = queries.unflatten(-1, (heads, part)).transpose(1, 2)
+        pooled = F.scaled_dot_product_attention(queries, keys, values)  # (B, 4, A, W / 4)
+        return self.head(pooled.transpose(1, 2).flatten(1))
+
+
+class Probe(nn.Module):
+    """One projection of the tokens, shared; one pooling per task."""
+
+    def __init__(self, *, dim: int, patches: int, width: int = 128) -> None:
+        """Build it for tokens (B, P, D): ``dim`` is D, ``patches`` is P."""
+        super().__init__()
+        self.tokens = nn.Linear(dim, width)
+        self.places = nn.Parameter(0.02 * torch.randn(patches, width))
+        self.keys, self.values = nn.Linear(width, width), nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.poolings = nn.ModuleDict({name: Pooling(task=task, width=width) for name, task in TASKS.items()})
+
+    def forward(self, tokens: Tensor, points: Tensor) -> dict[str, Tensor]:
+        """Standardised tokens (B, P, D) and points (B, 2) to logits of every task."""
+        x = self.norm(self.tokens(tokens) + self.places)
+        keys, values = (layer(x).unflatten(-1, (4, -1)).transpose(1, 2) for layer in (self.keys, self.values))
+        waves = points[:, :, None] * torch.pi * 2.0 ** torch.arange(4)  # (B, 2, 4)
+        waves = torch.cat([waves.sin(), waves.cos()], -1).flatten(1)  # (B, 16)
+        return {name: pooling(keys, values, waves) for name, pooling in self.poolings.items()}
+
+
+def correct(probe: Probe, tokens: Tensor, exam: Exam) -> dict[str, float]:
+    """Percent right of each task, over the scenes that allow it."""
+    right = {name: 0 for name in TASKS}
+    with torch.no_grad():
+        for rows in torch.arange(len(tokens)).split(500):
+            for name, logits in probe(tokens[rows], exam.points[rows]).items():
+                right[name] += int((logits.argmax(-1) == exam.labels[name][rows]).sum())
+    return {name: 100 * hits / int((exam.labels[name] != NONE).sum()) for name, hits in right.items()}
+
+
+def train_probe(encoder: Encoder, exams: dict[str, Exam], *, steps: int, seeds: int) -> dict[str, list[float]]:
+    """Train and examine the probe on one source of tokens.
+
+    Args:
+        encoder: the frozen source.
+        exams: scenes to train on, to stop by (``TRAIN``, ``STOP``) and, under the third key, to report on.
+        steps: optimiser steps of 256 scenes.
+        seeds: how many probes, each from its own start.
+
+    Returns:
+        Task to percent right on the reported scenes, one per seed, at the step that was best for the task.
+    """
+    tokens = {split: extract(encoder, exam.images) for split, exam in exams.items()}
+    scale = Standardise(tokens[TRAIN])
+    held = {split: scale(tokens[split]) for split in exams if split != TRAIN}
+    report = next(split for split in exams if split not in (TRAIN, STOP))
+    results: dict[str, list[float]] = {name: [] for name in TASKS}
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        probe = Probe(dim=tokens[TRAIN].shape[-1], patches=tokens[TRAIN].shape[1])
+        best = {name: (-1.0, 0.0) for name in TASKS}
+        optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=0.05)
+        decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+        for step in range(steps):
+            rows = torch.randint(len(tokens[TRAIN]), (256,), generator=generator(seed, step))
+            logits = probe(scale(tokens[TRAIN][rows]), exams[TRAIN].points[rows])
+            terms = [F.cross_entropy(logits[name], exams[TRAIN].labels[name][rows]) for name in TASKS]
+            optimizer.zero_grad()
+            torch.stack(terms).sum().backward()
+            optimizer.step()
+            decay.step()
+            if (step + 1) % max(1, steps // 8) == 0:
+                stop, shown = (correct(probe, held[split], exams[split]) for split in (STOP, report))
+                best = {name: max(best[name], (stop[name], shown[name])) for name in TASKS}
+        for name in TASKS:
+            results[name].append(best[name][1])
+    return results
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % interval (Student's t); infinite for one value."""
+    sample = torch.tensor(values, dtype=torch.float64)
+    if len(values) < 2:
+        return float(sample.mean()), float("inf")
+    half = student.ppf(0.975, len(values) - 1) * float(sample.std()) / len(values) ** 0.5
+    return float(sample.mean()), float(half)
+
+
+def table(results: dict[str, dict[str, list[float]]], chance: dict[str, float]) -> str:
+    """Markdown: a row per source, then C+M less C and less two layers of C, paired by seed."""
+    rows = {name: {task: interval(values) for task, values in by.items()} for name, by in results.items()}
+    for other in ("C", "C two layers"):
+        if {"C+M", other} <= results.keys():
+            both = results["C+M"], results[other]
+            gaps = {k: [a - b for a, b in zip(both[0][k], both[1][k], strict=True)] for k in TASKS}
+            rows[f"C+M less {other}"] = {task: interval(values) for task, values in gaps.items()}
+    lines = ["| tokens | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
+    lines.append("| most frequent answer | " + " | ".join(f"{chance[task]:.1f}" for task in TASKS) + " |")
+    for name, cells in rows.items():
+        lines.append(f"| {name} | " + " | ".join("{:.1f} ± {:.1f}".format(*cells[task]) for task in TASKS) + " |")
+    return "\n".join(lines)
+
+
+def majority(exam: Exam) -> dict[str, float]:
+    """Percent right of always giving the most frequent answer."""
+    known = {name: labels[labels != NONE] for name, labels in exam.labels.items()}
+    return {name: 100 * float(labels.bincount().max()) / len(labels) for name, labels in known.items()}
+
+
+def main(argv: list[str]) -> int:
+    """Run the command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="lavis-xformer probe", description=__doc__)
+    parser.add_argument("--set", default="assets://mini", help="folder with clip and mae")
+    parser.add_argument("--out", type=Path, default=Path("output/probe"))
+    parser.add_argument("--report", choices=("val", "test"), default="val", help="choose on val, report test once")
+    parser.add_argument("--sources", help="comma-separated; all if left out")
+    parser.add_argument("--scenes", type=int, default=8000)
+    parser.add_argument("--held-out", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--seeds", type=int, default=3)
+    args = parser.parse_args(argv)
+    begin = time.monotonic()
+    folder = resolve(f"{args.set}/clip").parent
+    counts = {TRAIN: args.scenes, STOP: args.held_out, f"probe-{args.report}": args.held_out}
+    exams = {split: make_exam(split, seed=0, count=count) for split, count in counts.items()}
+    sources = encoders(folder)
+    wanted = args.sources.split(",") if args.sources else list(sources)
+    bar = tqdm(wanted, desc="probe")
+    results = {name: train_probe(sources[name], exams, steps=args.steps, seeds=args.seeds) for name in bar}
+    shown = exams[f"probe-{args.report}"]
+    curves = similarity_curves({name: sources[name] for name in ("C", "M")}, shown.images[:500])
+    chance = majority(shown)
+    text = table(results, chance)
+    record = {"arguments": vars(args) | {"out": str(args.out)}, "accuracy": results, "majority": chance}
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "probe.json").write_text(json.dumps(record | {"similarity": curves}, indent=2) + "\n")
+    (args.out / "probe.md").write_text(text + "\n")
+    from lavis_xformer.mini.probe_figure import draw
+
+    draw(args.out / "probe.png", results, curves)
+    print(f"{text}\n{args.out}: probe.md, probe.json, probe.png in {(time.monotonic() - begin) / 60:.1f} min")
+    return 0
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,115 @@
+"""The probe reads what is there, reads nothing where nothing is, and sees tokens in their order."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import ViTMAEForPreTraining
+
+from lavis_xformer.mini import build, probe
+from lavis_xformer.mini.features import Standardise, mae_tokens, pixel_tokens
+from lavis_xformer.mini.mae import mae_config
+from lavis_xformer.mini.spectrum import filtered, similarity_curves
+from lavis_xformer.mini.tasks import NONE, TASKS, Exam, make_exam
+
+
+def told(count: int, seed: int) -> Exam:
+    """An exam whose images have the answer of every task in their first pixel."""
+    labels = {
+        name: torch.randint(task.classes, (count,), generator=torch.Generator().manual_seed(seed + i))
+        for i, (name, task) in enumerate(TASKS.items())
+    }
+    images = torch.zeros(count, 3, 64, 64, dtype=torch.uint8)
+    for column, name in enumerate(TASKS):
+        images[:, 0, 0, column] = 255 * labels[name] // TASKS[name].classes
+    return Exam(images, torch.rand(count, 2), labels)
+
+
+def reveal(images):
+    """Tokens (B, 3, 8) with the first row of pixels in the first one."""
+    row = torch.nn.functional.one_hot((images[:, 0, 0, :6] * 64).round().long(), 65).flatten(1)
+    return torch.stack([row, row, row], 1).float()
+
+
+def test_probe_reads_what_is_there_and_nothing_else():
+    exams = {probe.TRAIN: told(2000, 0), probe.STOP: told(400, 100), "val": told(400, 200)}
+    seen = probe.train_probe(reveal, exams, steps=60, seeds=1)
+    blind = probe.train_probe(lambda x: torch.ones(len(x), 3, 8), exams, steps=20, seeds=1)
+    assert all(seen[name][0] > 90 for name in ("count", "position", "mark", "facing", "relation"))
+    assert blind["facing"][0] < 40
+    assert blind["count"][0] < 25
+
+
+def test_labels_are_classes_or_none():
+    exam = make_exam("probe-test-of-tests", seed=0, count=200)
+    for name, task in TASKS.items():
+        known = exam.labels[name][exam.labels[name] != NONE]
+        assert len(known) > 40
+        assert known.min() >= 0
+        assert known.max() < task.classes
+    assert ((exam.points > 0) & (exam.points < 1)).all()
+    assert exam.images.shape == (200, 3, 64, 64)
+
+
+def test_mae_tokens_are_those_of_transformers_without_masking():
+    torch.manual_seed(0)
+    model = ViTMAEForPreTraining(mae_config()).eval()
+    model.config.mask_ratio = 0.0
+    images = torch.rand(2, 3, 64, 64)
+    ours = mae_tokens(model, images)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    order = torch.arange(64.0).expand(2, -1)  # ascending noise keeps the patches in place
+    theirs = model.vit((images - mean) / std, noise=order).last_hidden_state
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_pixel_tokens_follow_the_reading_order():
+    images = torch.zeros(1, 3, 64, 64)
+    images[:, :, :8, 8:16] = 1  # second patch of the first row
+    tokens = pixel_tokens(images)
+    assert tokens.shape == (1, 65, 192)
+    assert (tokens[0, 1:].sum(-1) > 0).nonzero().tolist() == [[1]]
+
+
+def test_standardised_channels_have_mean_zero_and_deviation_one():
+    tokens = 5 + 3 * torch.randn(50, 4, 6)
+    scaled = Standardise(tokens)(tokens).flatten(0, 1)
+    torch.testing.assert_close(scaled.mean(0), torch.zeros(6), atol=1e-5, rtol=0)
+    torch.testing.assert_close(scaled.std(0), torch.ones(6))
+
+
+def test_low_and_high_pass_share_the_image_between_them():
+    images = torch.randint(60, 190, (2, 3, 64, 64), dtype=torch.uint8)
+    assert (filtered(images, 64, keep="low").int() - images.int()).abs().max() <= 1
+    flat = filtered(images, 64, keep="high").float()  # only the mean is left
+    assert flat.flatten(2).std(-1).max() < 1
+    assert filtered(images, 4, keep="low").float().std() < images.float().std()
+
+
+def test_a_source_of_low_frequencies_survives_a_low_pass():
+    images = torch.randint(0, 255, (8, 3, 64, 64), dtype=torch.uint8)
+    curves = similarity_curves({"low": lambda x: pixel_tokens(filtered((255 * x).byte(), 2, keep="low") / 255)}, images)
+    assert min(curves["low"]["low"][1:]) > max(curves["low"]["high"][1:])
+
+
+def test_interval_is_students():
+    mean, half = probe.interval([1.0, 2.0, 3.0])
+    assert mean == pytest.approx(2.0)
+    assert half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-3)
+    assert probe.interval([1.0]) == (1.0, math.inf)
+
+
+def test_command_writes_table_figures_and_json(tmp_path):
+    folder = tmp_path / "mini"
+    build.main(["--preset", "smoke", "--only", "clip", "--only", "mae", "--out", str(folder)])
+    out = tmp_path / "probe"
+    small = ["--scenes", "60", "--held-out", "60", "--steps", "2", "--seeds", "2"]
+    assert probe.main(["--set", str(folder), "--out", str(out), *small]) == 0
+    assert "C+M less C two layers" in (out / "probe.md").read_text()
+    record = json.loads((out / "probe.json").read_text())
+    assert set(record["accuracy"]) == {"C", "M", "C+M", "C two layers", "pixels", "random"}
+    assert len(record["accuracy"]["C"]["count"]) == 2
+    assert (out / "probe.png").stat().st_size > 10_000
