@@ -1,0 +1,176 @@
+"""Stage 2 starts from stage 1, from BLIP-2's files and from its own; what doesn't fit is named."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from test_checkpoints import config, perturb, trainable_state
+from test_stage1 import blip2_like
+from test_stage2 import blip2_opt_like, blip2_t5_like
+
+from lavis_xformer.engine.weights import trainable_state as runner_state
+from lavis_xformer.errors import UserError
+from lavis_xformer.models.checkpoints import load_pretrained
+from lavis_xformer.models.stage2 import XFormerOPT
+
+
+def lavis_saves(model: torch.nn.Module) -> dict[str, Any]:
+    """What LAVIS's runner writes: frozen parameters are left out, but a tied one leaks under its second name."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+    return {"model": state, "optimizer": {}, "config": {}, "scaler": None, "epoch": 1}
+
+
+@pytest.fixture
+def stage1(make_xformer: Any) -> Any:
+    """A trained stage-1 model."""
+    return perturb(make_xformer("dual", init="normal")).eval()
+
+
+def test_stage1_starts_stage2(stage1: Any, make_stage2: Any, batch: dict[str, Any], tmp_path: Path) -> None:
+    torch.save({"model": trainable_state(stage1)}, tmp_path / "stage1.pth")
+    model = make_stage2("opt").eval()
+    report = load_pretrained(model, config(pretrained=str(tmp_path / "stage1.pth")))
+    assert report is not None
+    assert set(report.missing_new) == {"opt_proj.weight", "opt_proj.bias"}
+    assert {name.split(".")[0] for name in report.missing_frozen} <= {"visual_encoder", "mae", "opt_model", "Qformer"}
+    assert {name for name in report.unused if not name.startswith("Qformer")} == {
+        "temp", "vision_proj.weight", "vision_proj.bias", "text_proj.weight", "text_proj.bias", "itm_head.weight",
+        "itm_head.bias",
+    }  # fmt: skip
+    expected = stage1.extract_features(batch, "image").image_embeds
+    assert torch.equal(model.extract_features(batch).image_embeds, expected)
+
+
+def test_round_trip_without_frozen_weights(make_stage2: Any, batch: dict[str, Any], tmp_path: Path) -> None:
+    trained, fresh = perturb(make_stage2("opt", init="normal")), make_stage2("opt")
+    state = runner_state(trained)
+    assert not [name for name in state if name.startswith(("opt_model", "visual_encoder", "mae"))]
+    assert sum(tensor.numel() for tensor in state.values()) == pytest.approx(
+        sum(p.numel() for p in trained.parameters() if p.requires_grad), abs=32
+    )  # 32 positions are a buffer
+    torch.save({"model": state}, tmp_path / "stage2.pth")
+    load_pretrained(fresh, config(pretrained=str(tmp_path / "stage2.pth")))
+    assert torch.equal(fresh.eval()(batch)["loss"], trained.eval()(batch)["loss"])
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_blip2_stage2_files_start_x_former_exactly(
+    kind: str, make_stage2: Any, batch: dict[str, Any], tmp_path: Path, opt_folder: Path, t5_folder: Path
+) -> None:
+    like, folder = {"opt": (blip2_opt_like, opt_folder), "t5": (blip2_t5_like, t5_folder)}[kind]
+    blip2 = perturb(like(make_stage2(kind, "none"), folder)).eval()
+    saved = lavis_saves(blip2)
+    if kind == "opt":
+        assert "opt_model.lm_head.weight" in saved["model"], "LAVIS's files hold the tied head"
+        saved["model"]["opt_model.lm_head.weight"] = torch.zeros(3, 3)
+    torch.save(saved, tmp_path / "blip2_pretrained_llm.pth")
+    xformer = make_stage2(kind, "dual").eval()
+    report = load_pretrained(xformer, config(blip2_pretrained=str(tmp_path / "blip2_pretrained_llm.pth")))
+    assert report is not None
+    assert {name.split(".")[0] for name in report.missing_new} == {"fusion"}
+    assert {name.split(".")[0] for name in report.unused} <= {f"{kind}_model"}
+    texts = {**batch, "text_output": batch["text_input"]} if kind == "t5" else batch
+    assert torch.allclose(xformer(texts)["loss"], blip2(texts)["loss"], atol=1e-6)
+    said = [model.generate({**batch, "prompt": "a"}, num_beams=3, max_length=8) for model in (xformer, blip2)]
+    assert said[0] == said[1]
+
+
+def test_blip2_captioning_files_bring_their_own_image_encoder(
+    make_stage2: Any, batch: dict[str, Any], tmp_path: Path, opt_folder: Path
+) -> None:
+    source = make_stage2("opt", "none", prompt="a photo of")
+    blip2 = blip2_opt_like(source, opt_folder)
+    blip2.visual_encoder.requires_grad_(True)
+    perturb(blip2).eval()
+    torch.save(lavis_saves(blip2), tmp_path / "blip2_caption_opt.pth")
+    xformer = make_stage2("opt", "dual", prompt="a photo of").eval()
+    load_pretrained(xformer, config(blip2_pretrained=str(tmp_path / "blip2_caption_opt.pth")))
+    assert torch.equal(xformer.visual_encoder.pos_embed, blip2.visual_encoder.pos_embed)
+    assert xformer.generate(batch, num_beams=3) == blip2.generate(batch, num_beams=3)
+
+
+def test_blip2_stage1_files_start_both_stages(
+    make_xformer: Any, make_stage2: Any, batch: dict[str, Any], tmp_path: Path
+) -> None:
+    blip2 = perturb(blip2_like(make_xformer("none"))).eval()
+    torch.save(lavis_saves(blip2), tmp_path / "blip2_pretrained.pth")
+    stage1, stage2 = make_xformer("dual").eval(), make_stage2("opt", "dual").eval()
+    for model in (stage1, stage2):
+        load_pretrained(model, config(blip2_pretrained=str(tmp_path / "blip2_pretrained.pth")))
+    expected = blip2.extract_features(batch, "image")
+    assert torch.equal(stage1.extract_features(batch, "image").image_embeds_proj, expected.image_embeds_proj)
+    assert torch.equal(stage2.extract_features(batch).image_embeds, expected.image_embeds)
+
+
+def test_wrong_files_are_one_line_each(make_xformer: Any, make_stage2: Any, stage1: Any, tmp_path: Path) -> None:
+    def save(name: str, model: Any, without: str = "", **changes: torch.Tensor) -> str:
+        state = {key: value for key, value in trainable_state(model).items() if key != without}
+        torch.save({"model": {**state, **changes}}, tmp_path / name)
+        return str(tmp_path / name)
+
+    def refused(words: str, model: Any, **keys: str) -> None:
+        before = deepcopy(model.state_dict())
+        with pytest.raises(UserError, match=words) as caught:
+            load_pretrained(model, config(**keys))
+        assert "\n" not in str(caught.value)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+    opt, t5, blip2 = make_stage2("opt"), make_stage2("t5"), make_stage2("opt", "none")
+    refused(r"missing: opt_proj.*unknown: t5_proj", opt, pretrained=save("t5.pth", t5))
+    refused(r"missing: .* and \d+ more; unknown: opt_proj", stage1, pretrained=save("opt.pth", opt))
+    refused(r"checkpoint of BLIP-2.*model\.blip2_pretrained", opt, pretrained=save("blip2.pth", blip2))
+    refused(r"checkpoint of X-Former; set model\.pretrained", opt, blip2_pretrained=save("own.pth", opt))
+    refused(r"unknown: fusion", blip2, pretrained=str(tmp_path / "own.pth"))
+    wide = save("wide.pth", opt, **{"opt_proj.weight": torch.zeros(64, 32)})
+    refused(r"opt_proj\.weight \(64, 32\) instead of \(32, 32\)", opt, pretrained=wide)
+    refused(r"missing: opt_proj\.weight", opt, pretrained=save("torn.pth", opt, without="opt_proj.weight"))
+    lost = save("lost.pth", stage1, without="ln_vision.weight")
+    refused(r"missing: ln_vision\.weight", opt, pretrained=lost)
+
+
+def test_language_models_that_are_not_there_or_of_another_kind(
+    opt_folder: Path, t5_folder: Path, tmp_path: Path
+) -> None:
+    build = XFormerOPT.LANGUAGE.from_source
+    with pytest.raises(UserError, match=r"model\.opt_model: 'facebook/none' is no local path.*set model\.opt_model"):
+        build("facebook/none")
+    with pytest.raises(UserError, match=r"model\.opt_model: '.*' is a model of type 't5', not 'opt'"):
+        build(str(t5_folder))
+    with pytest.raises(UserError, match=r"model\.llm_precision: 'fp8'"):
+        build(str(opt_folder), precision="fp8")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"no 'pretrain_opt2.8b'; did you mean 'pretrain_opt2.7b'"):
+        XFormerOPT.default_config_path("pretrain_opt2.8b")
+
+
+def test_a_whole_yaml_builds(vocab_folder: Path, opt_folder: Path, tmp_path: Path, batch: dict[str, Any]) -> None:
+    import json
+
+    from safetensors.torch import save_file
+
+    from lavis_xformer.models import towers
+
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 20, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
+    sizes["qkv_bias"] = True
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    save_file(towers.eva_vit(**sizes).state_dict(), tmp_path / "model.safetensors")
+    cfg = OmegaConf.create(
+        {
+            "vit_model": str(tmp_path),
+            "image_size": 32,
+            "bert": str(vocab_folder),
+            "num_query_token": 4,
+            "fusion": "none",
+            "opt_model": str(opt_folder),
+            "prompt": "a photo of",
+            "max_txt_len": 16,
+        }
+    )
+    model = XFormerOPT.from_config(cfg).eval()
+    assert len(model.generate(batch, num_beams=2, max_length=5)) == 4
+    assert model.language.max_txt_len == 16
