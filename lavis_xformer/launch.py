@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -138,9 +140,11 @@ def barrier() -> None:
         dist.barrier()
 
 
-def new_job_id() -> str:
-    """Return the time of rank 0 to the second: one job id on all ranks."""
-    return share(datetime.datetime.now().strftime("%Y%m%d_%H%M%S"))
+def new_job_id(output_dir: Path) -> str:
+    """Return rank 0's time to the second, and a number where such a folder exists: the same on all ranks."""
+    now = datetime.datetime.now().strftime("%Y%m%d_%H%M%S")
+    names = itertools.chain([now], (f"{now}_{number}" for number in itertools.count(2)))
+    return share(next(name for name in names if not (output_dir / name).exists()))
 
 
 def device_of(wanted: str) -> str:

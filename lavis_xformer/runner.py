@@ -258,6 +258,11 @@ class XFormerRunner(PortableRunner):
                 return None
         if self.resume_ckpt_path is not None:
             self._load_checkpoint(self.resume_ckpt_path)
+        elif checkpoint.listed(self.output_dir):
+            raise UserError(
+                f"{self.output_dir} holds the checkpoints of another run; run.resume=auto goes on with "
+                "them, another run.job_id begins anew"
+            )
         return None
 
     def _load_checkpoint(self, url_or_filename: str) -> None:

@@ -74,10 +74,10 @@ def choose_job(config: Any, options: Any) -> str:
     from lavis_xformer.distributed import is_main
     from lavis_xformer.engine import jobs
 
-    found = options.job_id
+    found, output_dir = options.job_id, Path(config.run_cfg.output_dir)
     if not found and options.resume == "auto" and is_main():
-        found = jobs.newest_matching(Path(config.run_cfg.output_dir), config.to_dict()) or ""
-    return launch.share(found) or launch.new_job_id()
+        found = jobs.newest_matching(output_dir, config.to_dict()) or ""
+    return launch.share(found) or launch.new_job_id(output_dir)
 
 
 def conclude(runner: Any, summary: Mapping[str, Any]) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import torch
 import toy_training
+from PIL import Image
 
-from lavis_xformer.engine import checkpoint
+from lavis_xformer.analysis import report
+from lavis_xformer.engine import checkpoint, jobs, rng
+from lavis_xformer.errors import UserError
 
 
 def weights(runner):
@@ -61,3 +65,113 @@ def test_resuming_within_an_epoch_gives_the_unbroken_weights(unbroken, tmp_path,
         summary = again.train()
         assert_same(weights(again), weights(unbroken))
         assert summary["best"] == unbroken.summary["best"]
+
+
+def test_auto_resume_passes_over_a_torn_checkpoint(unbroken, tmp_path, caplog):
+    first = toy_training.make_runner(tmp_path, resume="auto")
+    first.train()
+    (first.output_dir / jobs.SUMMARY_NAME).unlink()
+    last = first.output_dir / "checkpoint_2.pth"
+    last.write_bytes(last.read_bytes()[:-500])
+    again = toy_training.make_runner(tmp_path, resume="auto")
+    with caplog.at_level("WARNING"):
+        again.train()
+    assert again.job_id == first.job_id
+    assert "torn" in caplog.text
+    assert_same(weights(again), weights(unbroken))
+    assert [record["step"] for record in records(again, "step")] == list(range(1, 19))
+    assert len(records(again, "eval")) == 3
+
+
+def test_resuming_a_finished_run_only_says_so(unbroken, tmp_path):
+    first = toy_training.make_runner(tmp_path, resume="auto")
+    summary = first.train()
+    again = toy_training.make_runner(tmp_path, resume="auto")
+    assert again.train()["steps"] == summary["steps"]
+    assert again.state.position.steps == 0
+    other = toy_training.make_runner(tmp_path, resume="auto", init_lr=1e-3)
+    assert other.job_id != first.job_id
+
+
+def test_another_batch_resumes_at_an_epochs_end_or_says_why_not(unbroken, tmp_path):
+    path = unbroken.output_dir / "checkpoint_0.pth"
+    other = toy_training.make_runner(tmp_path, batch_size_train=12, resume_ckpt_path=str(path))
+    other.train()
+    assert other.state.position.steps == 6 + 2 * 4
+    first = toy_training.make_runner(tmp_path, save_every_steps=5, keep_last=0)
+    first.train()
+    within = str(first.output_dir / "checkpoint_0_step5.pth")
+    other = toy_training.make_runner(tmp_path, batch_size_train=12, resume_ckpt_path=within)
+    with pytest.raises(UserError, match=r"after 40 samples in batches of 8 .* batches of 12"):
+        other.train()
+
+
+def test_the_last_partial_window_is_used(tmp_path):
+    runner = toy_training.make_runner(tmp_path, accum_grad_iters=4, max_epoch=2)
+    runner.train()
+    assert len(records(runner, "step")) == 4  # 6 batches: windows of 4 and 2, twice
+
+
+def test_a_loss_that_is_not_finite_names_term_step_and_images(tmp_path):
+    runner = toy_training.make_runner(tmp_path, broken=[7])
+    with pytest.raises(UserError, match=r"not finite in step \d+ of epoch 0: rank 0: .*loss_itc.*'i3'"):
+        runner.train()
+    (bundle,) = runner.output_dir.glob("nonfinite_*.pt")
+    content = torch.load(bundle, weights_only=True)
+    assert any("i3" in samples["image_id"] for samples in content["window"])
+    assert all(value.isfinite().all() for value in content["model"].values())
+
+
+def test_such_steps_may_be_skipped(tmp_path):
+    runner = toy_training.make_runner(tmp_path, broken=[7], skip_nonfinite=3)
+    assert runner.train()["skipped"] == 3
+    assert all(value.isfinite().all() for value in weights(runner).values())
+    assert torch.isfinite(torch.tensor(runner.state.best["loss"]))
+
+
+def test_a_signal_saves_the_step_and_the_restart_ends_the_same(unbroken, tmp_path):
+    runner = toy_training.make_runner(tmp_path, resume="auto")
+    apply = runner.stepper.apply
+
+    def apply_then_signal():
+        apply()
+        if runner.state.position.steps == 8:
+            signal.raise_signal(signal.SIGTERM)
+
+    runner.stepper.apply = apply_then_signal
+    with pytest.raises(SystemExit) as left:
+        runner.train()
+    assert left.value.code == 143
+    assert (runner.output_dir / "checkpoint_1_step4.pth").exists()
+    again = toy_training.make_runner(tmp_path, resume="auto")
+    again.train()
+    assert_same(weights(again), weights(unbroken))
+
+
+def test_evaluation_repeats_itself_and_leaves_the_training_alone(unbroken):
+    before = rng.capture()["torch"]
+    figures = [unbroken.eval_epoch("val", 2) for _ in range(2)]
+    assert figures[0] == figures[1]
+    assert torch.equal(rng.capture()["torch"], before)
+
+
+def test_a_task_of_lavis_trains_too(tmp_path):
+    runner = toy_training.make_runner(tmp_path, task="image_text_pretrain")
+    summary = runner.train()
+    assert summary["best"] == {}
+    assert records(runner, "step")[-1]["loss"] < records(runner, "step")[0]["loss"]
+
+
+def test_the_report_is_one_page_with_its_picture(unbroken):
+    page, picture = report.write_report(unbroken.output_dir)
+    text = page.read_text()
+    assert "data:image/png;base64," in text
+    assert "i2t_r1" in text
+    assert "http" not in text.split("<pre>")[0]
+    with Image.open(picture) as image:
+        assert min(image.size) > 400
+
+
+def test_a_folder_without_a_log_has_no_report(tmp_path):
+    with pytest.raises(UserError, match=r"no log\.jsonl"):
+        report.write_report(tmp_path)

@@ -82,6 +82,7 @@ def draw_curves(records: Sequence[Record], path: Path) -> None:
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
         axes.tick_params(labelsize=8)
+        axes.ticklabel_format(useOffset=False)
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=7)

@@ -1,0 +1,66 @@
+"""Two processes on gloo train as one does on the joined batch, and end in order."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import toy_training
+
+SCRIPT = Path(__file__).with_name("toy_training.py")
+
+
+def torchrun(*options, processes=2):
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(SCRIPT), *options]
+    return subprocess.run(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
+    done = torchrun(
+        f"output_dir={tmp_path}", "job_id=two", "batch_size_train=4", "batch_size_eval=4", "dropout=0", "max_epoch=4"
+    )
+    assert done.returncode == 0, done.stderr
+    one = toy_training.make_runner(tmp_path, job_id="one", batch_size_train=8, dropout=0, max_epoch=4)
+    one.train()
+    states = [torch.load(tmp_path / "two" / f"final{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for name, value in one.state.model.state_dict().items():
+        assert torch.equal(states[0][name], states[1][name]), name
+        torch.testing.assert_close(states[0][name], value, rtol=0, atol=1e-5)
+    logs = [[json.loads(line) for line in open(tmp_path / job / "log.jsonl")] for job in ("two", "one")]
+    for left, right in zip(*logs, strict=True):
+        assert left["loss"] == pytest.approx(right["loss"], abs=0.5 if left["kind"] == "eval" else 1e-5)
+        assert left.get("i2t_r1") == pytest.approx(right.get("i2t_r1"))
+        assert left.get("t2i_r5") == pytest.approx(right.get("t2i_r5"))
+
+
+@pytest.mark.slow
+def test_two_processes_resume_to_the_bit(tmp_path):
+    options = ("batch_size_train=4", "save_every_steps=4", "keep_last=0", "num_workers=2")
+    assert torchrun(f"output_dir={tmp_path}", "job_id=a", *options).returncode == 0
+    path = tmp_path / "a" / "checkpoint_1_step2.pth"
+    done = torchrun(f"output_dir={tmp_path}", "job_id=b", f"resume_ckpt_path={path}", *options)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        left, right = (torch.load(tmp_path / job / f"final{rank}.pt", weights_only=True) for job in "ab")
+        assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.slow
+def test_a_failure_of_one_rank_ends_all_with_its_line(tmp_path):
+    done = torchrun(f"output_dir={tmp_path}", "broken=[7]", "batch_size_train=4")
+    assert done.returncode != 0
+    assert "not finite in step" in done.stderr
+    assert "'i3'" in done.stderr
