@@ -230,8 +230,7 @@ class XFormerRunner(PortableRunner):
         states = launch.collect(rng.capture())
         if not is_main():
             return
-        done = self.state.position.batches // self.accum_grad_iters
-        name = checkpoint.name_of(cur_epoch, None if self.state.epoch_done else done)
+        name = checkpoint.name_of(cur_epoch, None if self.state.epoch_done else self.state.position.steps)
         try:
             checkpoint.write(self.output_dir / name, self.state.as_dict(states))
         except OSError as error:

@@ -58,7 +58,7 @@ def test_resuming_within_an_epoch_gives_the_unbroken_weights(unbroken, tmp_path,
     first = toy_training.make_runner(tmp_path, job_id="a", save_every_steps=4, keep_last=0, num_workers=workers)
     first.train()
     assert_same(weights(first), weights(unbroken))
-    for name in ("checkpoint_0_step4.pth", "checkpoint_1.pth", "checkpoint_2_step4.pth"):
+    for name in ("checkpoint_0_step4.pth", "checkpoint_1.pth", "checkpoint_2_step16.pth"):
         again = toy_training.make_runner(
             tmp_path, job_id=name, resume_ckpt_path=str(first.output_dir / name), num_workers=workers
         )
@@ -142,7 +142,7 @@ def test_a_signal_saves_the_step_and_the_restart_ends_the_same(unbroken, tmp_pat
     with pytest.raises(SystemExit) as left:
         runner.train()
     assert left.value.code == 143
-    assert (runner.output_dir / "checkpoint_1_step4.pth").exists()
+    assert (runner.output_dir / "checkpoint_1_step10.pth").exists()
     again = toy_training.make_runner(tmp_path, resume="auto")
     again.train()
     assert_same(weights(again), weights(unbroken))

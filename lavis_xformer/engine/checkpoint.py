@@ -3,7 +3,7 @@
 A checkpoint is what ``torch.save`` writes: a zip archive whose every record carries a CRC-32, so a
 torn or altered file is recognised without a format of our own, and ``torch.load`` reads it anywhere.
 Names tell the order: ``checkpoint_{epoch}.pth`` after an epoch (LAVIS's name),
-``checkpoint_{epoch}_step{n}.pth`` after ``n`` optimiser steps of that epoch.
+``checkpoint_{epoch}_step{n}.pth`` within it, after ``n`` optimiser steps of the whole run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class BadCheckpoint(UserError):
 
 
 def name_of(epoch: int, step: int | None = None) -> str:
-    """Return the file name after ``step`` optimiser steps of ``epoch``; ``None`` is its end."""
+    """Return the file name within ``epoch``, after ``step`` optimiser steps of the run; ``None`` is its end."""
     return f"checkpoint_{epoch}.pth" if step is None else f"checkpoint_{epoch}_step{step}.pth"
 
 
