@@ -174,3 +174,41 @@ def test_a_whole_yaml_builds(vocab_folder: Path, opt_folder: Path, tmp_path: Pat
     model = XFormerOPT.from_config(cfg).eval()
     assert len(model.generate(batch, num_beams=2, max_length=5)) == 4
     assert model.language.max_txt_len == 16
+
+
+def test_the_fusion_alone_on_top_of_blip2(make_stage2: Any, batch: dict[str, Any], tmp_path: Path) -> None:
+    torch.save({"model": trainable_state(perturb(make_stage2("opt", "none")))}, tmp_path / "blip2.pth")
+    keys = {"blip2_pretrained": str(tmp_path / "blip2.pth"), "train_only": ["fusion"]}
+    model = make_stage2("opt", "dual")
+    load_pretrained(model, config(**keys))
+    assert {n.split(".")[0] for n, p in model.named_parameters() if p.requires_grad} == {"fusion"}
+    model.train()
+    assert not model.Qformer.bert.encoder.layer[0].training
+    model(batch)["loss"].backward()
+    assert model.fusion.enrich_blocks[0].cross_attention.out.weight.grad.abs().sum() > 0
+    perturb(model)
+
+    state = runner_state(model)
+    assert {name.split(".")[0] for name in state} == {"fusion"}
+    torch.save({"model": state}, tmp_path / "fusion.pth")
+    again = make_stage2("opt", "dual")
+    load_pretrained(again, config(**keys, pretrained=str(tmp_path / "fusion.pth")))
+    assert torch.equal(again(batch)["loss"], model(batch)["loss"])
+    with pytest.raises(UserError, match="missing: Qformer"):
+        load_pretrained(make_stage2("opt", "dual"), config(pretrained=str(tmp_path / "fusion.pth")))
+    with pytest.raises(UserError, match=r"set model\.blip2_pretrained or pretrained"):
+        load_pretrained(make_stage2("opt", "dual"), config(train_only=["fusion"]))
+    with pytest.raises(UserError, match=r"train_only: 'mae' can't be trained; .*fusion"):
+        load_pretrained(make_stage2("opt", "dual"), config(**{**keys, "train_only": ["mae"]}))
+
+
+def test_an_image_encoder_to_be_tuned_comes_from_its_own_file(make_stage2: Any, tmp_path: Path) -> None:
+    torch.save({"model": trainable_state(make_stage2("opt"))}, tmp_path / "stage2.pth")
+    model = make_stage2("opt", freeze_vit=False)
+    report = load_pretrained(model, config(pretrained=str(tmp_path / "stage2.pth")))
+    assert {name.split(".")[0] for name in report.missing_new} == {"visual_encoder"}
+    state = trainable_state(model)
+    del state["visual_encoder.pos_embed"]
+    torch.save({"model": state}, tmp_path / "torn.pth")
+    with pytest.raises(UserError, match=r"missing: visual_encoder\.pos_embed"):
+        load_pretrained(model, config(pretrained=str(tmp_path / "torn.pth")))

@@ -10,6 +10,7 @@ T: text tokens, S: side of the image.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -56,7 +57,7 @@ class XFormerBase(Blip2Base):
     CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset(
         "vit_model vit_weights image_size drop_path_rate use_grad_checkpoint vit_precision freeze_vit mae_model "
         "mae_norm_pix_loss mae_image_size bert num_query_token cross_attention_freq fusion fusion_depth "
-        "fusion_self_attention fusion_init fusion_heads max_txt_len blip2_pretrained".split()
+        "fusion_self_attention fusion_init fusion_heads max_txt_len blip2_pretrained train_only".split()
     )
 
     #: regular expressions of names: weights that only stage 1 has, and those that its checkpoints therefore lack
@@ -105,6 +106,28 @@ class XFormerBase(Blip2Base):
         self.image_size = image_size
         self.vit_precision: Precision = vit_precision
         self.max_txt_len = max_txt_len
+
+    def train_only(self, parts: Sequence[str] | None) -> None:
+        """Freeze all but some parts, such as ``["fusion"]`` on top of a trained BLIP-2.
+
+        Args:
+            parts: names of children; None or none at all changes nothing.
+
+        Raises:
+            UserError: there is no such part, or nothing in it could be trained.
+        """
+        if not parts:
+            return
+        children = dict(self.named_children())
+        for name in parts:
+            if name not in children or is_frozen(children[name]):
+                known = [part for part, child in children.items() if not is_frozen(child)]
+                raise UserError(f"model.train_only: '{name}' can't be trained; {nearest(name, known)}")
+        for name, child in children.items():
+            if name not in parts:
+                freeze(child)
+        for parameter in self.parameters(recurse=False):
+            parameter.requires_grad_(False)
 
     def drop_text_branch(self) -> None:
         """Remove what only text needs of the Q-Former, as BLIP-2 does for its second stage."""

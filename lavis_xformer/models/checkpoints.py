@@ -28,6 +28,7 @@ from lavis_xformer.models.fusion import NoFusion
 from lavis_xformer.models.towers import download, load_torch_file
 
 FUSION = r"fusion\."
+CLIP = r"visual_encoder\."
 LANGUAGE_MODEL = r"(opt|t5)_model\."  # frozen; LAVIS's files hold tied ones all the same
 
 
@@ -35,14 +36,27 @@ LANGUAGE_MODEL = r"(opt|t5)_model\."  # frozen; LAVIS's files hold tied ones all
 class LoadReport:
     """What became of the weights of a model and of a file."""
 
-    loaded: tuple[str, ...]
-    missing_frozen: tuple[str, ...]  #: not in the file, as frozen weights should be
-    missing_new: tuple[str, ...]  #: not in the file, trained from their initial values
-    unused: tuple[str, ...]  #: in the file, of no use to this model
+    loaded: tuple[str, ...] = ()
+    missing_frozen: tuple[str, ...] = ()  #: not in the file, as frozen weights should be
+    missing_new: tuple[str, ...] = ()  #: not in the file, trained from their initial values
+    unused: tuple[str, ...] = ()  #: in the file, of no use to this model
+
+    def __add__(self, later: LoadReport) -> LoadReport:
+        """The report on two files, the later one loaded on top of this."""
+        loaded = {*self.loaded, *later.loaded}
+        return LoadReport(
+            loaded=tuple(sorted(loaded)),
+            missing_frozen=tuple(name for name in later.missing_frozen if name not in loaded),
+            missing_new=tuple(name for name in later.missing_new if name not in loaded),
+            unused=tuple(sorted({*self.unused, *later.unused})),
+        )
 
 
-def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport | None:
-    """Load what the configuration names: ``finetuned``, ``pretrained`` or ``blip2_pretrained``.
+def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
+    """Load what the configuration names: ``blip2_pretrained``, then ``finetuned`` or ``pretrained``.
+
+    With ``train_only`` everything else is frozen then, so that a checkpoint of such a training holds these parts alone:
+    it is loaded as ``pretrained`` on top of the ``blip2_pretrained`` that the training began with.
 
     Args:
         model: an X-Former; its ``STAGE1_WEIGHTS`` and ``NEW_WEIGHTS`` say what a file of stage 1 has beyond the model's
@@ -50,34 +64,54 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport | None:
         cfg: the ``model`` configuration.
 
     Returns:
-        The report, or None where nothing is named.
+        The report on all files together.
 
     Raises:
-        UserError: the file can't be read, is of another kind than the key says, or doesn't fit.
+        UserError: a file can't be read, is of another kind than its key says, or doesn't fit.
     """
     key = "finetuned" if cfg.get("load_finetuned", False) else "pretrained"
-    own, blip2 = cfg.get(key), cfg.get("blip2_pretrained")
-    if own and blip2:
+    own, blip2, parts = cfg.get(key), cfg.get("blip2_pretrained"), cfg.get("train_only")
+    if own and blip2 and not parts:
         raise UserError(f"model.{key} and model.blip2_pretrained are both set; keep one of them")
-    if not own and not blip2:
-        return None
-    key, source = (key, own) if own else ("blip2_pretrained", blip2)
+    if parts and not (own or blip2):
+        raise UserError("model.train_only freezes the rest of a trained model: set model.blip2_pretrained or pretrained")
+    report = LoadReport()
+    if blip2:
+        report += _load_blip2(model, blip2)
+        model.train_only(parts)
+    if own:
+        report += _load_own(model, own, key=key)
+        model.train_only(parts)
+    return report
+
+
+def _load_own(model: Any, source: str, *, key: str) -> LoadReport:
     state = read_checkpoint(source, key=key)
-    has_fusion = _any(FUSION, state)
-    if own and not has_fusion and not isinstance(model.fusion, NoFusion):
+    if not _any(FUSION, state) and not isinstance(model.fusion, NoFusion):
         raise UserError(
             f"model.{key}: '{source}' is a checkpoint of BLIP-2, without X-Former's fusion; "
             "set model.blip2_pretrained to it instead"
         )
-    if blip2 and has_fusion:
+    return _load_either_stage(model, state, source=source, may_miss=NOTHING)
+
+
+def _load_blip2(model: Any, source: str) -> LoadReport:
+    state = read_checkpoint(source, key="blip2_pretrained")
+    if _any(FUSION, state):
         raise UserError(
             f"model.blip2_pretrained: '{source}' is a checkpoint of X-Former; set model.pretrained to it instead"
         )
-    patterns = [FUSION] if blip2 else []
+    return _load_either_stage(model, state, source=source, may_miss=FUSION)
+
+
+def _load_either_stage(model: Any, state: dict[str, Tensor], *, source: str, may_miss: str) -> LoadReport:
+    """Load a file of the model's own stage or of stage 1, of a frozen CLIP (which it lacks) or a trained one."""
     if _any(model.STAGE1_WEIGHTS, state):
-        patterns.append(model.NEW_WEIGHTS)
+        may_miss += f"|{model.NEW_WEIGHTS}"
+    if not _any(CLIP, state):
+        may_miss += f"|{CLIP}"
     ignored = f"{LANGUAGE_MODEL}|{model.STAGE1_WEIGHTS}"
-    return load_state(model, state, source=source, may_miss="|".join(patterns) or NOTHING, ignored=ignored)
+    return load_state(model, state, source=source, may_miss=may_miss, ignored=ignored)
 
 
 def read_checkpoint(source: str, *, key: str) -> dict[str, Tensor]:
