@@ -22,6 +22,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from typing_extensions import Self
 
 from lavis_xformer import losses
+from lavis_xformer.distributed import world_size
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.images import unpack
 from lavis_xformer.models import towers
@@ -234,10 +235,10 @@ class XFormerBase(Blip2Base):
         ).last_hidden_state
 
     def tokenize(self, text: list[str]) -> Any:
-        """Text -> ``input_ids`` and ``attention_mask`` (B, T), T = ``max_txt_len`` on every process."""
+        """Text -> ``input_ids`` and ``attention_mask`` (B, T), T <= ``max_txt_len``, equal on every process."""
         return self.tokenizer(
             text,
-            padding="max_length",
+            padding="longest" if world_size() == 1 else "max_length",
             truncation=True,
             max_length=self.max_txt_len,
             return_tensors="pt",
