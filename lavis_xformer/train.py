@@ -34,8 +34,9 @@ def command(argv: Sequence[str]) -> int:
     config = load_config(args.cfg_path, args.options)
     with launch.process_group(launch.device_of(str(config.run_cfg.get("device", "auto")))) as place:
         runner = build_runner(config, place)
-        summary = runner.train()
-        conclude(runner, summary)
+        summary = runner.train()  # None from LAVIS's own runners
+        if summary is not None and place.rank == 0:
+            conclude(runner, summary)
     return 0
 
 
@@ -81,19 +82,18 @@ def choose_job(config: Any, options: Any) -> str:
 
 
 def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
-    """Draw the curves and say where everything is, what came out, and what to try next."""
-    from lavis_xformer.distributed import is_main
-
-    if not is_main():
+    """Draw the curves and say what came out, where everything is, and what to try next."""
+    for split, figures in held_out(summary).items():
+        print(f"\n{split}:\n{table(runner.task, figures)}")
+    if not summary["finished"]:
         return
     from lavis_xformer.analysis.report import write_report
+    from lavis_xformer.engine import checkpoint
 
     folder = runner.output_dir
     page, picture = write_report(folder)
-    for split, figures in held_out(summary).items():
-        print(f"\n{split}:\n{table(runner.task, figures)}")
-    best = folder / "checkpoint_best.pth"
-    newest = best if best.exists() else next(iter(sorted(folder.glob("checkpoint_*.pth"))), None)
+    best = folder / checkpoint.BEST
+    newest = best if best.exists() else next(iter(checkpoint.listed(folder)), None)
     print(f"\ncheckpoint  {show(newest)}\nlog         {show(folder / 'log.jsonl')}")
     print(f"curves      {show(picture)}\nreport      {show(page)}")
     if runner.options.next_command:

@@ -155,6 +155,24 @@ def test_evaluation_repeats_itself_and_leaves_the_training_alone(unbroken):
     assert torch.equal(rng.capture()["torch"], before)
 
 
+def test_evaluating_only_gives_the_figures_of_the_training(unbroken, tmp_path):
+    best = str(unbroken.output_dir / checkpoint.BEST)
+    runner = toy_training.make_runner(tmp_path, evaluate=True, resume_ckpt_path=best)
+    summary = runner.train()
+    figures = summary["test"]["val"]
+    assert {name: unbroken.summary["best"][name] for name in figures} == figures
+    assert not list(runner.output_dir.glob("*.pth"))
+    rows = {name: by for name, _, by in runner.task.table(figures)}
+    assert rows["ITM accuracy %"] == "66.7"
+    assert float(rows["text to image R@1 %"]) == pytest.approx(100 / 9, abs=0.1)
+
+
+def test_checkpoints_of_another_run_are_not_mixed_with_new_ones(unbroken):
+    again = toy_training.make_runner(unbroken.output_dir.parent, job_id="a")
+    with pytest.raises(UserError, match="holds the checkpoints of another run"):
+        again.train()
+
+
 def test_a_task_of_lavis_trains_too(tmp_path):
     runner = toy_training.make_runner(tmp_path, task="image_text_pretrain")
     summary = runner.train()

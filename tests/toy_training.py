@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,13 +28,14 @@ WIDTH = 8
 class ToyPairs(BaseDataset):
     """Pairs of a noisy vector and the word for its class: 'c0' to 'c3'; two captions per image."""
 
-    def __init__(self, length=48, broken=(), augmented=True):
-        self.length, self.broken, self.augmented = length, broken, augmented
+    def __init__(self, length=48, broken=(), augmented=True, delay=0.0):
+        self.length, self.broken, self.augmented, self.delay = length, broken, augmented, delay
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, index):
+        time.sleep(self.delay)
         image = index // 2
         generator = torch.Generator().manual_seed(image % 4)
         noise = random.random() + np.random.rand() + torch.rand(WIDTH)
@@ -101,7 +103,7 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def make_runner(output_dir, *, dropout=0.1, broken=(), length=48, **run):
+def make_runner(output_dir, *, dropout=0.1, broken=(), length=48, delay=0.0, **run):
     """Build the runner that the entry point would build for the toy."""
     from lavis.common.registry import registry
     from lavis.tasks import setup_task
@@ -115,7 +117,7 @@ def make_runner(output_dir, *, dropout=0.1, broken=(), length=48, **run):
     rng.seed_everything(options.seed)
     model = ToyModel(dropout)
     rng.seed_everything(rng.seed_of(options.seed, distributed.rank()))
-    datasets = {"toy": {"train": ToyPairs(length, broken), "val": ToyPairs(17, augmented=False)}}
+    datasets = {"toy": {"train": ToyPairs(length, broken, delay=delay), "val": ToyPairs(17, augmented=False)}}
     runner_class = registry.get_runner_class("xformer_runner")
     return runner_class(config, setup_task(config), model, datasets, job_id)
 

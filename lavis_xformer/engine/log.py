@@ -87,7 +87,7 @@ class MetricsLog:
 class Progress:
     """A bar with losses, images per second and time left in a terminal; plain lines elsewhere."""
 
-    def __init__(self, *, total: int, done: int, title: str, every: int, shown: bool, offset: int = 0) -> None:
+    def __init__(self, *, total: int, done: int, title: str, every: int, shown: bool) -> None:
         """Start at ``done`` of ``total`` steps.
 
         Args:
@@ -96,9 +96,8 @@ class Progress:
             title: what is going on.
             every: where there is no terminal, write a line each so many steps.
             shown: False on all processes but one.
-            offset: unused steps before the first, for the plain lines.
         """
-        self.title, self.every, self.total, self.done = title, max(1, every), total, done + offset
+        self.title, self.every, self.total, self.done = title, max(1, every), total, done
         self.shown = shown
         self._first, self._start = self.done, time.monotonic()
         on_terminal = shown and sys.stderr.isatty()
