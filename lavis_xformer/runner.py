@@ -84,8 +84,9 @@ class XFormerRunner(PortableRunner):
             self.log_config()
             self._announce()
             for epoch in range(self.state.position.epoch, self.max_epoch):
-                self.log_stats(self.train_epoch(epoch), "train")
-                self._save_checkpoint(epoch)
+                with self.interruption.deferred():
+                    self.log_stats(self.train_epoch(epoch), "train")
+                    self._save_checkpoint(epoch)
                 self._validate(epoch)
                 self.state.next_epoch()
             return self._finish()

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lavis_xformer import launch, metrics
-from lavis_xformer.distributed import rank
+from lavis_xformer.distributed import is_main, rank
+from lavis_xformer.engine.log import bar
 from lavis_xformer.engine.loop import count_samples, image_ids, to_device
 from lavis_xformer.errors import UserError
 
@@ -182,7 +183,7 @@ def own_batches(loader: DataLoader[Any], device: torch.device) -> Iterator[tuple
     if length == 0:
         raise UserError("the split to evaluate has no samples")
     done = 0
-    for samples in loader:
+    for samples in bar(loader, "evaluating", shown=is_main()):
         if "text_input" not in samples:
             raise UserError(
                 f"{type(loader.dataset).__name__} gives no captions ('text_input'), which the losses "

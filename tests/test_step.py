@@ -96,16 +96,23 @@ def test_a_batch_larger_than_the_data_is_refused_with_numbers():
 
 @pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_waits_for_the_step_and_a_second_does_not(signum, status):
-    with Interruption() as interruption:
+    def send():
+        os.kill(os.getpid(), signum)
+
+    def send_twice(interruption):
         with interruption.deferred():
-            os.kill(os.getpid(), signum)
+            send()
             assert interruption.signum == signum
-            with pytest.raises(SystemExit) as left:
-                os.kill(os.getpid(), signum)
-            assert left.value.code == status
-        with pytest.raises(SystemExit) as left:
-            os.kill(os.getpid(), signum)
-        assert left.value.code == status
+            with pytest.raises(SystemExit) as at_once:
+                send()
+            assert at_once.value.code == status
+
+    with Interruption() as interruption, pytest.raises(SystemExit) as left:
+        send_twice(interruption)
+    assert left.value.code == status
+    with Interruption(), pytest.raises(SystemExit) as left:
+        send()
+    assert left.value.code == status
 
 
 def test_options_are_typed_and_checked():

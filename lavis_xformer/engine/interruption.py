@@ -42,12 +42,14 @@ class Interruption:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """In this block a first signal only sets ``signum``, for the block to look at."""
+        """In this block a first signal only sets ``signum``; at its end the process leaves."""
         self._deferred = True
         try:
             yield
         finally:
             self._deferred = False
+        if self.signum:
+            raise SystemExit(128 + self.signum)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         first = self.signum == 0

@@ -7,8 +7,9 @@ import logging
 import resource
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from lavis_xformer.engine import checkpoint
 
 LOG_NAME = "log.jsonl"
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +122,11 @@ class Progress:
         """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
+
+
+def bar(batches: Iterable[T], title: str, *, shown: bool) -> Iterable[T]:
+    """Show a bar over ``batches`` in a terminal, nothing elsewhere."""
+    return tqdm(batches, desc=title, leave=False, disable=not (shown and sys.stderr.isatty()))
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -117,15 +117,14 @@ class EpochLoop:
         """
         progress = self._progress(batches)
         started = time.monotonic()
-        with self.interruption.deferred():
-            for window, waited in self._windows(loader, batches):
-                before = rng.capture()
-                self._set_learning_rate()
-                terms = self.stepper.gradients(window)
-                verdict = self._agree(terms)
-                self._update(verdict, window, before)
-                started = self._record(verdict, window, waited, started, progress)
-                self._save_or_leave(verdict, batches)
+        for window, waited in self._windows(loader, batches):
+            before = rng.capture()
+            self._set_learning_rate()
+            terms = self.stepper.gradients(window)
+            verdict = self._agree(terms)
+            self._update(verdict, window, before)
+            started = self._record(verdict, window, waited, started, progress)
+            self._save_or_leave(verdict, batches)
         progress.close()
         return self.averages.means()
 
