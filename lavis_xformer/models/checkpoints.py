@@ -74,7 +74,7 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
     if own and blip2 and not parts:
         raise UserError(f"model.{key} and model.blip2_pretrained are both set; keep one of them")
     if parts and not (own or blip2):
-        raise UserError("model.train_only freezes the rest of a trained model: set model.blip2_pretrained or pretrained")
+        raise UserError("model.train_only keeps the rest as it was trained; set model.blip2_pretrained or pretrained")
     report = LoadReport()
     if blip2:
         report += _load_blip2(model, blip2)

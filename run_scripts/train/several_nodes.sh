@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Trains on all GPUs of NODES machines. The same line on each of them, HEAD being the name of any one; all must see the
+# same files below the current folder:
+#   NODES=2 HEAD=node-0 bash run_scripts/train/several_nodes.sh projects/xformer/train/pretrain_stage1.yaml
+source "$(dirname "${BASH_SOURCE[0]}")/../setup_env.sh"
+
+exec "$PYTHON" -m torch.distributed.run --nnodes="${NODES:?how many machines}" --nproc_per_node="${GPUS:-gpu}" \
+  --rdzv_backend=c10d --rdzv_endpoint="${HEAD:?name of one machine}:${PORT:-29500}" --rdzv_id="${RUN_ID:-xformer}" \
+  -m lavis.train --cfg-path "$@"
