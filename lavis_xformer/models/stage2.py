@@ -80,7 +80,7 @@ class XFormerStage2(GenerativeModel):
                 * ``text_input``: B captions;
                 * ``text_input`` and ``text_output``: B prompts and what to say after them, as LAVIS's ``Blip2T5``;
                 * ``text_input``: B questions, with ``answer`` (A strings), ``n_answers`` (B,) and ``weight`` (A,) as
-                  LAVIS's VQA datasets have them; or with ``answer``, B strings.
+                  LAVIS's VQA datasets have them; or with ``answer``, B strings. The answer to "" is a caption.
             noise: (B, N), decides which patches MAE doesn't see; drawn where it is None.
 
         Returns:
@@ -115,10 +115,9 @@ class XFormerStage2(GenerativeModel):
         return Texts([self.prompt] * count, [continuation(self.prompt, text) for text in texts])
 
     def _answers(self, questions: list[str], samples: dict[str, Any]) -> Texts:
-        answers = [f" {answer}" for answer in samples["answer"]]
-        prompts = [ask(self.vqa_prompt, question) for question in questions]
         each = samples.get("n_answers")
         each = torch.ones(len(questions), dtype=torch.long) if each is None else each.cpu()
+        answers = samples["answer"]
         if len(each) != len(questions) or int(each.sum()) != len(answers):
             raise UserError(
                 f"samples['answer'] has {len(answers)} answers to {len(questions)} questions; samples['n_answers'] "
@@ -126,9 +125,13 @@ class XFormerStage2(GenerativeModel):
             )
         images = torch.arange(len(questions)).repeat_interleave(each)  # (A,)
         weights = samples.get("weight")
+        asked = [questions[i] for i in images.tolist()]
         return Texts(
-            prompts=[prompts[i] for i in images.tolist()],
-            targets=answers,
+            prompts=[ask(self.vqa_prompt, question) if question else self.prompt for question in asked],
+            targets=[
+                f" {answer}" if question else continuation(self.prompt, answer)
+                for question, answer in zip(asked, answers, strict=True)
+            ],
             weights=None if weights is None else weights.to(self.device),
             images=images.to(self.device),
         )

@@ -1,0 +1,226 @@
+"""``xformer_stage2``: what a model with a language model says of held-out images, captions and answers alike.
+
+Captions and questions may be trained on together: list both datasets. B: samples of a batch, A: answers of a batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lavis.common.registry import registry
+from torch.utils.data import ConcatDataset, Dataset
+
+from lavis_xformer import launch
+from lavis_xformer.errors import UserError
+from lavis_xformer.tasks import NamedLossTask, Samples
+
+logger = logging.getLogger(__name__)
+
+CAPTION = "caption"
+SHOWN = 4  # how many texts of an evaluation are logged
+
+
+class Said(NamedTuple):
+    """One text of the model."""
+
+    kind: str  #: "caption", or the kind of the question
+    text: str
+    references: list[str]
+
+
+@registry.register_task("xformer_stage2")
+class Stage2Task(NamedLossTask):
+    """Language modelling on captions, on answers, or on both; judged by what the model then says.
+
+    Captions by the overlap of their words with the reference's (F1), beside that with another image's; answers by
+    exact match, beside the most frequent answer to questions of the kind. ``agg_metrics`` is the mean of both.
+    """
+
+    CONFIG_KEYS = frozenset({"max_answer_len"})
+
+    def __init__(self, *, num_beams: int = 1, max_len: int = 30, max_answer_len: int = 10) -> None:
+        """Say how texts are generated.
+
+        Args:
+            num_beams: 1 means greedy.
+            max_len: most tokens of a caption.
+            max_answer_len: most tokens of an answer.
+        """
+        super().__init__()
+        self.num_beams = num_beams
+        self.max_len = max_len
+        self.max_answer_len = max_answer_len
+        self._said: list[Said] = []
+
+    @classmethod
+    def setup_task(cls, cfg: Any) -> Stage2Task:
+        """Read ``run.num_beams``, ``run.max_len`` and ``run.max_answer_len``."""
+        run = cfg.run_cfg
+        return cls(
+            num_beams=run.get("num_beams", 1),
+            max_len=run.get("max_len", 30),
+            max_answer_len=run.get("max_answer_len", 10),
+        )
+
+    def build_datasets(self, cfg: Any) -> dict[str, Any]:
+        """Build the datasets; where some ask questions and some don't, join those of a split."""
+        datasets = super().build_datasets(cfg)
+        splits: dict[str, list[Any]] = defaultdict(list)
+        for dataset in datasets.values():
+            for split, part in dataset.items():
+                splits[split].append(part)
+        if all(len({asks(part) for part in parts}) == 1 for parts in splits.values()):
+            return datasets
+        return {"captions_and_questions": {split: CaptionsAndQuestions(parts) for split, parts in splits.items()}}
+
+    def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
+        """Forget what was said of an earlier split."""
+        super().before_evaluation(model, dataset, **kwargs)
+        self._said = []
+
+    def observe(self, model: Any, samples: Samples, fresh: Sequence[bool]) -> None:
+        """Let the model caption the images of captions and answer the questions."""
+        questions, references = samples["text_input"], references_of(samples)
+        asked = [i for i, new in enumerate(fresh) if new and "answer" in samples and questions[i]]
+        shown = [i for i, new in enumerate(fresh) if new and i not in asked]
+        texts: dict[int, str] = {}
+        if shown:
+            captions = model.generate(
+                {"image": samples["image"][shown]}, num_beams=self.num_beams, max_length=self.max_len
+            )
+            texts |= zip(shown, captions, strict=True)
+        if asked:
+            answers = model.predict_answers(
+                {"image": samples["image"][asked], "text_input": [questions[i] for i in asked]},
+                num_beams=self.num_beams,
+                max_len=self.max_answer_len,
+            )
+            texts |= zip(asked, answers, strict=True)
+        kinds = samples.get("kind", ["answer"] * len(questions))
+        for i, text in texts.items():
+            self._said.append(Said(kinds[i] if i in asked else CAPTION, text, references[i]))
+
+    def figures(self) -> dict[str, float]:
+        """Return the scores of what was said, over all ranks."""
+        said = [entry for part in launch.collect(self._said) for entry in part]
+        self._said = []
+        for entry in said[:SHOWN] + said[-SHOWN:]:
+            logger.info("%s: said '%s', reference '%s'", entry.kind, entry.text, entry.references[0])
+        return {
+            **score_captions([entry for entry in said if entry.kind == CAPTION]),
+            **score_answers([entry for entry in said if entry.kind != CAPTION]),
+        }
+
+    def after_evaluation(
+        self, val_result: dict[str, float], split_name: str, epoch: int | str, **unused: object
+    ) -> dict[str, float]:
+        """Add ``agg_metrics``: the mean of the captions' F1 and the answers' accuracy, in percent."""
+        scores = [val_result[name] for name in ("caption_f1", "answers") if name in val_result]
+        return {"agg_metrics": sum(scores) / len(scores), **val_result}
+
+    def table(self, figures: Mapping[str, float]) -> list[tuple[str, str, str]]:
+        """Return the loss, and each score beside what needs no image."""
+        rows = super().table(figures)
+        if "caption_f1" in figures:
+            rows.append(("caption words F1 %", f"{figures['caption_f1']:.1f}", f"{figures['chance_caption_f1']:.1f}"))
+        for name in figures:
+            if name.startswith("answers"):
+                title = name.replace("_", " ") + " %"
+                rows.append((title, f"{figures[name]:.1f}", f"{figures[f'majority_{name}']:.1f}"))
+        return rows
+
+
+class CaptionsAndQuestions(Dataset[Samples]):
+    """Datasets of captions and of questions as one of questions: a caption answers the empty one."""
+
+    def __init__(self, datasets: Sequence[Any]) -> None:
+        """Join map-style datasets."""
+        self.joined: ConcatDataset[Any] = ConcatDataset(datasets)
+
+    def __len__(self) -> int:
+        """Return the number of captions and questions."""
+        return len(self.joined)
+
+    def __getitem__(self, index: int) -> Samples:
+        """Return image, text_input (the question or ""), answers, weights and kind."""
+        sample = self.joined[index]
+        if "answers" in sample:
+            names = ("image", "text_input", "answers", "weights")
+            return {**{name: sample[name] for name in names}, "kind": sample.get("kind", "answer")}
+        caption = [sample["text_input"]]
+        return {"image": sample["image"], "text_input": "", "answers": caption, "weights": [1.0], "kind": CAPTION}
+
+    def collater(self, samples: Sequence[Samples]) -> Samples:
+        """Join samples into LAVIS's VQA batch: ``answer`` and ``weight`` (A,), ``n_answers`` (B,)."""
+        return {
+            "image": torch.stack([sample["image"] for sample in samples]),
+            "text_input": [sample["text_input"] for sample in samples],
+            "answer": [answer for sample in samples for answer in sample["answers"]],
+            "weight": torch.tensor([weight for sample in samples for weight in sample["weights"]]),
+            "n_answers": torch.tensor([len(sample["answers"]) for sample in samples]),
+            "kind": [sample["kind"] for sample in samples],
+        }
+
+
+def asks(dataset: Any) -> bool:
+    """Whether a dataset gives questions with answers; its random state is left as it was.
+
+    Raises:
+        UserError: it is empty.
+    """
+    if not len(dataset):
+        raise UserError(f"{type(dataset).__name__} has no samples")
+    with torch.random.fork_rng(devices=[]):
+        return "answers" in dataset[0]
+
+
+def references_of(samples: Samples) -> list[list[str]]:
+    """Captions or answers of a batch, a list for each image."""
+    if "answer" not in samples:
+        return [[text] for text in samples["text_input"]]
+    counts = samples.get("n_answers")
+    counts = [1] * len(samples["answer"]) if counts is None else counts.tolist()
+    answers = iter(samples["answer"])
+    return [[next(answers) for _ in range(count)] for count in counts]
+
+
+def score_captions(said: Sequence[Said]) -> dict[str, float]:
+    """Return ``caption_f1`` and, for captions of the next image, ``chance_caption_f1``, in percent; {} for none."""
+    if not said:
+        return {}
+    others = [*said[1:], said[0]]
+    own = sum(max(word_f1(entry.text, text) for text in entry.references) for entry in said)
+    wrong = sum(
+        max(word_f1(other.text, text) for text in entry.references) for entry, other in zip(said, others, strict=True)
+    )
+    return {"caption_f1": 100 * own / len(said), "chance_caption_f1": 100 * wrong / len(said)}
+
+
+def score_answers(said: Sequence[Said]) -> dict[str, float]:
+    """Return ``answers``, ``answers_<kind>`` where there are several, and ``majority_`` of each, in percent."""
+    kinds: dict[str, list[Said]] = defaultdict(list)
+    for entry in said:
+        kinds[entry.kind].append(entry)
+    figures: dict[str, float] = {}
+    right = best = 0
+    for kind, entries in sorted(kinds.items()):
+        hits = sum(entry.text.strip().lower() in map(str.lower, entry.references) for entry in entries)
+        majority = Counter(entry.references[0] for entry in entries).most_common(1)[0][1]
+        right, best = right + hits, best + majority
+        if len(kinds) > 1:
+            figures[f"answers_{kind}"] = 100 * hits / len(entries)
+            figures[f"majority_answers_{kind}"] = 100 * majority / len(entries)
+    if not said:
+        return {}
+    return {"answers": 100 * right / len(said), "majority_answers": 100 * best / len(said), **figures}
+
+
+def word_f1(text: str, reference: str) -> float:
+    """Harmonic mean of precision and recall of the words, each counted as often as it occurs, in [0, 1]."""
+    words, wanted = (Counter(part.lower().replace(",", " ").split()) for part in (text, reference))
+    common = (words & wanted).total()
+    return 2 * common / max(1, words.total() + wanted.total())

@@ -1,0 +1,95 @@
+"""The stage-2 task: captions and questions together, and scores that only the image can earn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lavis_xformer.stage2_task import (
+    CAPTION,
+    CaptionsAndQuestions,
+    Said,
+    Stage2Task,
+    asks,
+    references_of,
+    score_answers,
+    score_captions,
+    word_f1,
+)
+
+
+class Rows(Dataset[Any]):
+    """A dataset of given samples."""
+
+    def __init__(self, *rows: dict[str, Any]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"image": torch.randn(3, 32, 32, generator=torch.Generator().manual_seed(index)), **self.rows[index]}
+
+
+CAPTIONS = Rows({"text_input": "a red star", "image_id": 1}, {"text_input": "two blue square", "image_id": 2})
+QUESTIONS = Rows(
+    {"text_input": "how many?", "answers": ["two", "2"], "weights": [0.75, 0.25], "kind": "count"},
+    {"text_input": "where?", "answers": ["left"], "weights": [1.0], "kind": "position"},
+)
+
+
+def loader(dataset: Any, size: int) -> DataLoader[Any]:
+    return DataLoader(dataset, batch_size=size, collate_fn=dataset.collater)
+
+
+def test_captions_and_questions_share_a_batch() -> None:
+    (batch,) = loader(CaptionsAndQuestions([CAPTIONS, QUESTIONS]), 4)
+    assert batch["image"].shape == (4, 3, 32, 32)
+    assert batch["text_input"] == ["", "", "how many?", "where?"]
+    assert batch["answer"] == ["a red star", "two blue square", "two", "2", "left"]
+    assert batch["n_answers"].tolist() == [1, 1, 2, 1]
+    assert batch["weight"].tolist() == [1, 1, 0.75, 0.25, 1]
+    assert references_of(batch) == [["a red star"], ["two blue square"], ["two", "2"], ["left"]]
+    assert (asks(CAPTIONS), asks(QUESTIONS)) == (False, True)
+
+
+def test_a_caption_is_the_answer_to_no_question(make_stage2: Any) -> None:
+    model = make_stage2("opt", prompt="a photo of").eval()
+    (mixed,) = loader(CaptionsAndQuestions([CAPTIONS]), 2)
+    plain = {"image": mixed["image"], "text_input": ["a red star", "a photo of two blue square"]}
+    assert torch.allclose(model(mixed)["loss"], model(plain)["loss"], atol=1e-6)
+
+
+def test_evaluation_generates_both_and_scores_them(make_stage2: Any) -> None:
+    task, model = Stage2Task(max_len=6, max_answer_len=3), make_stage2("opt").eval()
+    data = CaptionsAndQuestions([CAPTIONS, QUESTIONS])
+    task.before_evaluation(model, data)
+    figures = task.evaluation(model, loader(data, 3))
+    assert {"loss", "loss_lm", "caption_f1", "chance_caption_f1", "answers", "answers_count"} <= set(figures)
+    assert figures["majority_answers"] == 100
+    outcome = task.after_evaluation(figures, "val", 0)
+    assert outcome["agg_metrics"] == pytest.approx((figures["caption_f1"] + figures["answers"]) / 2)
+    assert [row[0] for row in task.table(figures)] == [
+        "loss", "loss_lm", "caption words F1 %", "answers %", "answers count %", "answers position %",
+    ]  # fmt: skip
+
+
+def test_scores() -> None:
+    assert word_f1("a red star", "A star, red") == 1
+    assert word_f1("a a star", "a star") == pytest.approx(2 * 2 / 5)
+    assert word_f1("", "a star") == 0
+    captions = [Said(CAPTION, "a red star", ["a red star"]), Said(CAPTION, "two", ["two"])]
+    assert score_captions(captions) == {"caption_f1": 100, "chance_caption_f1": 0}
+    said = [Said("count", "2", ["two", "2"]), Said("count", "3", ["two"]), Said("where", "Left", ["left"])]
+    assert score_answers(said) == {
+        "answers": pytest.approx(200 / 3),
+        "majority_answers": 100,
+        "answers_count": 50,
+        "majority_answers_count": 100,
+        "answers_where": 100,
+        "majority_answers_where": 100,
+    }
+    assert score_captions([]) == score_answers([]) == {}
