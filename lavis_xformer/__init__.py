@@ -8,12 +8,13 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pathlib import Path
     from typing import Any
 
     from torch import nn
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_model_and_preprocess", "register"]
+__all__ = ["__version__", "from_folder", "load_model_and_preprocess", "register"]
 
 # What registers names with LAVIS, in the order in which it does.
 _REGISTERING = (
@@ -75,3 +76,10 @@ def load_model_and_preprocess(
     from lavis_xformer.config import choose_model_type
 
     return load(name, choose_model_type(name, model_type), is_eval=is_eval, device=device)
+
+
+def from_folder(folder: str | Path, *, is_eval: bool = True, device: str = "cpu") -> tuple[nn.Module, Any, Any]:
+    """Load a model that ``lavis-xformer export`` has written; see :func:`lavis_xformer.export.from_folder`."""
+    from lavis_xformer import export
+
+    return export.from_folder(folder, is_eval=is_eval, device=device)

@@ -23,6 +23,7 @@ COMMANDS = {
     "scenes": ("lavis_xformer.data.scenes.sheet", "draw a contact sheet of the synthetic scenes"),
     "validate": ("lavis_xformer.data.image_text", "check a JSON, JSONL or CSV of images and texts"),
     "report": ("lavis_xformer.analysis.report", "draw the curves and write the report of a run's folder"),
+    "export": ("lavis_xformer.export", "write a checkpoint as a folder of safetensors, settings and a card"),
     "build-mini": ("lavis_xformer.mini.build", "train the mini encoders and language model from scratch"),
     "probe": ("lavis_xformer.mini.probe", "measure what the mini encoders' tokens tell about scenes"),
 }

@@ -81,7 +81,7 @@ def choose_model_type(arch: str, model_type: str | None) -> str:
         if model_type is None:
             raise UserError(f"{arch} has no default model type: name one of {', '.join(types)}")
         logging.info("%s: no model type given, taking '%s'", arch, model_type)
-    if model_type not in types:
+    if model_type not in types and not (Path(model_type) / "config.yaml").is_file():  # an exported folder
         raise UserError(f"{arch} has no model type '{model_type}': {nearest(model_type, types)}")
     return model_type
 

@@ -201,3 +201,44 @@ def make_stage2(vocab_folder: Path, tiny_mae_model: Any, opt_folder: Path, t5_fo
         )
 
     return make
+
+
+@pytest.fixture
+def stage2_config(
+    tmp_path_factory: pytest.TempPathFactory, vocab_folder: Path, opt_folder: Path, tiny_mae_model: Any
+) -> Any:
+    """Sections ``model`` and ``preprocess`` of ``xformer_opt`` at toy size, every part from a local folder."""
+    import json
+
+    from omegaconf import OmegaConf
+    from safetensors.torch import save_file
+
+    from lavis_xformer.models.towers import eva_vit
+
+    clip, mae = tmp_path_factory.mktemp("clip"), tmp_path_factory.mktemp("mae")
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 20, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
+    torch.manual_seed(4)
+    (clip / "config.json").write_text(json.dumps({**sizes, "qkv_bias": True}))
+    save_file(eva_vit(**sizes, qkv_bias=True).state_dict(), clip / "model.safetensors")
+    tiny_mae_model.save_pretrained(mae)
+    processor = {"name": "xformer_image_eval", "image_size": 16}
+    return OmegaConf.create(
+        {
+            "model": {
+                "arch": "xformer_opt",
+                "model_type": "toy",
+                "vit_model": str(clip),
+                "image_size": 32,
+                "mae_model": str(mae),
+                "bert": str(vocab_folder),
+                "num_query_token": 4,
+                "fusion": "dual",
+                "fusion_init": "normal",
+                "opt_model": str(opt_folder),
+            },
+            "preprocess": {
+                "vis_processor": {"train": processor, "eval": processor},
+                "text_processor": {"train": {"name": "blip_caption"}, "eval": {"name": "blip_caption"}},
+            },
+        }
+    )

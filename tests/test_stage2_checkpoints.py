@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from test_checkpoints import config, perturb, trainable_state
 from test_stage1 import blip2_like
 from test_stage2 import blip2_opt_like, blip2_t5_like
@@ -148,32 +147,12 @@ def test_language_models_that_are_not_there_or_of_another_kind(
         XFormerOPT.default_config_path("pretrain_opt2.8b")
 
 
-def test_a_whole_yaml_builds(vocab_folder: Path, opt_folder: Path, tmp_path: Path, batch: dict[str, Any]) -> None:
-    import json
-
-    from safetensors.torch import save_file
-
-    from lavis_xformer.models import towers
-
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 20, "depth": 2, "num_heads": 2, "mlp_ratio": 2}
-    sizes["qkv_bias"] = True
-    (tmp_path / "config.json").write_text(json.dumps(sizes))
-    save_file(towers.eva_vit(**sizes).state_dict(), tmp_path / "model.safetensors")
-    cfg = OmegaConf.create(
-        {
-            "vit_model": str(tmp_path),
-            "image_size": 32,
-            "bert": str(vocab_folder),
-            "num_query_token": 4,
-            "fusion": "none",
-            "opt_model": str(opt_folder),
-            "prompt": "a photo of",
-            "max_txt_len": 16,
-        }
-    )
-    model = XFormerOPT.from_config(cfg).eval()
+def test_a_whole_configuration_builds(stage2_config: Any, batch: dict[str, Any]) -> None:
+    stage2_config.model |= {"prompt": "a photo of", "max_txt_len": 16, "loss_weights": {"rec": 1}}
+    model = XFormerOPT.from_config(stage2_config.model).eval()
     assert len(model.generate(batch, num_beams=2, max_length=5)) == 4
     assert model.language.max_txt_len == 16
+    assert "loss_rec" in model(batch)
 
 
 def test_the_fusion_alone_on_top_of_blip2(make_stage2: Any, batch: dict[str, Any], tmp_path: Path) -> None:

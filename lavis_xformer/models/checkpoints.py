@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError
 from lavis_xformer.models.base import NOTHING
+from lavis_xformer.models.frozen import is_frozen
 from lavis_xformer.models.fusion import NoFusion
 from lavis_xformer.models.towers import download, load_torch_file
 
@@ -87,7 +88,7 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
 
 def _load_own(model: Any, source: str, *, key: str) -> LoadReport:
     state = read_checkpoint(source, key=key)
-    if not _any(FUSION, state) and not isinstance(model.fusion, NoFusion):
+    if is_blip2(state) and not isinstance(model.fusion, NoFusion):
         raise UserError(
             f"model.{key}: '{source}' is a checkpoint of BLIP-2, without X-Former's fusion; "
             "set model.blip2_pretrained to it instead"
@@ -97,7 +98,7 @@ def _load_own(model: Any, source: str, *, key: str) -> LoadReport:
 
 def _load_blip2(model: Any, source: str) -> LoadReport:
     state = read_checkpoint(source, key="blip2_pretrained")
-    if _any(FUSION, state):
+    if not is_blip2(state):
         raise UserError(
             f"model.blip2_pretrained: '{source}' is a checkpoint of X-Former; set model.pretrained to it instead"
         )
@@ -110,6 +111,8 @@ def _load_either_stage(model: Any, state: dict[str, Tensor], *, source: str, may
         may_miss += f"|{model.NEW_WEIGHTS}"
     if not _any(CLIP, state):
         may_miss += f"|{CLIP}"
+    elif is_frozen(model.visual_encoder):
+        logging.warning("%s brings its own image encoder; checkpoints of a training that freezes it won't", source)
     ignored = f"{LANGUAGE_MODEL}|{model.STAGE1_WEIGHTS}"
     return load_state(model, state, source=source, may_miss=may_miss, ignored=ignored)
 
@@ -196,6 +199,11 @@ def load_state(
         len(report.unused),
     )
     return report
+
+
+def is_blip2(state: dict[str, Tensor]) -> bool:
+    """Whether a file's weights are BLIP-2's, without a fusion."""
+    return not _any(FUSION, state)
 
 
 def _any(pattern: str, state: dict[str, Tensor]) -> bool:

@@ -181,5 +181,5 @@ class XFormer(FeatureModel):
             loss_weights=dict(weights or {}),
             **cls.build_parts(cfg),
         )
-        load_pretrained(model, cfg)
+        model.load_report = load_pretrained(model, cfg)
         return model

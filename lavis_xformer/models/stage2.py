@@ -158,7 +158,7 @@ class XFormerStage2(GenerativeModel):
             loss_weights=dict(cfg.get("loss_weights") or {}),
             **cls.build_parts(cfg),
         )
-        load_pretrained(model, cfg)
+        model.load_report = load_pretrained(model, cfg)
         return model
 
 

@@ -1,0 +1,173 @@
+"""``lavis-xformer export CHECKPOINT FOLDER``: a folder that holds all that a training or a file has brought.
+
+The folder has ``model.safetensors`` (trained weights, and frozen ones that the checkpoint brings), ``config.yaml`` (the
+model's configuration and its processors) and ``README.md`` (the card). It can be moved, and is read back bit for bit by
+:func:`from_folder` or by its path in place of a model's type; the frozen encoders and the language model come from
+where ``config.yaml`` names them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lavis_xformer.errors import UserError
+
+CONFIG, WEIGHTS, CARD = "config.yaml", "model.safetensors", "README.md"
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return its exit status."""
+    parser = argparse.ArgumentParser(prog="lavis-xformer export", description="write a checkpoint as a folder")
+    parser.add_argument("checkpoint", help="of this package's training, or a BLIP-2 file of LAVIS's")
+    parser.add_argument("folder", help="where to write; new or empty")
+    parser.add_argument("--model", help="model of a checkpoint that doesn't say: xformer, xformer_opt, ...")
+    parser.add_argument("--type", help="its type: mini, pretrain_opt2.7b, ...")
+    args = parser.parse_args(argv)
+    export(args.checkpoint, args.folder, arch=args.model, model_type=args.type)
+    print(f"{args.folder}: {WEIGHTS}, {CONFIG}, {CARD}; read it with lavis_xformer.from_folder('{args.folder}')")
+    return 0
+
+
+def from_folder(folder: str | Path, *, is_eval: bool = True, device: str = "cpu") -> tuple[Any, Any, Any]:
+    """Load an exported model and its processors.
+
+    Args:
+        folder: that :func:`export` has written, wherever it lies by now.
+        is_eval: whether to put the model in eval mode.
+        device: where to put it.
+
+    Returns:
+        The model, the processors of images and those of texts, as LAVIS's ``load_model_and_preprocess``.
+
+    Raises:
+        UserError: it is no such folder, or something that its ``config.yaml`` names is not there.
+    """
+    from omegaconf import OmegaConf
+
+    import lavis_xformer
+
+    if not (path := Path(folder) / CONFIG).is_file():
+        raise UserError(f"{folder} is no exported model: it has no {CONFIG}")
+    arch = OmegaConf.load(path).model.arch
+    return lavis_xformer.load_model_and_preprocess(arch, str(folder), is_eval=is_eval, device=device)
+
+
+def export(
+    checkpoint: str | Path, folder: str | Path, *, arch: str | None = None, model_type: str | None = None
+) -> Path:
+    """Write a checkpoint as a folder.
+
+    Args:
+        checkpoint: a file of this package's training, which says what model it is of; or one that doesn't.
+        folder: where to write; new or empty.
+        arch: model of a checkpoint that doesn't say.
+        model_type: its type.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the checkpoint can't be read, doesn't fit, or doesn't say of what it is; the folder is not empty.
+    """
+    import lavis_xformer
+
+    lavis_xformer.register()
+    from lavis.common.registry import registry
+    from omegaconf import OmegaConf
+    from safetensors.torch import save_file
+
+    target = Path(folder)
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{target} is not empty; name a new folder")
+    cfg, figures = _configuration(Path(checkpoint), arch, model_type)
+    model = registry.get_model_class(cfg.model.arch).from_config(cfg.model)
+    weights = _weights(model)
+    cfg.model |= {"pretrained": None, "finetuned": None, "blip2_pretrained": None, "train_only": None}
+    _fit_processors(cfg, model)
+
+    target.mkdir(parents=True, exist_ok=True)
+    save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
+    OmegaConf.save(cfg, target / CONFIG)
+    (target / CARD).write_text(_card(model, cfg, Path(checkpoint), weights, figures), encoding="utf-8")
+    return target
+
+
+def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -> tuple[Any, dict[str, Any]]:
+    """Sections ``model`` and ``preprocess``, with the checkpoint to load, and the checkpoint's best figures."""
+    from omegaconf import OmegaConf
+
+    from lavis_xformer.config import choose_model_type, find
+    from lavis_xformer.models.checkpoints import is_blip2, read_checkpoint
+    from lavis_xformer.models.towers import load_torch_file
+
+    cfg: Any
+    content: dict[str, Any] = {}
+    if checkpoint.suffix == ".pth":
+        content = load_torch_file(checkpoint, key="pretrained")
+    config = content.get("config") or {}
+    its_arch = config.get("model", {}).get("arch", "")
+    if arch is None and its_arch.startswith("xformer"):
+        cfg = OmegaConf.create({name: config[name] for name in ("model", "preprocess")})
+    elif arch is None:
+        what = f"is of LAVIS's {its_arch}" if its_arch else "doesn't say of what model it is"
+        raise UserError(f"{checkpoint} {what}; name one of this package by --model and --type")
+    else:
+        path = find("model", arch, "--model").default_config_path(choose_model_type(arch, model_type))
+        cfg = OmegaConf.load(path)
+    blip2 = cfg.model.get("fusion", "dual") != "none" and is_blip2(read_checkpoint(str(checkpoint), key="pretrained"))
+    cfg.model |= {"load_finetuned": False, "blip2_pretrained" if blip2 else "pretrained": str(checkpoint)}
+    if not (blip2 or cfg.model.get("train_only")):
+        cfg.model.blip2_pretrained = None  # the training began with it and has changed all of it
+    return cfg, content.get("best") or {}
+
+
+def _weights(model: Any) -> dict[str, Any]:
+    """What training changed, and what the checkpoint brought of the frozen parts."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    names = trained | set(model.load_report.loaded)
+    return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
+
+
+def _fit_processors(cfg: Any, model: Any) -> None:
+    """Give the processors the sizes of the model, which a run may have changed."""
+    for processor in cfg.preprocess.vis_processor.values():
+        processor.image_size = model.image_size
+        if "mae_image_size" in processor and model.mae is not None:
+            processor.mae_image_size = model.mae.image_size
+
+
+def _card(model: Any, cfg: Any, checkpoint: Path, weights: dict[str, Any], figures: dict[str, Any]) -> str:
+    from lavis_xformer import __version__
+    from lavis_xformer.assets import sha256
+
+    keys = ("vit_model", "mae_model", "opt_model", "t5_model")
+    frozen = [f"{key}: `{cfg.model[key]}`" for key in keys if key in cfg.model]
+    count = sum(tensor.numel() for tensor in weights.values())
+    lines = [
+        f"# {cfg.model.arch} / {cfg.model.model_type}",
+        "",
+        "X-Former (arXiv 2407.13851), an independent implementation as a plugin for LAVIS.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| from | `{checkpoint.name}`, sha256 `{sha256(checkpoint)}` |",
+        f"| written by | lavis_xformer {__version__} |",
+        f"| weights here | {count:,} |",
+        f"| fusion | {cfg.model.get('fusion', 'dual')} |",
+        f"| frozen parts, not here | {', '.join(frozen)} |",
+        *(f"| {name} | {value:.4g} |" for name, value in figures.items() if isinstance(value, float)),
+        "",
+        "```python",
+        "import lavis_xformer",
+        'model, vis, txt = lavis_xformer.from_folder("this folder")',
+        "```",
+        "",
+        "The frozen parts have licences of their own; MAE's public weights are CC-BY-NC 4.0.",
+    ]
+    return "\n".join(lines) + "\n"

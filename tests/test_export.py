@@ -1,0 +1,108 @@
+"""Export: what a checkpoint brings comes back bit for bit from a folder that may have moved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from test_checkpoints import Malicious, perturb, trainable_state
+
+import lavis_xformer
+from lavis_xformer import cli
+from lavis_xformer.engine.weights import trainable_state as runner_state
+from lavis_xformer.errors import UserError
+from lavis_xformer.export import export
+from lavis_xformer.models.stage2 import XFormerOPT
+
+
+@pytest.fixture
+def trained(stage2_config: Any) -> XFormerOPT:
+    torch.manual_seed(0)
+    return perturb(XFormerOPT.from_config(stage2_config.model)).eval()
+
+
+@pytest.fixture
+def checkpoint(trained: XFormerOPT, stage2_config: Any, tmp_path: Path) -> Path:
+    """A checkpoint as the runner writes it."""
+    config = {**OmegaConf.to_container(stage2_config), "run": {"task": "xformer_stage2"}, "datasets": {}}
+    torch.save({"model": runner_state(trained), "config": config, "best": {"answers": 61.5}}, tmp_path / "run.pth")
+    return tmp_path / "run.pth"
+
+
+def assert_equal(model: Any, other: Any) -> None:
+    assert model.state_dict().keys() == other.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_a_folder_gives_the_model_back_bit_for_bit(
+    trained: XFormerOPT, checkpoint: Path, batch: dict[str, Any], tmp_path: Path, capsys: Any
+) -> None:
+    assert cli.main(["export", str(checkpoint), str(tmp_path / "first")]) == 0
+    assert "from_folder" in capsys.readouterr().out
+    checkpoint.unlink()
+    folder = (tmp_path / "first").rename(tmp_path / "moved")
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.yaml", "README.md"}
+    assert "61.5" in (folder / "README.md").read_text()
+
+    model, vis, text = lavis_xformer.from_folder(folder)
+    assert_equal(model, trained)
+    assert not model.training
+    assert model.generate(batch, num_beams=2) == trained.generate(batch, num_beams=2)
+    assert vis["eval"](Image.new("RGB", (50, 40))).shape == (6, 32, 32), "the processors fit the model"
+    assert text["eval"]("A star.") == "a star"
+
+    from lavis.models import load_model_and_preprocess
+
+    again, *_ = load_model_and_preprocess("xformer_opt", str(folder), is_eval=True)
+    assert_equal(again, trained)
+
+
+def test_blip2_files_are_exported_whole(
+    make_stage2: Any, stage2_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = perturb(make_stage2("opt", "none", freeze_vit=False))
+    torch.save({"model": trainable_state(source)}, tmp_path / "blip2_caption.pth")
+    stage2_config.model.fusion_init = "identity"
+    OmegaConf.save(stage2_config, tmp_path / "toy.yaml")
+    monkeypatch.setitem(XFormerOPT.PRETRAINED_MODEL_CONFIG_DICT, "toy", str(tmp_path / "toy.yaml"))
+    folder = export(tmp_path / "blip2_caption.pth", tmp_path / "out", arch="xformer_opt", model_type="toy")
+    model, *_ = lavis_xformer.from_folder(folder)
+    for name, tensor in trainable_state(source).items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert any(name.startswith("visual_encoder") for name in trainable_state(source))
+
+
+def test_the_fusion_alone_is_exported_with_what_it_stands_on(
+    stage2_config: Any, make_stage2: Any, tmp_path: Path
+) -> None:
+    torch.save({"model": trainable_state(perturb(make_stage2("opt", "none")))}, tmp_path / "blip2.pth")
+    stage2_config.model |= {"blip2_pretrained": str(tmp_path / "blip2.pth"), "train_only": ["fusion"]}
+    trained = perturb(XFormerOPT.from_config(stage2_config.model))
+    torch.save({"model": runner_state(trained), "config": OmegaConf.to_container(stage2_config)}, tmp_path / "run.pth")
+    model, *_ = lavis_xformer.from_folder(export(tmp_path / "run.pth", tmp_path / "out"))
+    assert_equal(model, trained)
+
+
+def test_what_cannot_be_exported_or_read_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(UserError, match="full is not empty"):
+        export(checkpoint, tmp_path / "full")
+    torch.save({"model": {"w": torch.zeros(1)}}, tmp_path / "bare.pth")
+    with pytest.raises(UserError, match=r"doesn't say of what model it is.*--model"):
+        export(tmp_path / "bare.pth", tmp_path / "new")
+    torch.save({"model": {}, "config": {"model": {"arch": "blip2_opt"}}}, tmp_path / "lavis.pth")
+    with pytest.raises(UserError, match=r"is of LAVIS's blip2_opt.*--model"):
+        export(tmp_path / "lavis.pth", tmp_path / "new")
+    torch.save({"model": Malicious(tmp_path / "owned")}, tmp_path / "bad.pth")
+    with pytest.raises(UserError, match="pickled code"):
+        export(tmp_path / "bad.pth", tmp_path / "new")
+    assert not (tmp_path / "owned").exists()
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match=r"full is no exported model: it has no config\.yaml"):
+        lavis_xformer.from_folder(tmp_path / "full")
