@@ -70,7 +70,7 @@ def test_the_newest_good_one_is_found_and_bad_ones_are_set_aside(tmp_path):
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     save(tmp_path, "checkpoint_0.pth", "checkpoint_1_step9.pth", "checkpoint_1.pth", checkpoint.BEST)
-    (tmp_path / ".checkpoint_2.pth.77.tmp").touch()
+    (tmp_path / ".checkpoint_2.pth.tmp").touch()
     checkpoint.prune(tmp_path, keep=1)
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint_1.pth", checkpoint.BEST}
 

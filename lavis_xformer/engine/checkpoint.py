@@ -58,7 +58,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
     Raises:
         OSError: the disk is full or not writable.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             torch.save({"format": FORMAT, **content}, file)
@@ -74,7 +74,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small text file as ``write`` does a checkpoint."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -85,7 +85,7 @@ def write_text(path: Path, text: str) -> None:
 
 def alias(source: Path, path: Path) -> None:
     """Give the file ``source`` the second name ``path``: a hard link where possible, else a copy."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
@@ -149,6 +149,10 @@ def prune(folder: Path, *, keep: int) -> None:
         path.unlink(missing_ok=True)
     for path in folder.glob(".checkpoint_*.tmp"):
         path.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
 
 
 def _flush_folder(folder: Path) -> None:
