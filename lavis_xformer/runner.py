@@ -246,16 +246,14 @@ class XFormerRunner(PortableRunner):
             The summary of a run that has finished, ``None`` where there is something to do.
         """
         if self.options.resume == "auto":
-            summary = launch.share(jobs.read_summary(self.output_dir))
-            if summary is not None:
-                logger.info("this run has finished: nothing to do in %s", self.output_dir)
-                return summary
-            main = is_main()
-            found = checkpoint.newest(self.output_dir, set_aside=True) if main else None
+            found = checkpoint.newest(self.output_dir, set_aside=True) if is_main() else None
             path = launch.share(str(found[0]) if found else None)
+            summary = launch.share(jobs.read_summary(self.output_dir))
             if path is not None:
                 self._load_checkpoint(path)
-                return None
+                if summary is not None:
+                    logger.info("this run has finished: nothing to do in %s", self.output_dir)
+                return summary
         if self.resume_ckpt_path is not None:
             self._load_checkpoint(self.resume_ckpt_path)
         elif checkpoint.listed(self.output_dir):
