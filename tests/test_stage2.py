@@ -17,6 +17,7 @@ from spacy.util import is_package
 
 from lavis_xformer.errors import UserError
 from lavis_xformer.images import clip_to_mae
+from lavis_xformer.models import base, language
 from lavis_xformer.models.fusion import FUSIONS
 from lavis_xformer.models.generation import SPACY_MODEL, lemmatize
 
@@ -323,3 +324,39 @@ def test_captions_are_learned_by_heart(make_stage2: Any, batch: dict[str, Any]) 
         optimizer.step()
         history.append(loss.item())
     assert history[-1] < 0.75 * history[0]
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_never_mixes_dtypes(
+    kind: str, precision: str, make_stage2: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happens on a GPU, on a CPU: frozen parts in half precision, the trained ones in fp32."""
+    model = make_stage2(kind, init="normal")
+    reference = model(batch)["loss"].item()
+    for module in (base, language):
+        monkeypatch.setattr(module, "compute_dtype", lambda device, name: base.DTYPES[precision])
+    for outside in (False, True):  # as the runner does with run.amp
+        with torch.autocast("cpu", dtype=base.DTYPES[precision], enabled=outside):
+            loss = model(batch)["loss"]
+        assert loss.item() == pytest.approx(reference, rel=0.05)
+        loss.backward()
+    assert model.language.model.dtype == base.DTYPES[precision]
+    assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert len(model.generate(batch, num_beams=2, max_length=4)) == 4
+    monkeypatch.undo()
+    assert len(model.generate(batch, num_beams=2, max_length=4)) == 4, "and back to a CPU's fp32"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_stored_in_half_precision_run_on_a_cpu(
+    kind: str, make_stage2: Any, batch: dict[str, Any], opt_folder: Path, t5_folder: Path, tmp_path: Path
+) -> None:
+    model = make_stage2(kind)
+    model.language.model.half().save_pretrained(tmp_path)
+    model.language.tokenizer.save_pretrained(tmp_path)
+    stored = type(model.language).from_source(str(tmp_path))
+    assert stored.model.dtype == torch.float16
+    visual = torch.zeros(1, 2, stored.width)
+    assert torch.isfinite(stored.loss(visual, ["a"], ["star"]))
+    assert stored.model.dtype == torch.float32

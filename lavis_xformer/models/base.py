@@ -10,6 +10,7 @@ T: text tokens, S: side of the image.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -183,8 +184,7 @@ class XFormerBase(Blip2Base):
 
     def _tower(self, tower: nn.Module) -> contextlib.AbstractContextManager[Any]:
         """Bring a frozen encoder to its precision on this device and run it there under autocast."""
-        on_gpu = self.device.type == "cuda"
-        dtype = DTYPES[self.vit_precision] if on_gpu else torch.float32
+        dtype = compute_dtype(self.device, self.vit_precision)
         for module in tower.modules():
             if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.dtype != dtype:
                 module.to(dtype)
@@ -268,6 +268,8 @@ class XFormerBase(Blip2Base):
             UserError: there is no such type, or a name, folder or file in its YAML is wrong.
         """
         cfg = OmegaConf.load(cls.default_config_path(model_type)).model
+        if model_type.startswith("mini"):
+            logging.warning("%s: this small model knows synthetic scenes only, no photos", model_type)
         if model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:
             cfg.pretrained = model_type  # the folder, wherever it lies by now
         return cls.from_config(cfg)
@@ -324,6 +326,11 @@ class XFormerBase(Blip2Base):
             "vit_precision": precision,
             "max_txt_len": cfg.get("max_txt_len", 32),
         }
+
+
+def compute_dtype(device: torch.device, precision: Precision) -> torch.dtype:
+    """What a frozen part computes in: its precision on a GPU, fp32 anywhere else."""
+    return DTYPES[precision] if device.type == "cuda" else torch.float32
 
 
 def _ones(tokens: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PretrainedConfig, T5Config, T5ForConditi
 
 from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.models.base import DTYPES, Precision
+from lavis_xformer.models.base import DTYPES, Precision, compute_dtype
 from lavis_xformer.models.frozen import freeze
 from lavis_xformer.models.towers import offline_error
 
@@ -150,7 +150,7 @@ class LanguageModel(ABC):
         Whatever autocast is on outside, the model computes in its own precision.
         """
         device = self.model.device
-        dtype = DTYPES[self.precision] if device.type == "cuda" else torch.float32
+        dtype = compute_dtype(device, self.precision)
         if any(parameter.dtype != dtype for parameter in self.model.parameters()):
             self.model.to(dtype)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
