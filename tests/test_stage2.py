@@ -13,6 +13,8 @@ from lavis.models.blip2_models.blip2_opt import Blip2OPT
 from lavis.models.blip2_models.blip2_t5 import Blip2T5
 from lavis.models.blip2_models.modeling_opt import OPTForCausalLM
 from lavis.models.blip2_models.modeling_t5 import T5Config, T5ForConditionalGeneration
+from lavis.tasks.captioning import CaptionTask
+from lavis.tasks.vqa import VQATask
 from spacy.util import is_package
 
 from lavis_xformer.errors import UserError
@@ -303,6 +305,25 @@ def test_bad_input_is_one_clear_line(make_stage2: Any, batch: dict[str, Any]) ->
         make_stage2("opt", loss_weights={"itc": 1})
     with pytest.raises(UserError, match="mask_ratio is 1"):
         make_stage2("opt", mask_ratio=1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lavis_own_tasks_ask_it(kind: str, make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2(kind).eval()
+    vqa = VQATask(
+        num_beams=2,
+        max_len=4,
+        min_len=1,
+        evaluate=True,
+        num_ans_candidates=8,
+        inference_method="generate",
+        prompt="Question: {} Short answer:",
+    )
+    asked = vqa.valid_step(model, {**batch, "question_id": torch.tensor([5, 6, 7, 8])})
+    assert [answer["question_id"] for answer in asked] == [5, 6, 7, 8]
+    captioning = CaptionTask(num_beams=2, max_len=4, min_len=1, evaluate=True)
+    assert [caption["image_id"] for caption in captioning.valid_step(model, batch)] == [0, 1, 2, 3]
+    assert vqa.train_step(model, batch).requires_grad
 
 
 def test_lemmas_need_spacys_model() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ class LoadReport:
     missing_frozen: tuple[str, ...] = ()  #: not in the file, as frozen weights should be
     missing_new: tuple[str, ...] = ()  #: not in the file, trained from their initial values
     unused: tuple[str, ...] = ()  #: in the file, of no use to this model
+
+    def __str__(self) -> str:
+        """Count each kind, and name what starts anew."""
+        anew = f" ({_listing(self.missing_new)})" if self.missing_new else ""
+        return (
+            f"loaded {len(self.loaded)} weights; {len(self.missing_new)} start anew{anew}; {len(self.missing_frozen)} "
+            f"frozen ones aren't in the file; {len(self.unused)} of the file's are of no use"
+        )
 
     def __add__(self, later: LoadReport) -> LoadReport:
         """The report on two files, the later one loaded on top of this."""
@@ -167,21 +176,19 @@ def load_state(
     brought = state.keys() - unused
     missing = own.keys() - brought
     new = {name for name in missing & trainable if re.match(may_miss, name)}
-    lost = sorted((missing & trainable) - new)
-    unknown = sorted(brought - own.keys())
     loaded = own.keys() & brought
-    shapes = sorted(
-        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in loaded
-        if state[name].shape != own[name].shape
+    _check(
+        f"'{source}' doesn't fit {type(model).__name__}",
+        {
+            "missing": (missing & trainable) - new,
+            "unknown": brought - own.keys(),
+            "of another shape": {
+                f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+                for name in loaded
+                if state[name].shape != own[name].shape
+            },
+        },
     )
-    problems = [
-        f"{what}: {_listing(names)}"
-        for what, names in (("missing", lost), ("unknown", unknown), ("of another shape", shapes))
-        if names
-    ]
-    if problems:
-        raise UserError(f"'{source}' doesn't fit {type(model).__name__}; {'; '.join(problems)}")
     model.load_state_dict({**own, **{name: state[name] for name in loaded}})
     report = LoadReport(
         loaded=tuple(sorted(loaded)),
@@ -189,16 +196,15 @@ def load_state(
         missing_new=tuple(sorted(new)),
         unused=tuple(sorted(unused)),
     )
-    logging.info(
-        "%s: loaded %d weights; %d start anew%s; %d frozen ones aren't in the file; %d of the file's are of no use",
-        source,
-        len(report.loaded),
-        len(report.missing_new),
-        f" ({_listing(report.missing_new)})" if report.missing_new else "",
-        len(report.missing_frozen),
-        len(report.unused),
-    )
+    logging.info("%s: %s", source, report)
     return report
+
+
+def _check(what: str, problems: dict[str, Set[str]]) -> None:
+    """Raise a UserError that lists the problems by kind, if there are any."""
+    listed = [f"{kind}: {_listing(sorted(names))}" for kind, names in problems.items() if names]
+    if listed:
+        raise UserError(f"{what}; {'; '.join(listed)}")
 
 
 def is_blip2(state: dict[str, Tensor]) -> bool:
@@ -210,6 +216,6 @@ def _any(pattern: str, state: dict[str, Tensor]) -> bool:
     return any(re.match(pattern, name) for name in state)
 
 
-def _listing(names: list[str] | tuple[str, ...], limit: int = 5) -> str:
+def _listing(names: Sequence[str], limit: int = 5) -> str:
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
