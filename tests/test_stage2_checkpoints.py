@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_checkpoints import config, perturb, trainable_state
+from test_checkpoints import Malicious, config, perturb, trainable_state
 from test_stage1 import blip2_like
 from test_stage2 import blip2_opt_like, blip2_t5_like
 
@@ -141,6 +141,12 @@ def test_language_models_that_are_not_there_or_of_another_kind(
         build("facebook/none")
     with pytest.raises(UserError, match=r"model\.opt_model: '.*' is a model of type 't5', not 'opt'"):
         build(str(t5_folder))
+    for name in ("config.json", "vocab.json", "merges.txt", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((opt_folder / name).read_bytes())
+    torch.save({"lm_head.weight": Malicious(tmp_path / "owned")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"model\.opt_model: '.*' can't be read"):
+        build(str(tmp_path))
+    assert not (tmp_path / "owned").exists()
     with pytest.raises(UserError, match=r"model\.llm_precision: 'fp8'"):
         build(str(opt_folder), precision="fp8")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"no 'pretrain_opt2.8b'; did you mean 'pretrain_opt2.7b'"):

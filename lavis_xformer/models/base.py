@@ -253,10 +253,10 @@ class XFormerBase(Blip2Base):
         Raises:
             UserError: there is no such type.
         """
-        if (exported := Path(model_type) / "config.yaml").is_file():
-            return str(exported)
         types = cls.PRETRAINED_MODEL_CONFIG_DICT
         if model_type not in types:
+            if (exported := Path(model_type) / "config.yaml").is_file():
+                return str(exported)
             raise UserError(f"model_type: {cls.__name__} has no '{model_type}'; {nearest(model_type, types)}")
         return config_path(types[model_type])
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from lavis.common.utils import is_url
 from omegaconf import DictConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -142,7 +143,10 @@ def read_checkpoint(source: str, *, key: str) -> dict[str, Tensor]:
     if path.endswith(".safetensors"):
         if not Path(path).is_file():
             raise UserError(f"model.{key}: there is no file '{path}'")
-        return load_file(path)
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise UserError(f"model.{key}: '{path}' is no intact file of tensors: {error}") from error
     content = load_torch_file(path, key=key)
     state = content.get("model", content)
     if not all(isinstance(value, Tensor) for value in state.values()):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertTokenizer, ViTMAEConfig, ViTMAEForPreTraining
 
-from lavis_xformer.assets import resolve
+from lavis_xformer.assets import SCHEME, resolve
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models.mae import MaskedAutoencoder
 from lavis_xformer.models.meta_mae import load_meta_mae
@@ -263,8 +263,10 @@ def download(url: str, *, key: str) -> str:
 
 
 def offline_error(name: str, key: str, error: OSError) -> UserError:
-    """Say that ``name`` can't be fetched, and which key of ``model`` to set to a local copy."""
+    """Say why ``name`` can't be read, or that it can't be fetched; and which key of ``model`` to set."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if name.startswith(SCHEME) or Path(name).exists():
+        return UserError(f"model.{key}: '{name}' can't be read ({reason})")
     return UserError(
         f"model.{key}: '{name}' is no local path and can't be fetched ({reason}); "
         f"set model.{key} to a local copy of it"
