@@ -4,7 +4,8 @@ The paper's premise is that M carries local detail which C lacks. One attention 
 tokens; every source gets the same scenes, the same steps and the same early stopping, and the best step is chosen
 on scenes that are neither trained nor reported on.
 
-B: batch, N: scenes, P: patches + 1, D: width of the tokens, W: width of the probe, A: pooling queries per task.
+B: batch, N: scenes, P: patches + 1, D: width of the tokens, W: width of the probe, H: heads, T: tasks, A: queries
+per task.
 """
 
 from __future__ import annotations
@@ -23,58 +24,59 @@ from tqdm import tqdm
 from lavis_xformer.assets import resolve
 from lavis_xformer.mini.features import Encoder, Standardise, encoders, extract
 from lavis_xformer.mini.spectrum import similarity_curves
-from lavis_xformer.mini.tasks import NONE, TASKS, Exam, Task, make_exam
-from lavis_xformer.mini.training import generator
+from lavis_xformer.mini.tasks import NONE, TASKS, Exam, make_exam
+from lavis_xformer.mini.training import autocast, generator
 
 TRAIN, STOP = "probe-train", "probe-stop"
 
 
-class Pooling(nn.Module):
-    """Reads one task: queries attend to the tokens, a small MLP names the class."""
-
-    def __init__(self, *, task: Task, width: int, queries: int = 4) -> None:
-        """Build it; ``width`` is W, ``queries`` is A."""
-        super().__init__()
-        self.queries = nn.Parameter(torch.randn(queries, width) / width**0.5)
-        self.point = nn.Sequential(nn.Linear(16, width), nn.GELU(), nn.Linear(width, width)) if task.pointed else None
-        self.head = nn.Sequential(nn.Linear(queries * width, 2 * width), nn.GELU(), nn.Linear(2 * width, task.classes))
-
-    def forward(self, keys: Tensor, values: Tensor, points: Tensor) -> Tensor:
-        """Keys and values (B, 4, P, W / 4) and points (B, 16) to logits (B, classes)."""
-        batch, heads, _, part = keys.shape
-        queries = self.queries.expand(batch, -1, -1)  # (B, A, W)
-        if self.point is not None:
-            queries = queries + self.point(points)[:, None]
-        queries = queries.unflatten(-1, (heads, part)).transpose(1, 2)
-        pooled = F.scaled_dot_product_attention(queries, keys, values)  # (B, 4, A, W / 4)
-        return self.head(pooled.transpose(1, 2).flatten(1))
-
-
 class Probe(nn.Module):
-    """One projection of the tokens, shared; one pooling per task."""
+    """One projection of the tokens; for each task, queries that attend to them and a small MLP that names the class."""
 
-    def __init__(self, *, dim: int, patches: int, width: int = 128) -> None:
-        """Build it for tokens (B, P, D): ``dim`` is D, ``patches`` is P."""
+    def __init__(self, *, dim: int, patches: int, width: int = 64, heads: int = 4, queries: int = 4) -> None:
+        """Build it for tokens (B, P, D): ``dim`` is D, ``patches`` P, ``width`` W, ``heads`` H, ``queries`` A."""
         super().__init__()
+        self.heads = heads
         self.tokens = nn.Linear(dim, width)
         self.places = nn.Parameter(0.02 * torch.randn(patches, width))
-        self.keys, self.values = nn.Linear(width, width), nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
-        self.poolings = nn.ModuleDict({name: Pooling(task=task, width=width) for name, task in TASKS.items()})
+        self.both = nn.Linear(width, 2 * width)  # keys and values
+        self.queries = nn.Parameter(torch.randn(len(TASKS), queries, width) / width**0.5)
+        self.focus = nn.Parameter(torch.linspace(-3, 1, heads))
+        self.register_buffer("pointed", torch.tensor([float(task.pointed) for task in TASKS.values()]))
+        self.answers = nn.ModuleDict()
+        for name, task in TASKS.items():
+            layers = nn.Linear(queries * width + 2, width), nn.GELU(), nn.Linear(width, task.classes)
+            self.answers[name] = nn.Sequential(*layers)
 
     def forward(self, tokens: Tensor, points: Tensor) -> dict[str, Tensor]:
         """Standardised tokens (B, P, D) and points (B, 2) to logits of every task."""
         x = self.norm(self.tokens(tokens) + self.places)
-        keys, values = (layer(x).unflatten(-1, (4, -1)).transpose(1, 2) for layer in (self.keys, self.values))
-        waves = points[:, :, None] * torch.pi * 2.0 ** torch.arange(4)  # (B, 2, 4)
-        waves = torch.cat([waves.sin(), waves.cos()], -1).flatten(1)  # (B, 16)
-        return {name: pooling(keys, values, waves) for name, pooling in self.poolings.items()}
+        x = self.both(x).unflatten(-1, (2, self.heads, -1))
+        keys, values = x.permute(2, 0, 3, 1, 4)  # each (B, H, P, W / H)
+        queries = self.queries.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (H, T x A, W / H)
+        scores = queries @ keys.transpose(-2, -1) / keys.shape[-1] ** 0.5
+        scores = scores.unflatten(2, self.queries.shape[:2]) - self.farness(points)  # (B, H, T, A, P)
+        pooled = scores.softmax(-1).flatten(2, 3) @ values  # (B, H, T x A, W / H)
+        pooled = pooled.unflatten(2, self.queries.shape[:2]).permute(2, 0, 3, 1, 4).flatten(2)  # (T, B, A x W)
+        told = self.pointed[:, None, None] * points  # (T, B, 2)
+        inputs = torch.cat([pooled, told], -1)
+        return {name: layers(part) for (name, layers), part in zip(self.answers.items(), inputs, strict=True)}
+
+    def farness(self, points: Tensor) -> Tensor:
+        """What a pointed task's scores lose with distance from the point, (B, H, T, 1, P); learned by head."""
+        side = round((len(self.places) - 1) ** 0.5)
+        axis = (torch.arange(side) + 0.5) / side
+        centres = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).flatten(0, 1)  # (P - 1, 2)
+        far = side**2 * (points[:, None] - centres).square().sum(-1)  # (B, P - 1), in patches squared
+        far = F.pad(far, (1, 0))[:, None, None, None]  # CLS is near everywhere
+        return F.softplus(self.focus)[:, None, None, None] * self.pointed[:, None, None] * far
 
 
 def correct(probe: Probe, tokens: Tensor, exam: Exam) -> dict[str, float]:
     """Percent right of each task, over the scenes that allow it."""
     right = {name: 0 for name in TASKS}
-    with torch.no_grad():
+    with torch.no_grad(), autocast(tokens.device):
         for rows in torch.arange(len(tokens)).split(500):
             for name, logits in probe(tokens[rows], exam.points[rows]).items():
                 right[name] += int((logits.argmax(-1) == exam.labels[name][rows]).sum())
@@ -106,8 +108,9 @@ def train_probe(encoder: Encoder, exams: dict[str, Exam], *, steps: int, seeds: 
         decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
         for step in range(steps):
             rows = torch.randint(len(tokens[TRAIN]), (256,), generator=generator(seed, step))
-            logits = probe(scale(tokens[TRAIN][rows]), exams[TRAIN].points[rows])
-            terms = [F.cross_entropy(logits[name], exams[TRAIN].labels[name][rows]) for name in TASKS]
+            with autocast(tokens[TRAIN].device):
+                logits = probe(scale(tokens[TRAIN][rows]), exams[TRAIN].points[rows])
+                terms = [F.cross_entropy(logits[name], exams[TRAIN].labels[name][rows]) for name in TASKS]
             optimizer.zero_grad()
             torch.stack(terms).sum().backward()
             optimizer.step()
