@@ -33,11 +33,12 @@ RULES = [
     (("models.stage1*",), rooms("models.stage2")),
     (("models.stage2*",), rooms("models.stage1")),
     (("models.stage*", "models.features", "models.checkpoints"), ("lavis.models.blip2_models.Qformer.*",)),
+    (("models.stage*", "models.generation", "models.base"), ("lavis.models.blip2_models.modeling_*",)),
     # 3. data knows no model; scenes know neither LAVIS nor torch
     (("data.*",), (*rooms("models", "tasks", "runner", "engine", "analysis", "cli", "train"), "lavis.models.*")),
     (("data.scenes.*",), ("lavis.*", "torch.*", "torchvision.*")),
     # 4. tasks and runner reach a model through the registry and its methods
-    (("tasks", "*runner", "schedules", "engine.*"), (*rooms("models", "data", "mini"), "lavis.models.*")),
+    (("tasks", "stage2_task", "*runner", "schedules", "engine.*"), (*rooms("models", "data", "mini"), "lavis.models.*")),
     # 5. analysis reads files
     (("analysis.*",), (*rooms("models", "data", "tasks", "runner", "engine", "config"), "lavis.*")),
 ]
