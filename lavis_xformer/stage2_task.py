@@ -151,6 +151,8 @@ class CaptionsAndQuestions(Dataset[Samples]):
         if "answers" in sample:
             names = ("image", "text_input", "answers", "weights")
             return {**{name: sample[name] for name in names}, "kind": sample.get("kind", "answer")}
+        if "question_id" in sample:
+            raise UserError("a dataset gives questions without answers, which can't be scored; leave its split out")
         caption = [sample["text_input"]]
         return {"image": sample["image"], "text_input": "", "answers": caption, "weights": [1.0], "kind": CAPTION}
 
@@ -167,15 +169,15 @@ class CaptionsAndQuestions(Dataset[Samples]):
 
 
 def asks(dataset: Any) -> bool:
-    """Whether a dataset gives questions with answers; its random state is left as it was.
+    """Whether a dataset gives questions with answers, by its first annotation; no image is opened.
 
     Raises:
         UserError: it is empty.
     """
     if not len(dataset):
         raise UserError(f"{type(dataset).__name__} has no samples")
-    with torch.random.fork_rng(devices=[]):
-        return "answers" in dataset[0]
+    row = dataset.annotation[0]
+    return "answer" in row or "answers" in row
 
 
 def references_of(samples: Samples) -> list[list[str]]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lavis_xformer.errors import UserError
 from lavis_xformer.stage2_task import (
     CAPTION,
     CaptionsAndQuestions,
@@ -25,7 +26,7 @@ class Rows(Dataset[Any]):
     """A dataset of given samples."""
 
     def __init__(self, *rows: dict[str, Any]) -> None:
-        self.rows = rows
+        self.rows = self.annotation = rows
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -54,6 +55,10 @@ def test_captions_and_questions_share_a_batch() -> None:
     assert batch["weight"].tolist() == [1, 1, 0.75, 0.25, 1]
     assert references_of(batch) == [["a red star"], ["two blue square"], ["two", "2"], ["left"]]
     assert (asks(CAPTIONS), asks(QUESTIONS)) == (False, True)
+    with pytest.raises(UserError, match="has no samples"):
+        asks(Rows())
+    with pytest.raises(UserError, match="questions without answers"):
+        CaptionsAndQuestions([CAPTIONS, Rows({"text_input": "where?", "question_id": 7})])[2]
 
 
 def test_a_caption_is_the_answer_to_no_question(make_stage2: Any) -> None:
