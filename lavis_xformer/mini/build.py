@@ -69,12 +69,12 @@ RECIPES = {
         opt=Schedule(steps=800, batch=32, lr=2e-3),
     ),
     "full": Recipe(
-        scenes=30_000,
+        scenes=60_000,
         wordings=4,
         documents=40_000,
         heldout=1000,
-        clip=Schedule(steps=1200, batch=128, lr=1e-3),
-        mae=Schedule(steps=1400, batch=256, lr=1.5e-3),
+        clip=Schedule(steps=20_000, batch=128, lr=1e-3),
+        mae=Schedule(steps=20_000, batch=256, lr=1.5e-3),
         opt=Schedule(steps=1800, batch=32, lr=2e-3),
     ),
 }

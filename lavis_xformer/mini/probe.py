@@ -33,6 +33,8 @@ TRAIN, STOP = "probe-train", "probe-stop"
 class Probe(nn.Module):
     """One projection of the tokens; for each task, queries that attend to them and a small MLP that names the class."""
 
+    pointed: Tensor
+
     def __init__(self, *, dim: int, patches: int, width: int = 64, heads: int = 4, queries: int = 4) -> None:
         """Build it for tokens (B, P, D): ``dim`` is D, ``patches`` P, ``width`` W, ``heads`` H, ``queries`` A."""
         super().__init__()

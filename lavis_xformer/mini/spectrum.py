@@ -39,7 +39,9 @@ def filtered(images: Tensor, cutoff: float, *, keep: str) -> Tensor:
 
 
 def similarity_curves(sources: dict[str, Encoder], images: Tensor) -> dict[str, dict[str, list[float]]]:
-    """Cosine between standardised patch tokens of images and of their filtered versions.
+    """Cosine between patch tokens of images and of their filtered versions, each patch's mean over images taken off.
+
+    Without that the position, which every token carries and no filter touches, would pass for what is kept.
 
     Args:
         sources: name to encoder.
@@ -52,10 +54,11 @@ def similarity_curves(sources: dict[str, Encoder], images: Tensor) -> dict[str, 
     for name, encoder in sources.items():
         tokens = extract(encoder, images)
         scale = Standardise(tokens)
-        whole = scale(tokens)[:, 1:]
+        usual = scale(tokens).mean(0)
+        whole = (scale(tokens) - usual)[:, 1:]
         curves[name] = {"low": [], "high": []}
         for keep, values in curves[name].items():
             for cutoff in CUTOFFS:
-                left = scale(extract(encoder, filtered(images, cutoff, keep=keep)))[:, 1:]
+                left = (scale(extract(encoder, filtered(images, cutoff, keep=keep))) - usual)[:, 1:]
                 values.append(float(torch.cosine_similarity(whole, left, dim=-1).mean()))
     return curves

@@ -36,10 +36,10 @@ def write_bert(folder: Path, words: Iterable[str]) -> BertTokenizer:
     _write_json(folder / "tokenizer_config.json", settings)
     config = BertConfig(
         vocab_size=len(pieces),
-        hidden_size=128,
+        hidden_size=96,
         num_hidden_layers=4,
         num_attention_heads=4,
-        intermediate_size=512,
+        intermediate_size=384,
         max_position_embeddings=128,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
