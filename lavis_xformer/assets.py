@@ -45,7 +45,7 @@ def sha256(path: Path) -> str:
 
 
 def write_sums(folder: Path) -> dict[str, str]:
-    """Record the checksum of every file below a set's folder, model cards and the record itself left out.
+    """Record the checksum of every file of every part, model cards and hidden folders left out.
 
     Returns:
         ``{"clip/model.safetensors": "9f..."}``, as written to ``SHA256SUMS.json``.
@@ -53,7 +53,7 @@ def write_sums(folder: Path) -> dict[str, str]:
     sums = {
         path.relative_to(folder).as_posix(): sha256(path)
         for path in sorted(folder.glob("*/*"))
-        if path.is_file() and path.suffix != ".md"
+        if path.is_file() and path.suffix != ".md" and not path.parent.name.startswith(".")
     }
     (folder / SUMS).write_text(json.dumps(sums, indent=2) + "\n")
     return sums

@@ -36,6 +36,7 @@ def mini(request):
 
 def test_build_leaves_cards_and_checksums(smoke):
     sums = json.loads((smoke / "SHA256SUMS.json").read_text())
+    assert {name.split("/")[0] for name in sums} == set(build.PARTS)  # and no training state
     for part in build.PARTS:
         card = (smoke / part / "README.md").read_text()
         files = [name for name in sums if name.startswith(part)]
