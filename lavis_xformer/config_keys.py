@@ -26,7 +26,7 @@ DATASET_KEYS = frozenset(
 )
 PROCESSOR_KEYS = frozenset(
     "name image_size mean std min_scale max_scale n_frms prompt max_words max_turns use_caption visual_ft "
-    "audio_ft".split()
+    "audio_ft mae_image_size mae_mean mae_std hflip".split()
 )
 
 

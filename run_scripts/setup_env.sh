@@ -10,6 +10,8 @@ MAKING="$VENV/.lavis_xformer_making" # this script makes the environment and has
 # Nothing of another environment may leak into ours.
 unset PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_USER LAVIS_XFORMER_AUTOREGISTER
 export PYTHONNOUSERSITE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+# On a busy machine, threads that spin while they wait make a training step ten times slower.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
 # Prints "3.11" for an interpreter that runs and can make environments, else nothing.
 python_version() {
