@@ -29,11 +29,12 @@ from lavis_xformer.images import unpack
 from lavis_xformer.models import towers
 from lavis_xformer.models.frozen import freeze, is_frozen
 from lavis_xformer.models.fusion import FUSIONS, Fusion
-from lavis_xformer.models.mae import MaeFeatures, MaskedAutoencoder
+from lavis_xformer.models.mae import MaeFeatures, MaskedAutoencoder, random_mask
 from lavis_xformer.paths import config_path
 
 Precision = Literal["fp32", "fp16", "bf16"]
 NOTHING = r"(?!)"  # the regular expression that no name matches
+MAE_SOURCES = ("mae", "random", "clip")  # what M is: MAE's tokens; those of an untrained MAE; C once more
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -58,8 +59,8 @@ class XFormerBase(Blip2Base):
     #: what ``from_config`` reads, beside LAVIS's arch, model_type, load_finetuned, finetuned and pretrained
     CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset(
         "vit_model vit_weights image_size drop_path_rate use_grad_checkpoint vit_precision freeze_vit mae_model "
-        "mae_norm_pix_loss mae_image_size bert num_query_token cross_attention_freq fusion fusion_depth "
-        "fusion_self_attention fusion_init fusion_heads max_txt_len blip2_pretrained train_only".split()
+        "mae_norm_pix_loss mae_image_size mae_source bert num_query_token cross_attention_freq qformer_layers fusion "
+        "fusion_depth fusion_self_attention fusion_init fusion_heads max_txt_len blip2_pretrained train_only".split()
     )
 
     #: regular expressions of names: weights that only stage 1 has, and those that its checkpoints therefore lack
@@ -83,7 +84,7 @@ class XFormerBase(Blip2Base):
 
         Args:
             visual_encoder: CLIP's image encoder, (B, 3, S, S) -> C (B, Nc, Dc), with ``num_features`` = Dc.
-            mae: the masked autoencoder; None where the fusion needs none.
+            mae: the masked autoencoder; without it, a fusion that needs M gets C, detached, in its place.
             qformer: LAVIS's ``BertLMHeadModel`` with the configuration of :func:`towers.qformer_config`.
             tokenizer: BERT's, with the decoder's start token as ``bos_token``.
             fusion: one of :data:`FUSIONS`.
@@ -169,8 +170,11 @@ class XFormerBase(Blip2Base):
         mae_size = self.image_size if self.mae is None else self.mae.image_size
         clip_pixels, mae_pixels = unpack(image, clip_size=self.image_size, mae_size=mae_size)
         clip = self.ln_vision(self._run_clip(clip_pixels))  # (B, Nc, Dc)
-        if self.mae is None:
+        if not self.fusion.needs_mae:
             return Tokens(clip=clip, mae=None, pixels=None)
+        if self.mae is None:
+            again = MaeFeatures(*random_mask(clip.detach(), mask_ratio=0))
+            return Tokens(self.fusion.visual_tokens(clip, again.tokens), again, None)
         with self._tower(self.mae):
             mae = self.mae.encode(mae_pixels, mask_ratio=mask_ratio, noise=noise)
         mae = mae._replace(tokens=mae.tokens.float())
@@ -293,23 +297,27 @@ class XFormerBase(Blip2Base):
             drop_path_rate=cfg.get("drop_path_rate", 0.0),
             use_grad_checkpoint=cfg.get("use_grad_checkpoint", False),
         )
+        if (source := cfg.get("mae_source", "mae")) not in MAE_SOURCES or (source, name) == ("clip", "concat"):
+            raise UserError(f"model.mae_source: '{source}' with fusion '{name}'; {nearest(str(source), MAE_SOURCES)}")
         mae = None
-        if FUSIONS[name].needs_mae:
+        if FUSIONS[name].needs_mae and source != "clip":
             mae = towers.build_mae(
                 cfg.mae_model,
                 norm_pix_loss=cfg.get("mae_norm_pix_loss"),
                 image_size=cfg.get("mae_image_size"),
+                trained=source == "mae",
             )
         qformer = towers.build_qformer(
             cfg.bert,
             num_queries=cfg.num_query_token,
             vision_width=visual_encoder.num_features,
             cross_attention_freq=cfg.get("cross_attention_freq", 2),
+            layers=cfg.get("qformer_layers"),
         )
         fusion = FUSIONS[name](
             query_width=qformer.config.hidden_size,
             clip_width=visual_encoder.num_features,
-            mae_width=0 if mae is None else mae.width,
+            mae_width=visual_encoder.num_features if mae is None else mae.width,
             heads=cfg.get("fusion_heads") or qformer.config.num_attention_heads,
             depth=cfg.get("fusion_depth", 1),
             self_attention=cfg.get("fusion_self_attention", True),

@@ -170,8 +170,11 @@ class FeatureModel(XFormerBase):
 
     def _split(self, joined: Tensor) -> tuple[Tensor, Tensor | None]:
         """Undo :meth:`_join`."""
-        if self.mae is None:
+        if not self.fusion.needs_mae:
             return joined, None
+        if self.mae is None:  # C once more, so both are of one shape
+            clip, mae = joined.chunk(2, dim=1)
+            return clip, mae
         count = 1 + self.mae.num_patches  # Nm
         clip, mae = joined[:, :-count], joined[:, -count:]
         return clip[..., : self.ln_vision.normalized_shape[0]], mae[..., : self.mae.width]

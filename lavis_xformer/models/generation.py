@@ -149,7 +149,8 @@ class GenerativeModel(XFormerBase):
         """Answer questions about images; the signature of LAVIS's ``Blip2T5`` and of its main branch.
 
         Args:
-            samples: ``image`` (B, 3 or 6, S, S) and ``text_input``, B questions.
+            samples: ``image`` (B, 3 or 6, S, S) and ``text_input``, B questions. Without ``image`` the language model
+                answers alone, the baseline of what needs no image.
             num_beams: 1 means greedy.
             inference_method: only ``generate``; LAVIS's BLIP-2 knows no other either.
             max_len: most tokens of an answer.
@@ -169,7 +170,10 @@ class GenerativeModel(XFormerBase):
         """
         if inference_method != "generate":
             raise UserError(f"run.inference_method: '{inference_method}'; this model has only 'generate'")
-        prefix = self.projection(self.encode_queries(samples["image"]))  # (B, Q, L)
+        if "image" in samples:
+            prefix = self.projection(self.encode_queries(samples["image"]))  # (B, Q, L)
+        else:
+            prefix = torch.zeros(len(samples["text_input"]), 0, self.language.width, device=self.device)
         questions = one_per_image(samples.get("text_input"), len(prefix), name="samples['text_input']")
         templates = one_per_image(self.vqa_prompt if prompt is None else prompt, len(prefix), name="prompt")
         answers = self.language.generate(

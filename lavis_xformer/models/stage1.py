@@ -73,7 +73,8 @@ class XFormer(FeatureModel):
     @property
     def reconstructs(self) -> bool:
         """Whether there is an M' to reconstruct from, and a weight on doing so."""
-        return self.fusion.aligns_mae and self.loss_weights["rec"] > 0 and self.mask_ratio > 0
+        wanted = self.loss_weights["rec"] > 0 and self.mask_ratio > 0
+        return self.fusion.aligns_mae and self.mae is not None and wanted
 
     def forward(
         self,

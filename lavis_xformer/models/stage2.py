@@ -69,7 +69,7 @@ class XFormerStage2(GenerativeModel):
     @property
     def reconstructs(self) -> bool:
         """Whether there is an M' to reconstruct from, and a weight on doing so."""
-        return self.fusion.aligns_mae and self.loss_weights["rec"] > 0
+        return self.fusion.aligns_mae and self.mae is not None and self.loss_weights["rec"] > 0
 
     def forward(self, samples: dict[str, Any], *, noise: Tensor | None = None) -> dict[str, Tensor]:
         """Compute the losses of a batch.

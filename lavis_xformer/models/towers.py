@@ -100,7 +100,7 @@ def build_clip(
 
 
 def build_mae(
-    name: str, *, norm_pix_loss: bool | None = None, image_size: int | None = None
+    name: str, *, norm_pix_loss: bool | None = None, image_size: int | None = None, trained: bool = True
 ) -> MaskedAutoencoder:
     """The frozen masked autoencoder with its decoder.
 
@@ -109,6 +109,7 @@ def build_mae(
             ``mae_pretrain_vit_*_full.pth`` and ``mae_visualize_vit_*.pth``.
         norm_pix_loss: overrides what the checkpoint says of itself.
         image_size: side that the configuration expects; only checked against the checkpoint's.
+        trained: False draws all weights anew, always the same ones: a control for what MAE has learned.
 
     Raises:
         UserError: there is no such model, it can't be fetched, it has no decoder, or it wants another size.
@@ -122,6 +123,10 @@ def build_mae(
         raise UserError(
             f"model.mae_image_size is {image_size}, but '{name}' was trained on {model.config.image_size} pixels"
         )
+    if not trained:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # frozen weights are in no checkpoint: stage 2 has to draw those of stage 1
+            model = ViTMAEForPreTraining(model.config)
     return MaskedAutoencoder(model=model, norm_pix_loss=norm_pix_loss)
 
 
@@ -142,7 +147,9 @@ def _load_hub_mae(path: str, name: str) -> ViTMAEForPreTraining:
     return model
 
 
-def build_qformer(name: str, *, num_queries: int, vision_width: int, cross_attention_freq: int) -> Any:
+def build_qformer(
+    name: str, *, num_queries: int, vision_width: int, cross_attention_freq: int, layers: int | None = None
+) -> Any:
     """LAVIS's Q-Former: BERT with learned queries and cross-attention to C in every n-th layer.
 
     Args:
@@ -151,14 +158,16 @@ def build_qformer(name: str, *, num_queries: int, vision_width: int, cross_atten
         num_queries: Q.
         vision_width: Dc.
         cross_attention_freq: cross-attention in every n-th layer.
+        layers: another depth than BERT's; layers that it lacks start at random.
 
     Raises:
         UserError: there is no such model or folder, or it can't be fetched.
     """
     path = str(resolve(name))
+    depth = {} if layers is None else {"num_hidden_layers": layers}
     try:
         config = qformer_config(
-            BertConfig.from_pretrained(path),
+            BertConfig.from_pretrained(path, **depth),
             num_queries=num_queries,
             vision_width=vision_width,
             cross_attention_freq=cross_attention_freq,
