@@ -5,10 +5,11 @@ B: samples of this process, W: processes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather as all_gather_with_gradient
 
 
 def is_distributed() -> bool:
@@ -43,11 +44,28 @@ def gather(tensor: Tensor) -> Tensor:
     """
     if world_size() == 1:
         return tensor
-    if tensor.requires_grad:
-        return torch.cat(all_gather_with_gradient(tensor))
-    parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.contiguous())
-    return torch.cat(parts)
+    return _Gather.apply(tensor)
+
+
+class _Gather(torch.autograd.Function):
+    """``all_gather`` whose backward pass sums over processes.
+
+    torch's own (``torch.distributed.nn``) hands gradients on as they lie in memory, and gloo then mixes up the entries
+    of those that are transposed, such as einsum's (torch 2.11).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        tensor = tensor.contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(world_size())]
+        dist.all_gather(parts, tensor)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # (W * B, ...)
+        dist.all_reduce(gradient)
+        return gradient.chunk(world_size())[rank()]
 
 
 def own_rows(batch_size: int, device: torch.device) -> Tensor:

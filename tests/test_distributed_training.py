@@ -10,15 +10,27 @@ from pathlib import Path
 import pytest
 import torch
 import toy_training
+import toy_xformer
 
 from lavis_xformer.analysis import report
 
 SCRIPT = Path(__file__).with_name("toy_training.py")
 
+GATHER = """
+import torch
+from lavis_xformer import launch
+from lavis_xformer.distributed import gather, rank
+with launch.process_group("cpu"):
+    part = torch.ones(2, 3, requires_grad=True)
+    weights = torch.arange(12.0).reshape(3, 4).t()  # (4, 3)
+    gather(part).backward(weights)
+    assert torch.equal(part.grad, 2 * weights[2 * rank() : 2 * rank() + 2])
+"""
 
-def torchrun(*options, processes=2):
+
+def torchrun(*options, processes=2, script=SCRIPT):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(SCRIPT), *options]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), *options]
     return subprocess.run(
         command,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -45,6 +57,24 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
         assert left["loss"] == pytest.approx(right["loss"], abs=0.5 if left["kind"] == "eval" else 1e-5)
         assert left.get("i2t_r1") == pytest.approx(right.get("i2t_r1"))
         assert left.get("t2i_r5") == pytest.approx(right.get("t2i_r5"))
+
+
+def test_the_four_losses_of_two_processes_equal_those_of_one_on_the_joined_batch(tmp_path):
+    done = torchrun(str(tmp_path / "rank"), script=Path(toy_xformer.__file__))
+    assert done.returncode == 0, done.stderr
+    one = toy_xformer.train()
+    assert {"loss", "loss_itc", "loss_itm", "loss_itg", "loss_rec", "grad_norm"} <= one["history"][0].keys()
+    for rank in (0, 1):
+        two = torch.load(tmp_path / f"rank{rank}", weights_only=True)
+        torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_gathering_passes_on_gradients_that_are_transposed_in_memory(tmp_path):
+    script = tmp_path / "gather.py"
+    script.write_text(GATHER)
+    done = torchrun(script=script)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ class XFormer(FeatureModel):
 
         Returns:
             Scalars: ``loss``, the weighted sum; ``loss_itc``, ``loss_itm``, ``loss_itg``, ``loss_rec`` (where M' is
-            reconstructed); ``itm_accuracy``.
+            reconstructed); ``itm_accuracy``; in eval mode ``rec_mae``, the frozen MAE's own error beside ``loss_rec``.
         """
         text = self.tokenize(samples["text_input"])
         seen, whole = self._encode_for_training(samples["image"], noise)  # C and M, masked and not
@@ -111,6 +111,8 @@ class XFormer(FeatureModel):
 
         loss = torch.stack([self.loss_weights[name] * term for name, term in terms.items()]).sum()
         named = {f"loss_{name}": term for name, term in terms.items()}
+        if self.reconstructs and not self.training:
+            named["rec_mae"] = self.reconstruction_loss(seen.mae_tokens, seen).detach()  # M as it was: the reference
         return {"loss": loss, **named, "itm_accuracy": itm_accuracy}
 
     def _encode_for_training(self, image: Tensor, noise: Tensor | None) -> tuple[Tokens, Tokens]:
@@ -165,7 +167,9 @@ class XFormer(FeatureModel):
             past_key_values=query_cache,
             return_dict=True,
         ).logits  # (B, T, V)
-        return losses.itg(logits, ids, self.tokenizer.pad_token_id)
+        loss = losses.itg(logits, ids, self.tokenizer.pad_token_id)
+        tokens = text.attention_mask[:, 1:].sum().float()  # of this process; captions differ in length
+        return loss * tokens / gather(tokens[None]).mean()  # averaged over processes: the mean over all tokens
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> XFormer:
