@@ -68,7 +68,7 @@ class NamedLossTask(BaseTask):
         return {"agg_metrics": -val_result["loss"], **val_result}
 
     def table(self, figures: Mapping[str, float]) -> list[tuple[str, str, str]]:
-        """Return rows (name, value, what chance gives) of ``figures`` for people."""
+        """Return rows (name, value, what to compare it with) of ``figures`` for people."""
         return [(name, f"{value:.4f}", "") for name, value in figures.items() if name.startswith("loss")]
 
 
@@ -126,8 +126,9 @@ class Stage1Task(NamedLossTask):
         return {"agg_metrics": agg, **val_result}
 
     def table(self, figures: Mapping[str, float]) -> list[tuple[str, str, str]]:
-        """Return the loss terms, ITM accuracy beside the majority's, R@k beside chance's."""
-        rows = super().table(figures)
+        """Return losses (``loss_rec`` beside the frozen MAE's own), ITM accuracy and R@k beside what chance gives."""
+        references = {"loss_rec": f"{figures['rec_mae']:.4f}"} if "rec_mae" in figures else {}
+        rows = [(name, value, references.get(name, "")) for name, value, _ in super().table(figures)]
         if "itm_accuracy" in figures:  # two mismatched pairs for each matched one
             accuracy = 100 * figures["itm_accuracy"]
             rows.append(("ITM accuracy %", f"{accuracy:.1f}", "66.7"))

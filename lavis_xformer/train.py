@@ -90,6 +90,7 @@ def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
     from lavis_xformer.analysis.report import write_report
     from lavis_xformer.engine import checkpoint
 
+    print_corrupt(summary.get("corrupt", []))
     folder = runner.output_dir
     page, picture = write_report(folder)
     best = folder / checkpoint.BEST
@@ -100,6 +101,13 @@ def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
         print(f"next        {runner.options.next_command}")
 
 
+def print_corrupt(names: Sequence[str], most: int = 5) -> None:
+    """Say which samples were skipped because they can't be read."""
+    if names:
+        more = f" and {len(names) - most} more in summary.json" if len(names) > most else ""
+        print(f"\n{len(names)} corrupt images skipped: {', '.join(names[:most])}{more}")
+
+
 def held_out(summary: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
     """Return the figures of a summary by the name of what was evaluated."""
     best = summary.get("best") or {}
@@ -108,12 +116,12 @@ def held_out(summary: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
 
 
 def table(task: Any, figures: Mapping[str, float]) -> str:
-    """Lay out a task's figures as text, beside chance's."""
+    """Lay out a task's figures as text, beside what to compare them with."""
     if hasattr(task, "table"):
         rows = task.table(figures)
     else:
         rows = [(n, f"{v:.4f}", "") for n, v in figures.items() if isinstance(v, float)]
-    lines = [f"  {'':<24}{'':>10}{'chance':>10}"] if any(row[2] for row in rows) else []
+    lines = [f"  {'':<24}{'':>10}{'reference':>10}"] if any(row[2] for row in rows) else []
     return "\n".join([*lines, *(f"  {name:<24}{value:>10}{by:>10}" for name, value, by in rows)])
 
 

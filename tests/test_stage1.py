@@ -137,6 +137,21 @@ def test_reconstruction_is_there_only_where_it_teaches(
     assert "loss_rec" not in make_xformer("dual", loss_weights={"rec": 0})(batch)
 
 
+def test_evaluation_tells_the_frozen_maes_own_reconstruction(
+    make_xformer: Any, batch: dict[str, Any], tiny_mae_model: Any
+) -> None:
+    model, noise = make_xformer("dual", init="normal"), torch.rand(4, 16)
+    for parameter in model.fusion.parameters():
+        torch.nn.init.normal_(parameter)  # M' far from M
+    assert "rec_mae" not in model.train()(batch, noise=noise)
+    output = model.eval()(batch, noise=noise)
+    own = tiny_mae_model(clip_to_mae(batch["image"]), noise=noise).loss
+    assert output["rec_mae"].item() == pytest.approx(own.item(), abs=1e-6)
+    assert not output["rec_mae"].requires_grad
+    assert output["loss_rec"].item() != pytest.approx(own.item(), abs=1e-6)
+    assert "rec_mae" not in make_xformer("none").eval()(batch)
+
+
 def test_packed_and_plain_images_give_the_same_losses(
     make_xformer: Any, batch: dict[str, Any], same_negatives: None
 ) -> None:
