@@ -5,7 +5,9 @@ Subcommands are imported when they are called, so that ``doctor`` works where no
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,6 +18,9 @@ from lavis_xformer.errors import UserError, nearest
 
 TRACEBACK_FLAG = "--traceback"
 TRACEBACK_VARIABLE = "LAVIS_XFORMER_TRACEBACK"
+
+# How torch's loader says that a worker died or is overdue.
+_LOST_WORKER = re.compile(r"DataLoader (worker \(pid|timed out)")
 
 #: name -> (module whose ``main(argv) -> int`` runs it, one line of help)
 COMMANDS = {
@@ -60,7 +65,8 @@ def run(command: Callable[[list[str]], int | None], argv: Sequence[str]) -> int:
     mend are raised as they are.
 
     Returns:
-        What the command returns (None counts as 0), 2 after a user's mistake, 130 after Ctrl-C.
+        What the command returns (None counts as 0), 2 after a user's mistake, 130 after Ctrl-C, 141 where whoever
+        read our output has left (``| head``).
     """
     arguments = [argument for argument in argv if argument != TRACEBACK_FLAG]
     try:
@@ -68,6 +74,10 @@ def run(command: Callable[[list[str]], int | None], argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("lavis-xformer: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        return 141
     except Exception as error:
         message = explain(error)
         if message is None:
@@ -85,6 +95,13 @@ def explain(error: BaseException) -> str | None:
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
+    if any(isinstance(link, RuntimeError) and _LOST_WORKER.match(str(link)) for link in chain):
+        return (
+            f"a data worker is gone, killed perhaps for want of memory or shared memory ({_first_line(error)}). "
+            "Fewer run.num_workers need less; run.resume=auto goes on from the last checkpoint"
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full: {_first_line(error)}"
     if any(_is_unreachable(link) for link in chain):
         said = " ".join(str(error).split())
         return (
@@ -94,7 +111,23 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _reader_left() -> bool:
+    """Whether stdout is the pipe that broke; then nothing more is written to it, not even at exit."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def _is_unreachable(error: BaseException) -> bool:
+    if isinstance(error, BrokenPipeError):  # a ConnectionError too, but of a pipe
+        return False
     names = {cls.__name__ for cls in type(error).__mro__}
     if names & {"URLError", "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled", "gaierror"}:
         return True

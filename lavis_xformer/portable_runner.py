@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 from lavis_xformer import launch
+from lavis_xformer.data.guard import GuardedDataset, guard
 from lavis_xformer.distributed import world_size
 from lavis_xformer.engine.options import RunOptions
 from lavis_xformer.engine.sampling import eval_loader, train_loader
@@ -44,6 +45,7 @@ class PortableRunner(RunnerBase):
             UserError: a key of ``run:`` has a value that it can't have.
         """
         self.options = RunOptions.from_config(cfg.run_cfg)
+        self.guards: list[GuardedDataset] = []
         super().__init__(cfg, task, model, datasets, job_id)
 
     @property
@@ -138,7 +140,8 @@ class PortableRunner(RunnerBase):
     ) -> list[DataLoader[Any]]:
         """Make one loader for each split, of map-style datasets.
 
-        Training drops the last samples of an epoch that fill no batch on every process.
+        Training drops the last samples of an epoch that fill no batch on every process. Samples that
+        can't be read are skipped or fatal, as ``run.on_corrupt`` says.
 
         Raises:
             UserError: a training batch is larger than its dataset, or a dataset is of shards.
@@ -156,11 +159,17 @@ class PortableRunner(RunnerBase):
             if isinstance(dataset, (tuple, IterableDataset)):
                 raise UserError("xformer_runner reads map-style datasets, not streams of shards")
             batch = {"batch_size": int(size), "collate_fn": collate, **common}
+            dataset = guard(dataset, on_corrupt=self.options.on_corrupt or ("skip" if is_train else "raise"))
+            self.guards.append(dataset)
             if is_train:
                 loaders.append(train_loader(dataset, seed=self.options.seed, **batch))
             else:
                 loaders.append(eval_loader(dataset, share=share_eval, **batch))
         return loaders
+
+    def corrupt(self) -> list[str]:
+        """Name the samples skipped so far by this process and the workers of its loaders."""
+        return [name for dataset in self.guards for name in dataset.corrupt()]
 
 
 def _halves_to_float(model: nn.Module) -> None:

@@ -40,6 +40,7 @@ class XFormerRunner(PortableRunner):
         super().__init__(cfg, task, model, datasets, job_id)
         self.interruption = Interruption()
         self.metrics_log: MetricsLog | None = None
+        self._save_error = ""
 
     @cached_property
     def stepper(self) -> Stepper:
@@ -113,8 +114,15 @@ class XFormerRunner(PortableRunner):
             folder=self.output_dir,
         )
         means = loop.run(self.train_loader, batches=self.batches_per_epoch)
+        self._count_corrupt()
+        means["corrupt_samples"] = len(self.state.corrupt)
         self._log("epoch", "train", means)
         return means
+
+    def _count_corrupt(self) -> None:
+        """Add what any rank has skipped since the start to what earlier parts of the run had."""
+        found = {name for names in launch.collect(self.corrupt()) for name in names}
+        self.state.corrupt = sorted(found.union(self.state.corrupt))
 
     def eval_epoch(self, split_name: str, cur_epoch: int | str, skip_reload: bool = False) -> dict[str, Any] | None:
         """Evaluate a split with seeded randomness; the training's random state is untouched.
@@ -150,6 +158,7 @@ class XFormerRunner(PortableRunner):
             if "agg_metrics" not in figures:
                 raise UserError(f"{type(self.task).__name__} gives no 'agg_metrics' for '{split}'")
             decides = split == ("val" if "val" in self.valid_splits else self.valid_splits[0])
+            decides = decides and not self._save_error  # a best epoch without its file would be a lie
             if decides and figures["agg_metrics"] > self.state.best.get("agg_metrics", -math.inf):
                 self.state.best = {"epoch": epoch, "split": split, **figures}
                 self._save_checkpoint(epoch, is_best=True)
@@ -157,7 +166,13 @@ class XFormerRunner(PortableRunner):
             self.log_stats({**figures, "best_epoch": self.state.best.get("epoch")}, split)
 
     def _finish(self) -> dict[str, Any]:
-        """Evaluate the test splits with the best weights and write ``summary.json``."""
+        """Evaluate the test splits with the best weights and write ``summary.json``.
+
+        Raises:
+            UserError: the last checkpoint could not be written.
+        """
+        if self._save_error:
+            raise UserError(f"{self._save_error}; make room, then run.resume=auto goes on from the one before")
         test = self.evaluate(cur_epoch="best") or {}
         for split, figures in test.items():
             self._log("test", split, figures or {})
@@ -166,6 +181,7 @@ class XFormerRunner(PortableRunner):
             "finished": True,
             "steps": position.steps,
             "skipped": position.skipped,
+            "corrupt": self.state.corrupt,
             "best": self.state.best,
             "test": test,
             "versions": jobs.versions(),
@@ -228,16 +244,21 @@ class XFormerRunner(PortableRunner):
             if is_main() and last.exists():
                 checkpoint.alias(last, self.output_dir / checkpoint.BEST)
             return
+        self._count_corrupt()
         states = launch.collect(rng.capture())
-        if not is_main():
-            return
         name = checkpoint.name_of(cur_epoch, None if self.state.epoch_done else self.state.position.steps)
+        self._save_error = launch.share(self._write(name, states) if is_main() else "")
+        if self._save_error:
+            logger.warning("%s; going on, earlier checkpoints are whole", self._save_error)
+
+    def _write(self, name: str, states: list[dict[str, Any]]) -> str:
+        """Write a checkpoint and remove old ones; return what failed, or nothing."""
         try:
             checkpoint.write(self.output_dir / name, self.state.as_dict(states))
         except OSError as error:
-            logger.warning("%s; going on, earlier checkpoints are whole", error)
-            return
+            return f"{name} could not be written: {error}"
         checkpoint.prune(self.output_dir, keep=self.options.keep_last)
+        return ""
 
     def _resume(self) -> dict[str, Any] | None:
         """Go to where ``resume: auto`` or ``resume_ckpt_path`` says.

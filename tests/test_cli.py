@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import subprocess
+import sys
 import urllib.error
 from importlib import import_module
 
@@ -47,6 +50,23 @@ def test_an_unreachable_network_names_what_to_set(capsys):
     error.__cause__ = urllib.error.URLError("Name or service not known")
     assert cli.run(fail(error), []) == 2
     assert "to a local path" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_is_no_failed_download():
+    code = "from lavis_xformer import cli; raise SystemExit(cli.run(lambda argv: print('x' * 10**6), []))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 141
+    with pytest.raises(BrokenPipeError):  # another pipe than our output: a bug, not the network
+        cli.run(fail(BrokenPipeError(32, "Broken pipe")), [])
+
+
+def test_a_full_disk_and_a_lost_worker_are_one_line(capsys):
+    assert cli.run(fail(OSError(errno.ENOSPC, "No space left on device", "/x/log.jsonl")), []) == 2
+    assert "error: the disk is full: [Errno 28] No space left on device: '/x/log.jsonl'" in capsys.readouterr().err
+    assert cli.run(fail(RuntimeError("DataLoader timed out after 5 seconds")), []) == 2
+    assert "a data worker is gone" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_status_130(capsys):

@@ -103,7 +103,7 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def make_runner(output_dir, *, dropout=0.1, broken=(), length=48, delay=0.0, **run):
+def make_runner(output_dir, *, dropout=0.1, broken=(), length=48, delay=0.0, datasets=None, **run):
     """Build the runner that the entry point would build for the toy."""
     from lavis.common.registry import registry
     from lavis.tasks import setup_task
@@ -117,9 +117,9 @@ def make_runner(output_dir, *, dropout=0.1, broken=(), length=48, delay=0.0, **r
     rng.seed_everything(options.seed)
     model = ToyModel(dropout)
     rng.seed_everything(rng.seed_of(options.seed, distributed.rank()))
-    datasets = {"toy": {"train": ToyPairs(length, broken, delay=delay), "val": ToyPairs(17, augmented=False)}}
+    toy = {"train": ToyPairs(length, broken, delay=delay), "val": ToyPairs(17, augmented=False)}
     runner_class = registry.get_runner_class("xformer_runner")
-    return runner_class(config, setup_task(config), model, datasets, job_id)
+    return runner_class(config, setup_task(config), model, datasets or {"toy": toy}, job_id)
 
 
 def command(argv):

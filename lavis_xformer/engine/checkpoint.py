@@ -66,7 +66,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except RuntimeError as error:  # torch's zip writer reports a full disk so
-        raise OSError(f"{path} could not be written: {error}") from error
+        raise OSError(f"the disk is full or failing ({str(error).splitlines()[0]})") from error
     finally:
         temporary.unlink(missing_ok=True)
     _flush_folder(path.parent)

@@ -20,7 +20,7 @@ INCIDENTAL = {
     for name in (
         "resume resume_ckpt_path job_id output_dir num_workers device distributed gpu rank world_size "
         "dist_url dist_backend log_freq tensorboard next_command keep_last save_every_steps "
-        "save_every_minutes loader_timeout skip_nonfinite"
+        "save_every_minutes loader_timeout skip_nonfinite on_corrupt wandb"
     ).split()
 }
 PACKAGES = ("lavis_xformer", "salesforce-lavis", "torch", "transformers", "numpy")

@@ -112,7 +112,7 @@ class EpochLoop:
         """Train until ``batches`` batches of the epoch are done; return the epoch's mean terms.
 
         Raises:
-            UserError: a loss was not finite.
+            UserError: a loss was not finite, or a rank's data can't be read; then what was trained is saved.
             SystemExit: after a signal, when the step is done and saved.
         """
         progress = self._progress(batches)
@@ -134,10 +134,25 @@ class EpochLoop:
         iterator: Iterator[Any] = iter(loader) if left else iter(())
         while left > 0:
             begin = time.monotonic()
-            window = [next(iterator) for _ in range(min(left, self.rules.accumulate))]
+            window = self._fetch(iterator, min(left, self.rules.accumulate))
             waited = time.monotonic() - begin
             left -= len(window)
             yield [to_device(samples, self.stepper.device) for samples in window], waited
+
+    def _fetch(self, iterator: Iterator[Any], count: int) -> list[Any]:
+        """Return the next batches; where any rank has none to give, all save and stop together."""
+        window, fault = [], ""
+        try:
+            window = [next(iterator) for _ in range(count)]
+        except UserError as error:
+            fault = str(error)
+        if launch.total(torch.tensor(bool(fault), dtype=torch.float64)) == 0:
+            return window
+        faults = dict.fromkeys(text for text in launch.collect(fault) if text)
+        if self.position.batches:
+            self.save()
+            logger.info("step %d saved", self.position.steps)
+        raise UserError("; ".join(faults))
 
     def _set_learning_rate(self) -> None:
         step = self.position.batches // self.rules.accumulate

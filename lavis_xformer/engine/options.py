@@ -10,6 +10,7 @@ from lavis_xformer.errors import UserError
 
 AMP_MODES = {"False": "no", "no": "no", "True": "fp16", "fp16": "fp16", "bf16": "bf16"}
 RESUME_MODES = {"False": "no", "no": "no", "auto": "auto"}
+ON_CORRUPT = {"": "", "skip": "skip", "raise": "raise"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,9 @@ class RunOptions:
         job_id: name of the run folder; empty means the time of the start.
         seed: seed of the weights, of the order of the data and of all augmentation.
         tensorboard: write TensorBoard events beside the JSON lines.
+        on_corrupt: what a sample that can't be read does: ``skip`` names and counts it and takes the next
+            good one in its place, ``raise`` stops with its name. Not set, training skips and evaluation
+            raises, since there the replacement would count twice; ``skip`` accepts that.
         loader_timeout: seconds to wait for a batch before a data worker is taken for dead; 0 waits.
         next_command: a command to suggest when the run has ended.
     """
@@ -42,6 +46,7 @@ class RunOptions:
     job_id: str = ""
     seed: int = 42
     tensorboard: bool = True
+    on_corrupt: str = ""
     loader_timeout: float = 0.0
     next_command: str = ""
 
@@ -63,10 +68,10 @@ class RunOptions:
 
 
 def _checked(name: str, value: object, kind: type) -> object:
-    choices = {"amp": AMP_MODES, "resume": RESUME_MODES}.get(name)
+    choices = {"amp": AMP_MODES, "resume": RESUME_MODES, "on_corrupt": ON_CORRUPT}.get(name)
     if choices is not None:
         if str(value) not in choices:
-            raise UserError(f"run.{name} is {value!r}; it can be {', '.join(choices)}")
+            raise UserError(f"run.{name} is {value!r}; it can be {', '.join(filter(None, choices))}")
         return choices[str(value)]
     try:
         converted = kind(value)

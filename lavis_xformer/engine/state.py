@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingState:
-    """Weights, optimiser, scaler, position, averages and best figures of a run.
+    """Weights, optimiser, scaler, position, averages, best figures and skipped samples of a run.
 
     The learning rate needs no entry: it is a function of the position.
     """
@@ -54,6 +54,7 @@ class TrainingState:
         self.position = Position()
         self.averages = Averages()
         self.best: dict[str, Any] = {}
+        self.corrupt: list[str] = []
 
     @property
     def epoch_done(self) -> bool:
@@ -81,6 +82,7 @@ class TrainingState:
             "averages": self.averages.state_dict(),
             "rng": rng_of_ranks,
             "best": self.best,
+            "corrupt": self.corrupt,
             "joined_batch": self.joined_batch,
             "config": self.config,
             "versions": jobs.versions(),
@@ -96,6 +98,7 @@ class TrainingState:
         self._restore_optimizer(content, source)
         self.position = self._restored_position(content, source)
         self.best = content.get("best", {})
+        self.corrupt = content.get("corrupt", [])
         self.averages = Averages()
         if "averages" in content:
             self.averages.load_state_dict(content["averages"])
