@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -118,11 +119,15 @@ def _first_line(error: BaseException) -> str:
 def _reader_left() -> bool:
     """Whether stdout is the pipe that broke; then nothing more is written to it, not even at exit."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        stdout = sys.stdout.fileno()
+    except OSError:  # a stdout without a file, as in a notebook
+        return False
+    poll = select.poll()
+    poll.register(stdout, 0)
+    left = any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return left
 
 
 def _is_unreachable(error: BaseException) -> bool:
