@@ -24,6 +24,7 @@ _REGISTERING = (
     "lavis_xformer.data.registry",
     "lavis_xformer.tasks",
     "lavis_xformer.stage2_task",
+    "lavis_xformer.benchmark_task",
     "lavis_xformer.schedules",
     "lavis_xformer.runner",
 )

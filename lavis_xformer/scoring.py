@@ -221,6 +221,22 @@ def score_pairs(
     )
 
 
+def score_exact(predictions: Sequence[str], truths: Sequence[str]) -> Score:
+    """Score answers of a word or two: right is what equals the truth but for case and a full stop.
+
+    Args:
+        predictions: what the model said.
+        truths: the true answers.
+
+    Raises:
+        UserError: the lists differ in length or are empty.
+    """
+    _check(predictions, truths)
+    said, true = ([text.strip().rstrip(".").lower() for text in texts] for texts in (predictions, truths))
+    correct = np.array([answer == truth for answer, truth in zip(said, true, strict=True)])
+    return Score(**_common("exact", correct, true, said))
+
+
 @dataclass(frozen=True)
 class Interval:
     """A difference of means and its bootstrap interval.

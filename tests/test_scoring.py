@@ -12,6 +12,7 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.scoring import (
     paired_bootstrap,
     score_counts,
+    score_exact,
     score_pairs,
     score_presence,
 )
@@ -119,3 +120,9 @@ def test_mistakes_are_named() -> None:
         score_counts(["1"], [1], scorer="strickt")
     with pytest.raises(UserError, match="truth 'maybe'"):
         score_presence(["yes"], ["maybe"])
+
+
+def test_exact_answers_by_hand() -> None:
+    score = score_exact(["Red.", " blue", "a red", ""], ["red", "Blue", "red", "red"])
+    assert score.correct == (True, True, False, False)
+    assert (score.accuracy, score.majority, score.majority_answer, score.scorer) == (0.5, 0.75, "red", "exact")

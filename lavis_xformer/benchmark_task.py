@@ -1,0 +1,249 @@
+"""``xformer_benchmark``: what a model answers to a benchmark's questions, scored, with all that a reader must know.
+
+Every figure is written together with how the model was asked (the protocol), how its answers were read (the scorer),
+which questions these were (sha256) and what always giving the most frequent answer would score (the majority).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lavis.common.registry import registry
+from lavis.tasks.base_task import BaseTask
+from torch.utils.data import DataLoader
+
+from lavis_xformer import launch, scoring
+from lavis_xformer.distributed import is_main
+from lavis_xformer.engine import jobs
+from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.tasks import own_batches
+
+logger = logging.getLogger(__name__)
+
+SCORERS = ("strict", "gvt_official", "pope_official")
+SHOWN = ("mae", "rmse", "f1", "yes_ratio", "pair_accuracy")  # what some scores have beside accuracy
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a question is put.
+
+    Attributes:
+        name: of the protocol.
+        prompt: ``{}`` stands for the question.
+        num_beams: 1 means greedy.
+        length_penalty: of beam search; None leaves it to the model (``model.vqa_length_penalty``).
+        max_len: most tokens of an answer.
+        min_len: fewest.
+    """
+
+    name: str
+    prompt: str
+    num_beams: int = 5
+    length_penalty: float | None = None
+    max_len: int = 10
+    min_len: int = 1
+
+
+#: BLIP-2's paper (arXiv 2301.12597, appendix), and what LAVIS's YAMLs and tasks do, who never pass a length penalty
+PROTOCOLS = {
+    "paper": Protocol("paper", "Question: {} Answer:", length_penalty=-1.0),
+    "lavis": Protocol("lavis", "Question: {} Short answer:"),
+}
+
+
+class Item(NamedTuple):
+    """One question and what was said."""
+
+    question_id: int
+    image: str
+    kind: str  #: decides the score: count, count_group, presence, pairs, or anything for exact answers
+    group: str  #: what is scored apart: the kind of a scene's question, the subset of a benchmark
+    question: str
+    truth: str
+    answer: str
+    row: Mapping[str, Any]  #: the annotation
+
+
+SAVED = Item._fields[:-1]
+
+
+@registry.register_task("xformer_benchmark")
+class BenchmarkTask(BaseTask):
+    """Asks the questions of one dataset: GVT-bench, POPE, MMVP, or scenes (``xformer_scenes_vqa``)."""
+
+    CONFIG_KEYS = frozenset({"protocol", "scorer", "blind"})
+
+    def __init__(
+        self, *, protocol: Protocol, scorer: str = "strict", blind: bool = False, config: dict[str, Any] | None = None
+    ) -> None:
+        """Say how to ask and how to read the answers.
+
+        Args:
+            protocol: how a question is put.
+            scorer: how counts and yes or no are read; other answers have one way.
+            blind: show no image: the language model alone.
+            config: the run's, for the result file.
+        """
+        super().__init__()
+        self.protocol, self.scorer, self.blind, self.config = protocol, scorer, blind, config or {}
+        self._dataset: Any = None
+
+    @classmethod
+    def setup_task(cls, cfg: Any) -> BenchmarkTask:
+        """Read ``run.protocol``, ``run.scorer``, ``run.blind``, and what the run changes of the protocol.
+
+        ``prompt``, ``num_beams``, ``max_len`` and ``min_len`` may be changed; the result tells all of them.
+
+        Raises:
+            UserError: there is no such protocol or scorer, or several datasets.
+        """
+        run = cfg.run_cfg
+        name, scorer = run.get("protocol", "paper"), run.get("scorer", "strict")
+        if name not in PROTOCOLS:
+            raise UserError(f"run.protocol: '{name}': {nearest(str(name), PROTOCOLS)}")
+        if scorer not in SCORERS:
+            raise UserError(f"run.scorer: '{scorer}': {nearest(str(scorer), SCORERS)}")
+        if len(names := list(cfg.datasets_cfg)) != 1:
+            raise UserError(f"xformer_benchmark asks the questions of one dataset, not of {', '.join(names)}")
+        changes = {key: run[key] for key in ("prompt", "num_beams", "max_len", "min_len") if run.get(key) is not None}
+        protocol = Protocol(**{**asdict(PROTOCOLS[name]), **changes})
+        return cls(protocol=protocol, scorer=scorer, blind=bool(run.get("blind", False)), config=cfg.to_dict())
+
+    def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
+        """Keep the dataset: it knows the truths."""
+        super().before_evaluation(model, dataset, **kwargs)
+        self._dataset = dataset
+
+    def evaluation(self, model: Any, data_loader: DataLoader[Any], cuda_enabled: bool = True) -> dict[int, str]:
+        """Return the answer to every question by its id, over all ranks."""
+        ask = {key: value for key, value in asdict(self.protocol).items() if key != "name" and value is not None}
+        answers: dict[int, str] = {}
+        for samples, _ in own_batches(data_loader, next(model.parameters()).device):
+            shown = {"text_input": samples["text_input"]} | ({} if self.blind else {"image": samples["image"]})
+            said = model.predict_answers(shown, **ask)
+            answers |= zip((int(number) for number in samples["question_id"].tolist()), said, strict=True)
+        return {number: answer for part in launch.collect(answers) for number, answer in part.items()}
+
+    def after_evaluation(
+        self, val_result: Mapping[int, str], split_name: str, epoch: int | str, **unused: object
+    ) -> dict[str, float]:
+        """Score the answers, write ``result/<split>_<dataset>.json`` and return the figures in percent.
+
+        A question without an answer, as of an image that could not be read, counts as answered by "".
+        """
+        found = items(self._dataset, val_result)
+        scores = score(found, self.scorer)
+        if is_main():
+            name = next(iter(self.config.get("datasets", {"questions": None})))
+            path = Path(registry.get_path("result_dir")) / f"{split_name}_{name}.json"
+            jobs.write_json(path, {"benchmark": name, "split": split_name, **self.report(found, scores)})
+            logger.info("result  %s", path)
+        return figures(scores)
+
+    def report(self, found: Sequence[Item], scores: Mapping[str, scoring.Score]) -> dict[str, Any]:
+        """Return everything there is to know about an evaluation, ready for JSON."""
+        right = {number: ok for group in scores for number, ok in correct_of(found, scores, group)}
+        return {
+            "protocol": asdict(self.protocol),
+            "scorer": self.scorer,
+            "blind": self.blind,
+            "question_files": getattr(self._dataset, "question_files", []),
+            "question_sha256": getattr(self._dataset, "question_sha256", [fingerprint(found)]),
+            "template": getattr(self._dataset, "template", "raw"),
+            "figures": figures(scores),
+            "scores": {group: entry.summary() for group, entry in scores.items()},
+            "answers": [
+                {key: getattr(item, key) for key in SAVED} | {"correct": right[item.question_id]} for item in found
+            ],
+            "config": self.config,
+            "versions": jobs.versions(),
+        }
+
+    def table(self, values: Mapping[str, float]) -> list[tuple[str, str, str]]:
+        """Return accuracies beside the majority's, then what else there is."""
+        rows = [(f"protocol {self.protocol.name}, scorer {self.scorer}", "", "majority")]
+        for name, value in values.items():
+            if name.startswith("accuracy"):
+                rows.append((f"{name.replace('_', ' ', 1)} %", f"{value:.1f}", f"{values['majority' + name[8:]]:.1f}"))
+            elif name.startswith(SHOWN):
+                rows.append((name, f"{value:.3f}", ""))
+        return rows
+
+
+def items(dataset: Any, answers: Mapping[int, str]) -> list[Item]:
+    """Join a dataset's questions with what was said."""
+    found = []
+    for row in dataset.annotation:
+        kind = row.get("kind") or dataset.kind
+        truths = row["answers"] if "answers" in row else row["answer"]
+        number = int(row["question_id"])
+        group = row.get("subset") or kind
+        said = answers.get(number, "")
+        found.append(Item(number, str(row["image"]), kind, group, row["question"], str(truths[0]), said, row))
+    return found
+
+
+def grouped(found: Sequence[Item]) -> dict[str, list[Item]]:
+    """Return the items of every group, in the order of their names."""
+    groups: dict[str, list[Item]] = defaultdict(list)
+    for item in found:
+        groups[item.group].append(item)
+    return dict(sorted(groups.items()))
+
+
+def score(found: Sequence[Item], scorer: str) -> dict[str, scoring.Score]:
+    """Score every group of questions by what it asks for.
+
+    Raises:
+        UserError: there are no questions, or the scorer reads no answers of this kind.
+    """
+    if not found:
+        raise UserError("the benchmark has no questions")
+    return {group: score_kind(members[0].kind, members, scorer) for group, members in grouped(found).items()}
+
+
+def score_kind(kind: str, found: Sequence[Item], scorer: str) -> scoring.Score:
+    """Score questions of one kind; objects in the image are GVT-bench's bins for yes or no."""
+    said, truths = [item.answer for item in found], [item.truth for item in found]
+    if kind in ("count", "count_group"):
+        return scoring.score_counts(said, truths, scorer=scorer)
+    if kind == "presence":
+        sizes = [item.row["n_objects"] for item in found] if "n_objects" in found[0].row else None
+        return scoring.score_presence(said, truths, scorer=scorer, bin_by=sizes)
+    if kind == "pairs":
+        options, pairs = ([item.row[key] for item in found] for key in ("options", "pair"))
+        return scoring.score_pairs(said, truths, options=options, pairs=pairs)
+    return scoring.score_exact(said, truths)
+
+
+def correct_of(found: Sequence[Item], scores: Mapping[str, scoring.Score], group: str) -> list[tuple[int, bool]]:
+    """Return the ids of a group's questions and whether each was answered rightly."""
+    return list(zip((item.question_id for item in grouped(found)[group]), scores[group].correct, strict=True))
+
+
+def figures(scores: Mapping[str, scoring.Score]) -> dict[str, float]:
+    """Return flat figures: accuracy and majority in percent over all questions and of every group, and the errors."""
+    total = sum(entry.n for entry in scores.values())
+    values = {
+        name: 100 * sum(getattr(entry, name) * entry.n for entry in scores.values()) / total
+        for name in ("accuracy", "majority", "unread")
+    }
+    for group, entry in scores.items():
+        end = f"_{group}" if len(scores) > 1 else ""
+        values |= {f"accuracy{end}": 100 * entry.accuracy, f"majority{end}": 100 * entry.majority}
+        values |= {f"{name}{end}": getattr(entry, name) for name in SHOWN if hasattr(entry, name)}
+    return {"agg_metrics": values["accuracy"], **values}
+
+
+def fingerprint(found: Sequence[Item]) -> str:
+    """Return the sha256 of questions that stand in no file: image, question and truth, a JSON line each."""
+    lines = [json.dumps([item.image, item.question, item.truth]) for item in found]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

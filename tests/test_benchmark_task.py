@@ -1,0 +1,125 @@
+"""The benchmark task: what is asked, what is written, and figures worked by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from lavis.common.registry import registry
+from lavis.models.base_model import BaseModel
+from omegaconf import OmegaConf
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lavis_xformer import benchmark_task
+from lavis_xformer.benchmark_task import PROTOCOLS, BenchmarkTask, fingerprint, items
+from lavis_xformer.errors import UserError
+
+
+class Questions:
+    """Scenes' questions: image, kind, question, truth."""
+
+    def __init__(self, *rows: tuple[str, str, str, str]) -> None:
+        names = ("image", "kind", "question", "answer")
+        self.annotation = [
+            {**dict(zip(names, row, strict=True)), "answer": [row[3]], "question_id": n} for n, row in enumerate(rows)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.annotation)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.annotation[index]
+        return {"image": torch.zeros(3, 4, 4), "text_input": row["question"], "question_id": row["question_id"]}
+
+
+class Parrot(BaseModel):
+    """Answers from a list, in turn, and remembers what it was asked."""
+
+    def __init__(self, *answers: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.answers, self.asked = list(answers), []
+
+    def predict_answers(self, samples: dict[str, Any], **options: Any) -> list[str]:
+        self.asked.append((samples, options))
+        return [self.answers.pop(0) for _ in samples["text_input"]]
+
+
+SCENES = Questions(
+    ("a", "count", "how many?", "2"),
+    ("a", "presence", "is there a star?", "yes"),
+    ("b", "count", "how many?", "3"),
+    ("b", "attribute", "what colour?", "red"),
+)
+
+
+def evaluate(task: BenchmarkTask, model: Parrot, folder: Path, dataset: Any = SCENES) -> dict[str, float]:
+    registry.mapping["paths"]["result_dir"] = str(folder)
+    task.before_evaluation(model, dataset)
+    answers = task.evaluation(model, DataLoader(dataset, batch_size=3), cuda_enabled=False)
+    return task.after_evaluation(answers, "test", 0)
+
+
+def test_figures_and_result_file_by_hand(tmp_path: Path) -> None:
+    config = {"datasets": {"xformer_scenes_vqa": {}}}
+    task, model = BenchmarkTask(protocol=PROTOCOLS["paper"], config=config), Parrot("two", "no", "5", "Red.")
+    figures = evaluate(task, model, tmp_path)
+    assert figures["agg_metrics"] == figures["accuracy"] == 50
+    assert figures["majority"] == 75  # 1 of 2 counts, and all of the others
+    assert (figures["accuracy_count"], figures["majority_count"], figures["mae_count"]) == (50, 50, 1)
+    assert (figures["accuracy_presence"], figures["accuracy_attribute"]) == (0, 100)
+    result = json.loads((tmp_path / "test_xformer_scenes_vqa.json").read_text())
+    assert result["protocol"]["length_penalty"] == -1
+    assert (result["scorer"], result["blind"], result["config"]) == ("strict", False, config)
+    assert [answer["correct"] for answer in result["answers"]] == [True, False, False, True]
+    assert result["answers"][2] == {
+        "question_id": 2, "image": "b", "kind": "count", "group": "count", "question": "how many?", "truth": "3",
+        "answer": "5", "correct": False,
+    }  # fmt: skip
+    assert "torch" in result["versions"]
+    assert ("accuracy count %", "50.0", "50.0") in task.table(figures)
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_the_protocol_is_what_the_model_is_asked_with(tmp_path: Path, blind: bool) -> None:
+    model = Parrot(*"abcd")
+    evaluate(BenchmarkTask(protocol=PROTOCOLS["lavis"], blind=blind), model, tmp_path)
+    samples, options = model.asked[0]
+    assert options == {"prompt": "Question: {} Short answer:", "num_beams": 5, "max_len": 10, "min_len": 1}
+    assert ("image" in samples) is not blind
+
+
+def test_an_unanswered_question_is_wrong() -> None:
+    assert [item.answer for item in items(SCENES, {1: "yes"})] == ["", "yes", "", ""]
+    with pytest.raises(UserError, match="no questions"):
+        benchmark_task.score([], "strict")
+
+
+def test_the_fingerprint_is_of_questions_not_of_answers() -> None:
+    before = fingerprint(items(SCENES, {}))
+    assert fingerprint(items(SCENES, {0: "2"})) == before
+    other = Questions(*[(r["image"], r["kind"], r["question"], "9") for r in SCENES.annotation])
+    assert fingerprint(items(other, {})) != before
+
+
+def test_settings_are_read_and_checked() -> None:
+    def setup(*datasets: str, **run: Any) -> BenchmarkTask:
+        config = OmegaConf.create({"datasets": {name: {} for name in datasets or ("pope",)}, "run": run})
+        return BenchmarkTask.setup_task(
+            SimpleNamespace(run_cfg=config.run, datasets_cfg=config.datasets, to_dict=lambda: {})
+        )
+
+    task = setup(protocol="lavis", scorer="pope_official", num_beams=1)
+    assert (task.protocol.prompt, task.protocol.num_beams) == ("Question: {} Short answer:", 1)
+    assert task.scorer == "pope_official"
+    with pytest.raises(UserError, match="did you mean 'paper'"):
+        setup(protocol="papers")
+    with pytest.raises(UserError, match=r"run\.scorer"):
+        setup(scorer="strictly")
+    with pytest.raises(UserError, match="of one dataset, not of pope, mmvp"):
+        setup("pope", "mmvp")
