@@ -212,7 +212,15 @@ class XFormerRunner(PortableRunner):
             self.output_dir,
             from_step=self.state.position.steps,
             tensorboard=self.options.tensorboard,
+            wandb=self.options.wandb,
         )
+
+    def log_stats(self, stats: Any, split_name: str) -> None:
+        """Write LAVIS's ``log.txt``; a full disk costs a warning, not the run."""
+        try:
+            super().log_stats(stats, split_name)
+        except OSError as error:
+            logger.warning("log.txt can't be written: %s; going on", error)
 
     def _log(self, kind: str, split: str, figures: dict[str, Any]) -> None:
         if self.metrics_log is not None:

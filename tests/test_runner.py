@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 
 import pytest
 import torch
@@ -179,6 +180,12 @@ def test_a_task_of_lavis_trains_too(tmp_path):
     summary = runner.train()
     assert summary["best"] == {}
     assert records(runner, "step")[-1]["loss"] < records(runner, "step")[0]["loss"]
+
+
+def test_wandb_has_to_be_installed(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        toy_training.make_runner(tmp_path, wandb=True).train()
 
 
 def test_the_report_is_one_page_with_its_picture(unbroken):

@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -15,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from lavis_xformer.engine import checkpoint
+from lavis_xformer.errors import UserError
 
 LOG_NAME = "log.jsonl"
 T = TypeVar("T")
@@ -50,17 +52,26 @@ class Averages:
 
 
 class MetricsLog:
-    """Writes records to ``log.jsonl`` and their numbers to TensorBoard; for one process.
+    """Writes records to ``log.jsonl`` and their numbers to TensorBoard and W&B; for one process.
 
     A record is one line: ``{"kind": "step" | "epoch" | "eval" | ..., "epoch": .., "step": .., ...}``
-    where ``step`` counts optimiser steps from the start of the run.
+    where ``step`` counts optimiser steps from the start of the run. A disk that is full costs a
+    warning, not the run.
     """
 
-    def __init__(self, folder: Path, *, from_step: int = 0, tensorboard: bool = True) -> None:
-        """Open the log of a run folder; records after ``from_step`` are of a lost future: dropped."""
+    def __init__(
+        self, folder: Path, *, from_step: int = 0, tensorboard: bool = True, wandb: bool = False
+    ) -> None:
+        """Open the log of a run folder; records after ``from_step`` are of a lost future: dropped.
+
+        Raises:
+            UserError: W&B is wanted and not installed.
+        """
+        self._wandb = start_wandb(folder) if wandb else None
         self.path = folder / LOG_NAME
         _keep_until(self.path, from_step)
         self._file: TextIO = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self._failing = False
         self._events: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -68,22 +79,42 @@ class MetricsLog:
             self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=from_step + 1)
 
     def write(self, kind: str, *, step: int, values: dict[str, Any], **about: Any) -> None:
-        """Write one record; numbers among ``values`` go to TensorBoard as ``kind/name``."""
-        record = {"kind": kind, **about, "step": step, **values}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        if self._events is None:
-            return
+        """Write one record; numbers among ``values`` go to TensorBoard and W&B as ``kind/name``."""
         group = str(about.get("split") or "train") if kind != "step" else "step"
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._events.add_scalar(f"{group}/{name}", value, step)
+        numbers = {f"{group}/{name}": value for name, value in values.items() if isinstance(value, (int, float))}
+        try:
+            self._file.write(json.dumps({"kind": kind, **about, "step": step, **values}) + "\n")
+            self._file.flush()
+            for name, value in numbers.items() if self._events is not None else ():
+                self._events.add_scalar(name, value, step)
+            self._failing = False
+        except OSError as error:
+            if not self._failing:
+                logger.warning("%s can't be written: %s; going on", self.path, error)
+            self._failing = True
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
 
     def close(self) -> None:
         """Close the files."""
         self._file.close()
         if self._events is not None:
             self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def start_wandb(folder: Path) -> Any:
+    """Start, or go on with, the W&B run of a run folder; ``WANDB_PROJECT`` and its like keep their meaning.
+
+    Raises:
+        UserError: W&B is not installed.
+    """
+    try:
+        wandb = import_module("wandb")
+    except ImportError:
+        raise UserError("run.wandb is True, but W&B is not installed: pip install wandb") from None
+    return wandb.init(dir=str(folder), id=folder.name, name=folder.name, resume="allow")
 
 
 class Progress:

@@ -32,6 +32,7 @@ class RunOptions:
         on_corrupt: what a sample that can't be read does: ``skip`` names and counts it and takes the next
             good one in its place, ``raise`` stops with its name. Not set, training skips and evaluation
             raises, since there the replacement would count twice; ``skip`` accepts that.
+        wandb: also log to Weights & Biases, which then has to be installed.
         loader_timeout: seconds to wait for a batch before a data worker is taken for dead; 0 waits.
         next_command: a command to suggest when the run has ended.
     """
@@ -46,6 +47,7 @@ class RunOptions:
     job_id: str = ""
     seed: int = 42
     tensorboard: bool = True
+    wandb: bool = False
     on_corrupt: str = ""
     loader_timeout: float = 0.0
     next_command: str = ""
