@@ -141,13 +141,12 @@ class PortableRunner(RunnerBase):
         """Make one loader for each split, of map-style datasets.
 
         Training drops the last samples of an epoch that fill no batch on every process. Samples that
-        can't be read are skipped or fatal, as ``run.on_corrupt`` says.
+        can't be read are skipped or fatal, as ``run.on_corrupt`` says. ``dataset_ratios`` (LAVIS's
+        ``run.train_dataset_ratios``) are shares of an epoch, see ``engine.sampling.Mixture``.
 
         Raises:
             UserError: a training batch is larger than its dataset, or a dataset is of shards.
         """
-        if dataset_ratios is not None:
-            raise UserError("run.train_dataset_ratios is not supported by xformer_runner")
         common: dict[str, Any] = {
             "num_workers": num_workers,
             "pin_memory": self.device.type == "cuda",
@@ -162,7 +161,7 @@ class PortableRunner(RunnerBase):
             dataset = guard(dataset, on_corrupt=self.options.on_corrupt or ("skip" if is_train else "raise"))
             self.guards.append(dataset)
             if is_train:
-                loaders.append(train_loader(dataset, seed=self.options.seed, **batch))
+                loaders.append(train_loader(dataset, seed=self.options.seed, ratios=dataset_ratios, **batch))
             else:
                 loaders.append(eval_loader(dataset, share=share_eval, **batch))
         return loaders

@@ -1,4 +1,4 @@
-"""Batches that can be replayed: order and augmentation depend on (seed, epoch, index) alone.
+"""Batches that can be replayed: order and augmentation depend on (seed, visit, index) alone.
 
 A run that is resumed in the middle of an epoch, with any number of loader workers, therefore sees
 exactly the batches that a run which never stopped would have seen.
@@ -11,19 +11,78 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from multiprocessing.synchronize import Event
 from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, get_worker_info
 
 from lavis_xformer.distributed import rank, world_size
 from lavis_xformer.engine import rng
 from lavis_xformer.errors import UserError
 
-Key = tuple[int, int]  # (epoch, index in the dataset)
+Key = tuple[int, int]  # (visit, index in the dataset): the epoch, or the how-manieth pass over a dataset of a mixture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Datasets joined end to end, of which every epoch takes a fixed share (``run.train_dataset_ratios``).
+
+    An epoch has as many samples as all datasets together. A dataset's share goes on where the epoch before left off,
+    through one permutation after the other: no sample comes again before all others of its dataset have come.
+
+    Attributes:
+        lengths: samples of each dataset.
+        ratios: their shares of an epoch, of any sum.
+    """
+
+    lengths: Sequence[int]
+    ratios: Sequence[float]
+
+    @classmethod
+    def of(cls, dataset: Any, ratios: Sequence[Any]) -> Mixture:
+        """Make the mixture of a ``ConcatDataset``, or of a wrapper that shows its ``datasets``.
+
+        Raises:
+            UserError: there is not one positive number for each dataset.
+        """
+        lengths = [len(part) for part in getattr(dataset, "datasets", [dataset])]
+        good = all(isinstance(ratio, (int, float)) and ratio > 0 for ratio in ratios)
+        if not good or len(ratios) != len(lengths):
+            raise UserError(
+                f"run.train_dataset_ratios is {list(ratios)}; it must be one positive number for each of the "
+                f"{len(lengths)} training dataset(s), which have {lengths} samples"
+            )
+        return cls(lengths=lengths, ratios=list(ratios))
+
+    def counts(self) -> list[int]:
+        """Return how many samples of each dataset an epoch takes; rounding never adds up to more than one."""
+        share = sum(self.lengths) / sum(self.ratios)
+        edges = [round(edge * share) for edge in accumulate(self.ratios, initial=0)]
+        return [end - start for start, end in pairwise(edges)]
+
+    def keys(self, *, seed: int, epoch: int) -> Tensor:
+        """Return (samples of an epoch, 2): visits and indices in the joined datasets, in order."""
+        parts, offset = [], 0
+        for number, (length, count) in enumerate(zip(self.lengths, self.counts(), strict=True)):
+            first, last = epoch * count, (epoch + 1) * count  # of the dataset's endless row of passes
+            for visit in range(first // length, -(-last // length)):
+                indices = offset + permutation(length, seed, number, visit)
+                chosen = indices[max(0, first - visit * length) : last - visit * length]
+                parts.append(torch.stack([torch.full_like(chosen, visit), chosen], dim=1))
+            offset += length
+        keys = torch.cat(parts)
+        return keys[permutation(len(keys), seed, epoch)]
+
+
+def permutation(length: int, *keys: int) -> Tensor:
+    """Return (length,) the permutation that ``keys`` stand for."""
+    return torch.randperm(length, generator=torch.Generator().manual_seed(rng.seed_of(*keys)))
 
 
 class EpochBatchSampler(Sampler[list[Key]]):
@@ -35,9 +94,19 @@ class EpochBatchSampler(Sampler[list[Key]]):
     epoch (LAVIS's ``drop_last``); another epoch's order leaves out others.
     """
 
-    def __init__(self, *, length: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        """Make a sampler of ``length`` samples that starts at epoch 0, batch 0."""
+    def __init__(
+        self,
+        *,
+        length: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        mixture: Mixture | None = None,
+    ) -> None:
+        """Make a sampler of ``length`` samples that starts at epoch 0, batch 0; a ``mixture`` says which they are."""
         self.length = length
+        self.mixture = mixture
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
@@ -54,17 +123,20 @@ class EpochBatchSampler(Sampler[list[Key]]):
         return self.length // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        """Yield lists of (epoch, index), the keys of a ``ReplayDataset``."""
+        """Yield lists of (visit, index), the keys of a ``ReplayDataset``."""
         epoch, skip = self.epoch, self.skip_batches
-        generator = torch.Generator().manual_seed(rng.seed_of(self.seed, epoch))
-        order = torch.randperm(self.length, generator=generator)
+        if self.mixture is not None:
+            keys = self.mixture.keys(seed=self.seed, epoch=epoch)
+        else:
+            order = permutation(self.length, self.seed, epoch)
+            keys = torch.stack([torch.full_like(order, epoch), order], dim=1)
         for batch in range(skip, len(self)):
             first = (batch * self.world_size + self.rank) * self.batch_size
-            yield [(epoch, index) for index in order[first : first + self.batch_size].tolist()]
+            yield [(visit, index) for visit, index in keys[first : first + self.batch_size].tolist()]
 
 
 class ReplayDataset(Dataset[Any]):
-    """A map-style dataset read by (epoch, index), its randomness seeded for each sample."""
+    """A map-style dataset read by (visit, index), its randomness seeded for each sample."""
 
     def __init__(self, dataset: Dataset[Any], *, seed: int) -> None:
         """Wrap ``dataset``; ``seed`` is the run's."""
@@ -76,7 +148,7 @@ class ReplayDataset(Dataset[Any]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, key: Key) -> Any:
-        """Return sample ``index`` as it is in ``epoch``."""
+        """Return sample ``index`` as it is at a visit."""
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Any]:
@@ -93,25 +165,35 @@ class ReplayDataset(Dataset[Any]):
             if before is not None:
                 rng.restore(before)
 
-    def _sample(self, epoch: int, index: int) -> Any:
-        rng.seed_cpu(rng.seed_of(self.seed, epoch, index))
+    def _sample(self, visit: int, index: int) -> Any:
+        rng.seed_cpu(rng.seed_of(self.seed, visit, index))
         return self.dataset[index]
 
 
-def train_loader(dataset: Dataset[Any], *, batch_size: int, seed: int, **options: Any) -> DataLoader[Any]:
+def train_loader(
+    dataset: Dataset[Any], *, batch_size: int, seed: int, ratios: Sequence[Any] | None = None, **options: Any
+) -> DataLoader[Any]:
     """Return this rank's loader of a training set; its ``batch_sampler`` chooses epoch and start.
 
     Args:
         dataset: map-style.
         batch_size: samples for each process.
         seed: the run's.
+        ratios: shares of the datasets that it joins, see ``Mixture``; without them every sample comes once an epoch.
         options: more arguments of ``DataLoader``.
 
     Raises:
         UserError: the batches of all processes are together larger than the data.
     """
     length = len(dataset)  # type: ignore[arg-type]
-    sampler = EpochBatchSampler(length=length, batch_size=batch_size, seed=seed, rank=rank(), world_size=world_size())
+    sampler = EpochBatchSampler(
+        length=length,
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank(),
+        world_size=world_size(),
+        mixture=Mixture.of(dataset, ratios) if ratios is not None else None,
+    )
     if len(sampler) == 0:
         raise UserError(
             f"run.batch_size_train is {batch_size} for each of {world_size()} process(es), but the "

@@ -1,0 +1,92 @@
+"""Orders that can be replayed: every sample once an epoch, or datasets in given shares."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+
+import pytest
+import toy_training
+from torch.utils.data import ConcatDataset
+
+from lavis_xformer.engine.sampling import EpochBatchSampler, Mixture
+from lavis_xformer.errors import UserError
+
+
+def epochs(count, *, world_size=1, mixture=None, length=30, batch_size=6, skip=0):
+    """Joined batches of each epoch, as lists of keys."""
+    found = []
+    for epoch in range(count):
+        parts = []
+        for rank in range(world_size):
+            sampler = EpochBatchSampler(
+                length=length, batch_size=batch_size // world_size, seed=3, rank=rank, world_size=world_size,
+                mixture=mixture,
+            )  # fmt: skip
+            sampler.start(epoch=epoch, skip_batches=skip)
+            parts.append(list(sampler))
+        found.append([list(chain(*batches)) for batches in zip(*parts, strict=True)])
+    return found
+
+
+def flat(batches):
+    return list(chain(*batches))
+
+
+def test_every_sample_comes_once_an_epoch_in_another_order():
+    first, second = epochs(2)
+    assert sorted(flat(first)) == [(0, i) for i in range(30)]
+    assert sorted(flat(second)) == [(1, i) for i in range(30)]
+    assert [i for _, i in flat(first)] != [i for _, i in flat(second)]
+
+
+@pytest.mark.parametrize("mixture", [None, Mixture(lengths=[5, 25], ratios=[1, 2])])
+def test_processes_and_restarts_share_one_order(mixture):
+    assert epochs(3, world_size=2, mixture=mixture) == epochs(3, mixture=mixture)
+    assert epochs(3, skip=2, mixture=mixture) == [batches[2:] for batches in epochs(3, mixture=mixture)]
+
+
+def test_shares_are_exact_and_no_sample_comes_again_before_the_others():
+    mixture = Mixture(lengths=[5, 25], ratios=[1, 2])
+    assert mixture.counts() == [10, 20]
+    seen = []
+    for batches in epochs(5, mixture=mixture):
+        keys = flat(batches)
+        assert sum(index < 5 for _, index in keys) == 10
+        seen += keys
+    times = Counter(index for _, index in seen)
+    assert {times[i] for i in range(5)} == {10}
+    assert {times[i] for i in range(5, 30)} == {4}
+    assert len(set(seen)) == len(seen), "each visit of a sample is another one, with its own augmentation"
+
+
+@pytest.mark.parametrize("ratios", [[0.3, 0.3, 0.4], [1, 1e-9, 1], [7, 5, 3]])
+def test_shares_add_up_to_an_epoch(ratios):
+    counts = Mixture(lengths=[11, 13, 17], ratios=ratios).counts()
+    assert sum(counts) == 41
+    assert all(abs(n - 41 * r / sum(ratios)) < 1 for n, r in zip(counts, ratios, strict=True))
+    assert len(Mixture(lengths=[11, 13, 17], ratios=ratios).keys(seed=0, epoch=4)) == 41
+
+
+def test_ratios_have_to_fit_the_datasets():
+    joined = ConcatDataset([toy_training.ToyPairs(4), toy_training.ToyPairs(6)])
+    assert Mixture.of(joined, [1, 3]).lengths == [4, 6]
+    for wrong in ([1], [1, 0], [1, "2"]):
+        with pytest.raises(UserError, match=r"one positive number for each of the 2 .* \[4, 6\] samples"):
+            Mixture.of(joined, wrong)
+
+
+def test_a_run_with_ratios_resumes_to_the_bit(tmp_path):
+    def make(**run):
+        datasets = {
+            "a": {"train": toy_training.ToyPairs(8), "val": toy_training.ToyPairs(8, augmented=False)},
+            "b": {"train": toy_training.ToyPairs(40)},
+        }
+        return toy_training.make_runner(tmp_path, datasets=datasets, train_dataset_ratios=[1, 1], **run)
+
+    whole = make(job_id="whole", save_every_steps=4, keep_last=0)
+    whole.train()
+    again = make(job_id="again", resume_ckpt_path=str(whole.output_dir / "checkpoint_1_step8.pth"))
+    again.train()
+    left, right = (run.state.model.state_dict() for run in (whole, again))
+    assert all(left[name].equal(right[name]) for name in left)
