@@ -10,7 +10,6 @@ import argparse
 import json
 import shlex
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,10 +24,10 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.mini import pool
 from lavis_xformer.mini.cards import Card, write_card
 from lavis_xformer.mini.clip import ClipConfig, MiniClip, clip_loss, retrieval, shipped_state
-from lavis_xformer.mini.language import accuracy, encode, language_loss, opt_config, perplexity
+from lavis_xformer.mini.language import accuracy, encode, language_loss, opt_config, perplexity, prepare
 from lavis_xformer.mini.mae import mae_config, mae_loss, reconstruction
 from lavis_xformer.mini.tokenizers import write_bert, write_opt
-from lavis_xformer.mini.training import Schedule, fit
+from lavis_xformer.mini.training import Schedule, StepLoss, fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +65,7 @@ RECIPES = {
         heldout=1000,
         clip=Schedule(steps=500, batch=128, lr=1e-3),
         mae=Schedule(steps=700, batch=256, lr=1e-3),
-        opt=Schedule(steps=800, batch=32, lr=2e-3),
+        opt=Schedule(steps=3000, batch=13, lr=3e-3),
     ),
     "full": Recipe(
         scenes=60_000,
@@ -75,7 +74,7 @@ RECIPES = {
         heldout=1000,
         clip=Schedule(steps=20_000, batch=128, lr=1e-3),
         mae=Schedule(steps=20_000, batch=256, lr=1.5e-3),
-        opt=Schedule(steps=1800, batch=32, lr=2e-3),
+        opt=Schedule(steps=12_000, batch=13, lr=3e-3),
     ),
 }
 
@@ -91,7 +90,7 @@ class Job:
     device: torch.device
     command: str
 
-    def fit(self, part: str, module: nn.Module, loss: Callable[[torch.Generator], Tensor]) -> float:
+    def fit(self, part: str, module: nn.Module, loss: StepLoss) -> float:
         """Train one part by its schedule; returns seconds."""
         schedule: Schedule = getattr(self.recipe, part)
         state = self.out / ".state" / f"{part}-{schedule.steps}x{schedule.batch}-seed{self.seed}.pt"
@@ -159,13 +158,16 @@ def build_opt(job: Job) -> None:
     documents = pool.documents(pool.TRAIN, seed=job.seed, count=recipe.documents)
     texts = [text for document in documents[:20_000] for text, _ in document.parts()]
     tokenizer = write_opt(job.out / "opt", texts)
-    model = OPTForCausalLM(opt_config(len(tokenizer))).to(job.device)
+    model = OPTForCausalLM(opt_config(len(tokenizer)))
+    prepare(model)
+    model.to(job.device)
     tokens, answers = encode(documents, tokenizer)
     loss = language_loss(model, tokens, answers, batch=recipe.opt.batch)
     seconds = job.fit("opt", model, loss)
     asked = pool.examination(pool.HELD_OUT, seed=job.seed, count=recipe.heldout)
     blind = [replace(document, text="") for document in asked]
-    figures = {"perplexity": perplexity(model, tokenizer, asked)}
+    captions = [text for text in pool.documents(pool.HELD_OUT, seed=job.seed, count=recipe.heldout) if not text.turns]
+    figures = {"perplexity of captions": perplexity(model, tokenizer, captions)}
     figures |= {f"answers {k} %": v for k, v in accuracy(model, tokenizer, asked).items()}
     figures |= {f"blind {k} %": v for k, v in accuracy(model, tokenizer, blind).items()}
     state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied

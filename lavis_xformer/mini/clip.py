@@ -107,7 +107,7 @@ def clip_loss(model: MiniClip, images: Tensor, captions: Tensor, *, batch: int) 
     """
     device = next(model.parameters()).device
 
-    def step(rng: torch.Generator) -> Tensor:
+    def step(rng: torch.Generator, _progress: float) -> Tensor:
         rows = torch.randint(len(images), (batch,), generator=rng)
         wording = torch.randint(captions.shape[1], (batch,), generator=rng)
         view = unit(images[rows].to(device))

@@ -25,6 +25,7 @@ from lavis_xformer.data.scenes import (
     ask,
     coarse_caption,
     description,
+    details,
     make_scene,
     questions,
     render,
@@ -81,7 +82,8 @@ def documents(split: str, *, seed: int, count: int) -> list[Document]:
     """What the language model reads.
 
     Of every eight texts one is a caption, one a pair of questions without a description, and six are descriptions
-    with eight questions each. Every other scene is an easy one: short texts teach faster.
+    with ten questions and up to three requests to tell all of an object, which teach to look it up: their answers
+    are longer. Every other scene is an easy one: short texts teach faster.
     """
     chunks = in_parallel(partial(_documents, split, seed), count)
     return [document for chunk in chunks for document in chunk]
@@ -101,10 +103,24 @@ def _documents(split: str, seed: int, start: int, stop: int) -> list[Document]:
             level = list(LEVELS.values())[index // 8 % len(LEVELS)]
             found.append(Document(level(shown, rng)))
             continue
-        asked = questions(shown, rng, n=2 if index % 8 == 1 else 8)
-        turns = tuple(Turn(q.kind, q.text, q.answer) for q in asked)
-        found.append(Document("" if index % 8 == 1 else description(shown), turns))
+        blind = index % 8 == 1
+        asked = questions(shown, rng, n=2 if blind else 10)
+        turns = [Turn(q.kind, q.text, q.answer) for q in asked]
+        if not blind:
+            turns += _requests(shown, rng)
+        order = rng.permutation(len(turns))
+        found.append(Document("" if blind else description(shown), tuple(turns[int(i)] for i in order)))
     return found
+
+
+def _requests(shown: Scene, rng: np.random.Generator, most: int = 3) -> list[Turn]:
+    """Ask for all that is known of some objects that a name singles out; for training only."""
+    named = [(item.name, item) for item in shown.singles()]
+    largest = shown.largest()
+    if largest and len(shown.objects) > 1:
+        named.append(("largest object", largest))
+    chosen = (named[int(i)] for i in rng.permutation(len(named))[:most])
+    return [Turn("details", f"what is the {name}?", details(item)) for name, item in chosen]
 
 
 def _examination(split: str, seed: int, start: int, stop: int) -> list[Document]:

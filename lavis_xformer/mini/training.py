@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-StepLoss = Callable[[torch.Generator], Tensor]
+StepLoss = Callable[[torch.Generator, float], Tensor]
+"""Loss of one step, from its source of randomness and the share of the steps already done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step)
             with autocast(device):
-                value = loss(generator(seed, step))
+                value = loss(generator(seed, step), step / schedule.steps)
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             nn.utils.clip_grad_norm_(module.parameters(), 1.0)

@@ -15,6 +15,7 @@ from lavis_xformer.data.scenes.text import (
     captions,
     coarse_caption,
     description,
+    details,
     fine_caption,
 )
 from lavis_xformer.data.scenes.words import vocabulary
@@ -45,6 +46,7 @@ __all__ = [
     "captions",
     "coarse_caption",
     "description",
+    "details",
     "fine_caption",
     "majority_share",
     "make_scene",

@@ -126,30 +126,43 @@ def captions(scene: Scene, level: str, n: int) -> list[str]:
     return [write(scene, rng) for _ in range(n)]
 
 
-def _tally(names: Sequence[str], order: Sequence[str]) -> str:
-    """Number of each name that occurs: ``2 red, 1 blue``."""
-    counts = Counter(names)
-    return ", ".join(f"{counts[name]} {name}" for name in order if counts[name])
+def _tally(scene: Scene) -> dict[str, int]:
+    """Number of objects by every plural that names some: all, of a shape, of a colour, of both."""
+    objects = scene.objects
+    tally = {"objects": len(objects)}
+    tally |= {plural(shape): scene.count(shape=shape) for shape in SHAPES}
+    tally |= {f"{colour} objects": scene.count(colour=colour) for colour in COLOURS}
+    tally |= {f"{colour} {plural(shape)}": n for (colour, shape), n in sorted(scene.groups().items())}
+    return {name: count for name, count in tally.items() if count}
+
+
+def details(item: SceneObject) -> str:
+    """Size, mark, facing and place of an object, always in this order: ``small dotted facing up, top left``."""
+    facing = f" facing {item.facing}" if item.directed else ""
+    return f"{item.size} {item.mark}{facing}, {item.cell}"
 
 
 def description(scene: Scene) -> str:
     """Describe a scene so completely that every question about it can be answered from the text alone.
 
-    Numbers are digits. Totals first (objects, groups, shapes, colours), then the largest object where one is
-    clearly larger, every object from left to right, and the singly named ones from top to bottom.
+    A table in words, in which whatever is asked is looked up by its name. The ground; the number of each group; from
+    left to right every object with its details and, where colour and shape name several objects singly, the
+    order of each among those from the left and from the top; last the largest object where one is clearly larger.
     """
-    objects = scene.objects
-    groups = [f"{count} {colour} {shape}" for (colour, shape), count in sorted(scene.groups().items())]
-    across = sorted(objects, key=lambda item: item.x)
-    down = sorted(scene.singles(), key=lambda item: item.y)
-    largest = scene.largest()
+    singles, largest = scene.singles(), scene.largest()
+    across = sorted(singles, key=lambda item: item.x)
+    down = sorted(singles, key=lambda item: item.y)
+
+    def told(item: SceneObject) -> str:
+        ordered = item in singles and len(singles) > 1
+        ranks = f", {across.index(item) + 1} {down.index(item) + 1}" if ordered else ""
+        return f"{item.name}: {details(item)}{ranks}"
+
     sentences = [
-        f"{len(objects)} objects on {with_article(scene.ground.name)} ground",
-        "groups: " + ", ".join(groups),
-        "shapes: " + _tally([o.shape for o in objects], SHAPES),
-        "colours: " + _tally([o.colour for o in objects], list(COLOURS)),
-        *([f"largest: {full_name(largest)}"] if largest else []),
-        "left to right: " + ", ".join(f"{full_name(item)} {place(item)}" for item in across),
-        *(["top to bottom: " + ", ".join(item.name for item in down)] if len(down) > 1 else []),
+        f"{with_article(scene.ground.name)} ground",
+        ", ".join(f"{name} {count}" for name, count in _tally(scene).items()),
+        *(told(item) for item in sorted(scene.objects, key=lambda item: item.x)),
     ]
+    if largest and len(scene.objects) > 1:
+        sentences.append(f"largest object: {details(largest)}, {largest.name}")
     return ". ".join(sentences) + "."
