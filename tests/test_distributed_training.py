@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import toy_training
 import toy_xformer
 
 from lavis_xformer.analysis import report
+from lavis_xformer.engine import rng
 
 SCRIPT = Path(__file__).with_name("toy_training.py")
 
@@ -95,3 +97,24 @@ def test_a_failure_of_one_rank_ends_all_with_its_line(tmp_path):
     assert done.returncode != 0
     assert "not finite in step" in done.stderr
     assert "'i3'" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_sample_that_one_rank_cannot_read_stops_all_after_a_save(tmp_path):
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(rng.seed_of(1, 0))).tolist()
+    bad = order[8 * 5 + 6]  # in the sixth joined batch, rank 1's part
+    done = torchrun(
+        f"output_dir={tmp_path}", "job_id=a", "batch_size_train=4", "length=96", f"unreadable=[{bad}]",
+        "on_corrupt=raise",
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert done.stderr.count(f"error: sample {bad} of ToyPairs: broken data stream") == 2, "each rank's one line"
+    assert "exitcode  : 2" in done.stderr
+    assert (tmp_path / "a" / "checkpoint_0_step5.pth").exists()
+    done = torchrun(
+        f"output_dir={tmp_path}", "job_id=a", "batch_size_train=4", "length=96", f"unreadable=[{bad}]", "resume=auto"
+    )
+    assert done.returncode == 0, done.stderr
+    assert report.read_log(tmp_path / "a")[-1]["kind"] == "eval"
+    summary = json.loads((tmp_path / "a" / "summary.json").read_text())
+    assert summary["corrupt"] == [f"sample {bad} of ToyPairs"]

@@ -28,14 +28,17 @@ WIDTH = 8
 class ToyPairs(BaseDataset):
     """Pairs of a noisy vector and the word for its class: 'c0' to 'c3'; two captions per image."""
 
-    def __init__(self, length=48, broken=(), augmented=True, delay=0.0):
+    def __init__(self, length=48, broken=(), augmented=True, delay=0.0, unreadable=()):
         self.length, self.broken, self.augmented, self.delay = length, broken, augmented, delay
+        self.unreadable = unreadable
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, index):
         time.sleep(self.delay)
+        if index in self.unreadable:
+            raise OSError("broken data stream")
         image = index // 2
         generator = torch.Generator().manual_seed(image % 4)
         noise = random.random() + np.random.rand() + torch.rand(WIDTH)
@@ -103,7 +106,7 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def make_runner(output_dir, *, dropout=0.1, broken=(), length=48, delay=0.0, datasets=None, **run):
+def make_runner(output_dir, *, dropout=0.1, broken=(), unreadable=(), length=48, delay=0.0, datasets=None, **run):
     """Build the runner that the entry point would build for the toy."""
     from lavis.common.registry import registry
     from lavis.tasks import setup_task
@@ -117,7 +120,7 @@ def make_runner(output_dir, *, dropout=0.1, broken=(), length=48, delay=0.0, dat
     rng.seed_everything(options.seed)
     model = ToyModel(dropout)
     rng.seed_everything(rng.seed_of(options.seed, distributed.rank()))
-    toy = {"train": ToyPairs(length, broken, delay=delay), "val": ToyPairs(17, augmented=False)}
+    toy = {"train": ToyPairs(length, broken, delay=delay, unreadable=unreadable), "val": ToyPairs(17, augmented=False)}
     runner_class = registry.get_runner_class("xformer_runner")
     return runner_class(config, setup_task(config), model, datasets or {"toy": toy}, job_id)
 
