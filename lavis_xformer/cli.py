@@ -31,6 +31,7 @@ COMMANDS = {
     "report": ("lavis_xformer.analysis.report", "draw the curves and write the report of a run's folder"),
     "export": ("lavis_xformer.export", "write a checkpoint as a folder of safetensors, settings and a card"),
     "build-mini": ("lavis_xformer.mini.build", "train the mini encoders and language model from scratch"),
+    "compare": ("lavis_xformer.compare.run", "train and evaluate variants alike, and say how they differ"),
     "probe": ("lavis_xformer.mini.probe", "measure what the mini encoders' tokens tell about scenes"),
 }
 

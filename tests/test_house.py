@@ -41,14 +41,15 @@ RULES = [
     (("data.scenes.*",), ("lavis.*", "torch.*", "torchvision.*")),
     # 4. tasks and runner reach a model through the registry and its methods; data has one door, the guard
     (
-        ("tasks", "stage2_task", "runner", "schedules", "engine.*"),
+        ("tasks", "stage2_task", "benchmark_task", "runner", "schedules", "engine.*"),
         (*rooms("models", "data", "mini"), "lavis.models.*"),
     ),
     (
         ("portable_runner",),
         (*rooms("models", "mini", *DATA_BUT_GUARD), "lavis.models.*"),
     ),
-    # 5. analysis reads files
+    # 5. analysis reads files, and so does compare, whose runs are processes of their own
+    (("compare.*",), (*rooms("models", "data", "tasks", "runner", "engine", "config"), "lavis.*")),
     (("analysis.*",), (*rooms("models", "data", "tasks", "runner", "engine", "config"), "lavis.*")),
 ]
 

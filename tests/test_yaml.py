@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 import lavis_xformer
 
 ROOT = Path(__file__).parents[1]
-PROJECTS = sorted((ROOT / "projects").rglob("*.yaml"))
+COMPARISONS = sorted((ROOT / "projects").rglob("compare/*.yaml"))
+PROJECTS = sorted({*(ROOT / "projects").rglob("*.yaml")} - {*COMPARISONS})
 MODELS = sorted((ROOT / "configs" / "models").glob("*.yaml"))
 
 
@@ -35,6 +36,20 @@ def test_every_project_passes_the_checks_of_a_run(path: Path, tmp_path: Path) ->
     cfg = load_config(str(path), [f"run.output_dir={tmp_path}", *own_files, *lavis_files(raw, tmp_path)])
     assert cfg.model_cfg.arch == raw.model.arch
     assert cfg.run_cfg.task == raw.run.task
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_every_run_of_a_comparison_passes_the_checks_of_a_run(path: Path) -> None:
+    from lavis_xformer.compare.plan import read_plan
+    from lavis_xformer.config import load_config
+
+    plan = read_plan(str(path))
+    for cell in plan.cells(seeds=plan.seeds[:1]):
+        config, options = cell.arguments()[3], cell.arguments()[5:]
+        cfg = load_config(config, options)
+        assert cfg.run_cfg.seed == cell.seed
+        assert cfg.model_cfg.get("pretrained") == cell.options.get("model.pretrained")
+    assert len({tuple(cell.arguments()) for cell in plan.cells()}) == len(plan.cells()), "two variants are the same"
 
 
 def lavis_files(raw: Any, folder: Path) -> list[str]:

@@ -1,0 +1,212 @@
+"""What a comparison runs: cells = variants x seeds x stages, each an ordinary run with its options.
+
+A cell's folder is named after everything that decides what it computes: its YAML, its options and the cell it starts
+from. So a finished cell is kept as long as nothing of that changes, and comparisons share what they have in common.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.paths import project_path
+
+KEYS = ("extends", "output", "seeds", "baseline", "common", "variants")
+STAGE_KEYS = ("config", "evaluate", "options")
+#: of a variant, beside options of single stages: options of every stage, stages left out, seeds of its own
+VARIANT_KEYS = ("every", "skip", "seeds")
+BEST = "checkpoint_best.pth"
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run that every variant goes through.
+
+    Attributes:
+        name: as ``stage1``.
+        config: a project's YAML.
+        options: changes of it, for every variant.
+        evaluate: whether it evaluates the weights of the stage before, instead of training.
+    """
+
+    name: str
+    config: str
+    options: Options
+    evaluate: bool
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a comparison.
+
+    Attributes:
+        variant: whose.
+        seed: of weights, order of data and augmentation.
+        stage: what is run.
+        options: all changes of the stage's YAML.
+        folder: where it leaves its results.
+    """
+
+    variant: str
+    seed: int
+    stage: Stage
+    options: Options
+    folder: Path
+
+    @property
+    def finished(self) -> bool:
+        """Whether it ran to its end."""
+        return (self.folder / "cell.json").is_file()
+
+    def arguments(self) -> list[str]:
+        """Return the command line after ``python``."""
+        module = "lavis.evaluate" if self.stage.evaluate else "lavis.train"
+        options = [f"{key}={as_text(value)}" for key, value in self.options.items()]
+        return ["-m", module, "--cfg-path", self.stage.config, "--options", *options]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison.
+
+    Attributes:
+        name: of its YAML.
+        output: where the results go; the cells stand in its subfolder ``cells``.
+        baseline: the variant that the others are compared with.
+        seeds: of every variant that has none of its own.
+        stages: in order; a training passes its best weights on to the next stages.
+        variants: name to what it changes.
+    """
+
+    name: str
+    output: Path
+    baseline: str
+    seeds: tuple[int, ...]
+    stages: tuple[Stage, ...]
+    variants: dict[str, dict[str, Any]]
+
+    def cells(self, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Cell]:
+        """Return the cells in the order in which they can run.
+
+        Args:
+            only: names of variants; all where there are none.
+            seeds: all where there are none.
+
+        Raises:
+            UserError: there is no such variant.
+        """
+        for name in only:
+            if name not in self.variants:
+                raise UserError(f"--only {name}: {self.name} has no such variant; {nearest(name, self.variants)}")
+        return [
+            cell
+            for name, variant in self.variants.items()
+            for seed in variant.get("seeds", self.seeds)
+            if (not only or name in only) and (not seeds or seed in seeds)
+            for cell in self._chain(name, seed)
+        ]
+
+    def _chain(self, name: str, seed: int) -> list[Cell]:
+        """A variant's stages of one seed, each starting from the weights of the training before it."""
+        cells: list[Cell] = []
+        variant, weights = self.variants[name], None
+        for stage in self.stages:
+            if stage.name in variant.get("skip", ()):
+                continue
+            options = {**stage.options, **variant.get("every", {}), **variant.get(stage.name, {}), "run.seed": seed}
+            if weights is not None:
+                options["model.pretrained"] = str(weights)
+            folder = self.output / "cells" / f"{stage.name}-seed{seed}-{digest(stage.config, options)}"
+            options |= {"run.output_dir": str(folder.parent), "run.job_id": folder.name}
+            if not stage.evaluate:
+                options["run.resume"], weights = "auto", folder / BEST
+            cells.append(Cell(name, seed, stage, options, folder))
+        return cells
+
+
+def read_plan(path: str) -> Plan:
+    """Read a comparison's YAML.
+
+    Args:
+        path: here or among the shipped ``projects/``. ``extends`` names another such YAML beside it, of which this one
+            states its differences: ``common`` then holds more options of each stage, and a variant with nothing behind
+            its name is the other's.
+
+    Raises:
+        UserError: a file, key or value is missing or wrong.
+    """
+    file = project_path(path)
+    content = _read(file)
+    for key in ("output", "seeds", "baseline", "common", "variants"):
+        if not content.get(key):
+            raise UserError(f"{file}: '{key}' is missing")
+    stages = tuple(_stage(file, name, given) for name, given in content["common"].items())
+    names = [stage.name for stage in stages]
+    for variant, given in content["variants"].items():
+        for key in [*given, *given.get("skip", ())]:
+            if key not in (*VARIANT_KEYS, *names):
+                raise UserError(f"{file}: variants.{variant}.{key}: {nearest(key, (*VARIANT_KEYS, *names))}")
+    if content["baseline"] not in content["variants"]:
+        raise UserError(f"{file}: baseline: {nearest(str(content['baseline']), content['variants'])}")
+    return Plan(
+        name=file.stem,
+        output=Path(content["output"]).absolute(),
+        baseline=content["baseline"],
+        seeds=tuple(content["seeds"]),
+        stages=stages,
+        variants=content["variants"],
+    )
+
+
+def digest(config: str, options: Mapping[str, Any]) -> str:
+    """Return eight characters that change with a YAML's content or an option."""
+    text = project_path(config).read_text(encoding="utf-8") + json.dumps(options, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def as_text(value: object) -> str:
+    """Write an option's value as ``--options`` reads it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is no YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} is no comparison: it has none of {', '.join(KEYS)}")
+    for key in content:
+        if key not in KEYS:
+            raise UserError(f"{file}: '{key}': {nearest(key, KEYS)}")
+    variants: dict[str, Any] = content.get("variants") or {}
+    if "extends" not in content:
+        return content | {"variants": {name: given or {} for name, given in variants.items()}}
+    base = _read(file.parent / content["extends"])
+    for name, given in variants.items():
+        if given is None and name not in base["variants"]:
+            raise UserError(f"{file}: variants.{name}: {content['extends']} has no such variant")
+    own = {name: base["variants"][name] if given is None else given for name, given in variants.items()}
+    common = {
+        name: {**stage, "options": {**stage.get("options", {}), **content.get("common", {}).get(name, {})}}
+        for name, stage in base["common"].items()
+    }
+    return {**base, **content, "common": common, "variants": own or base["variants"]}
+
+
+def _stage(file: Path, name: str, given: Mapping[str, Any]) -> Stage:
+    for key in given:
+        if key not in STAGE_KEYS:
+            raise UserError(f"{file}: common.{name}.{key}: {nearest(key, STAGE_KEYS)}")
+    if not given.get("config"):
+        raise UserError(f"{file}: common.{name}.config is missing: a project's YAML")
+    return Stage(name, given["config"], dict(given.get("options") or {}), bool(given.get("evaluate", False)))

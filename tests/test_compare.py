@@ -1,0 +1,236 @@
+"""Comparisons: which runs they consist of, what is kept, and figures worked by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lavis_xformer.compare import figures, run
+from lavis_xformer.compare.plan import Cell, Plan, as_text, read_plan
+from lavis_xformer.compare.results import by_question, collect, differences, markdown, mean_and_spread
+from lavis_xformer.errors import UserError
+
+SHIPPED = "projects/xformer/compare/quick.yaml"
+
+
+def content(folder: Path) -> dict[str, Any]:
+    stage1, stage2 = folder / "stage1.yaml", folder / "stage2.yaml"
+    stage1.write_text("one")
+    stage2.write_text("two")
+    return {
+        "output": str(folder / "out"),
+        "seeds": [1, 2],
+        "baseline": "a",
+        "common": {
+            "first": {"config": str(stage1), "options": {"run.max_epoch": 3, "x": 1}},
+            "second": {"config": str(stage2)},
+            "asked": {"config": str(stage2), "evaluate": True},
+        },
+        "variants": {
+            "a": {"every": {"x": 2}},
+            "b": {"second": {"y": [1, 2]}},
+            "blind": {"skip": ["first", "second"], "seeds": [7]},
+        },
+    }
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return make(tmp_path, content(tmp_path))
+
+
+def make(folder: Path, given: dict[str, Any], name: str = "toy") -> Plan:
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(given, sort_keys=False))
+    return read_plan(str(path))
+
+
+def finish(cell: Cell, **note: Any) -> None:
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    (cell.folder / "cell.json").write_text(json.dumps({"seconds": 2.0, "peak_memory_mb": 100.0, **note}))
+
+
+def test_cells_are_variants_by_seeds_by_stages(plan: Plan) -> None:
+    cells = plan.cells()
+    assert [(c.variant, c.seed, c.stage.name) for c in cells][:4] == [
+        ("a", 1, "first"), ("a", 1, "second"), ("a", 1, "asked"), ("a", 2, "first"),
+    ]  # fmt: skip
+    assert [(c.seed, c.stage.name) for c in cells if c.variant == "blind"] == [(7, "asked")]
+    first, second, asked = cells[:3]
+    assert first.options == {
+        "run.max_epoch": 3, "x": 2, "run.seed": 1, "run.output_dir": str(first.folder.parent),
+        "run.job_id": first.folder.name, "run.resume": "auto",
+    }  # fmt: skip
+    assert second.options["model.pretrained"] == str(first.folder / "checkpoint_best.pth")
+    assert asked.options["model.pretrained"] == str(second.folder / "checkpoint_best.pth")
+    assert "run.resume" not in asked.options
+    assert asked.arguments()[:2] == ["-m", "lavis.evaluate"]
+    assert "y=[1, 2]" in plan.cells(["b"])[1].arguments()
+    assert [as_text(value) for value in ("none", None, True, 0.5)] == ["none", "null", "true", "0.5"]
+
+
+def test_only_and_seeds_choose(plan: Plan) -> None:
+    assert {(c.variant, c.seed) for c in plan.cells(["b"], [2])} == {("b", 2)}
+    with pytest.raises(UserError, match=r"--only bb: toy has no such variant; did you mean 'b'"):
+        plan.cells(["bb"])
+
+
+def test_a_cell_is_kept_until_what_decides_it_changes(tmp_path: Path, plan: Plan) -> None:
+    for cell in plan.cells():
+        finish(cell)
+    assert all(cell.finished for cell in make(tmp_path, content(tmp_path)).cells())
+    changed = content(tmp_path)
+    changed["variants"]["b"] = {"second": {"y": 3}}
+    state = {(c.variant, c.stage.name): c.finished for c in make(tmp_path, changed).cells()}
+    assert state[("b", "first")]
+    assert not state[("b", "second")]
+    assert not state[("b", "asked")], "it asks other weights"
+    assert state[("a", "asked")]
+    (tmp_path / "stage1.yaml").write_text("one, changed")
+    assert not any(cell.finished for cell in plan.cells(["a"]))
+
+
+def test_a_yaml_may_state_its_difference_alone(tmp_path: Path) -> None:
+    make(tmp_path, content(tmp_path), "base")
+    given = {"extends": "base.yaml", "common": {"first": {"x": 5}}, "variants": {"a": None, "c": {"every": {"x": 9}}}}
+    child = make(tmp_path, given, "child")
+    assert list(child.variants) == ["a", "c"]
+    assert (child.name, child.baseline, child.seeds) == ("child", "a", (1, 2))
+    assert child.stages[0].options == {"run.max_epoch": 3, "x": 5}
+    with pytest.raises(UserError, match=r"variants\.z: base\.yaml has no such variant"):
+        make(tmp_path, {"extends": "base.yaml", "variants": {"z": None}}, "other")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": [1]}, "'seed': did you mean 'seeds'"),
+        ({"baseline": "aa"}, "baseline: did you mean 'a'"),
+        ({"variants": {"a": {"frist": {}}}}, r"variants\.a\.frist: did you mean 'first'"),
+        ({"common": {"first": {}}}, r"common\.first\.config is missing"),
+        ({"output": None}, "'output' is missing"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make(tmp_path, content(tmp_path) | change)
+
+
+def answer(number: int, correct: bool, *, truth: str = "1", kind: str = "count") -> dict[str, Any]:
+    return {
+        "question_id": number, "image": f"i{number}", "question": "?", "kind": kind, "group": kind,
+        "truth": truth, "answer": "", "correct": correct,
+    }  # fmt: skip
+
+
+def seeded(answers: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    return [{**row, "seed": seed, "stage": "asked"} for row in answers]
+
+
+def test_differences_by_hand() -> None:
+    ours = seeded([answer(n, True) for n in range(4)], 1) + seeded([answer(n, n < 2) for n in range(4)], 2)
+    theirs = seeded([answer(n, False) for n in range(4)], 1)
+    assert [row["score"] for row in by_question(ours).values()] == [1, 1, 0.5, 0.5]
+    gap = differences(ours, theirs)
+    assert gap["all"]["difference"] == gap["count"]["difference"] == 75
+    assert 50 <= gap["all"]["low"] <= 75 <= gap["all"]["high"] <= 100
+    assert differences(ours, []) == {}
+    assert differences(ours, ours)["all"] == {"n": 4, "difference": 0, "low": 0, "high": 0}
+    assert mean_and_spread([1, 3]) == {"mean": 2, "spread": pytest.approx(2**0.5)}
+    assert mean_and_spread([1])["spread"] is None
+
+
+def test_accuracy_by_true_count_by_hand() -> None:
+    rows = [answer(0, True, truth="2"), answer(1, False, truth="2"), answer(2, True, truth="5"),
+            answer(3, True, truth="red", kind="attribute")]  # fmt: skip
+    counted = figures.accuracy_by_count(list(by_question(seeded(rows, 1)).values()))
+    assert counted == {2: 0.5, 5: 1.0}
+
+
+def pretend(plan: Plan) -> None:
+    """Finish every cell but seed 2 of b: a is right on half of the questions, b on all."""
+    for cell in plan.cells():
+        if (cell.variant, cell.seed) == ("b", 2):
+            continue
+        finish(cell, trainable=None if cell.stage.evaluate else 2_500_000)
+        if cell.stage.evaluate:
+            rows = [answer(n, cell.variant == "b" or n % 2 == 0, truth=str(1 + n % 3)) for n in range(6)]
+            accuracy = {"accuracy": 50.0 + 50 * (cell.variant == "b"), "majority": 40.0, "f1": 0.5}
+            (cell.folder / "result").mkdir()
+            (cell.folder / "result" / "test.json").write_text(json.dumps({"figures": accuracy, "answers": rows}))
+        else:
+            summary = {"test": {"test": {"i2t_r1": 10.0 * cell.seed, "chance_i2t_r1": 1.0}}}
+            (cell.folder / "summary.json").write_text(json.dumps(summary))
+            log = [{"kind": "eval", "step": 5, "loss": 2.0}, {"kind": "step", "step": 5, "loss": 9.0}]
+            (cell.folder / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
+
+
+def test_tables_figures_and_json(plan: Plan) -> None:
+    pretend(plan)
+    shown = run.write(plan)
+    found = json.loads((plan.output / "toy" / "results.json").read_text())
+    assert (found["finished"], found["planned"]) == (10, 13)
+    assert found["variants"]["a"]["figures"]["first.i2t_r1"]["mean"] == 15
+    assert found["differences"]["b"]["all"]["difference"] == 50
+    assert markdown(collect(plan)) in shown
+    table = {line.split(" | ")[0].strip("| "): line for line in shown.splitlines() if line.startswith("| ")}
+    assert "15.00 ± 7.07" in shown
+    assert table["majority"].count("40.00") == 1
+    assert "2.50 M; 2; 100" in shown
+    for name in ("bars", "counts", "curves"):
+        assert (plan.output / "toy" / f"{name}.png").stat().st_size > 1000
+    assert figures.validation(plan.cells()[0].folder / "log.jsonl") == [(5, 2.0)]
+
+
+def test_nothing_finished_is_a_table_too(plan: Plan) -> None:
+    assert "0 of 13 runs" in run.write(plan)
+
+
+def test_a_failed_run_says_why(plan: Plan) -> None:
+    with pytest.raises(UserError, match=r"a, seed 1, first failed: .*error.*console\.txt"):
+        run.run_cell(plan.cells()[0])
+    assert not plan.cells()[0].finished
+
+
+def test_the_list_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main([SHIPPED, "--list", "--only", "blip2"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("to do") + said.count("finished") == 3
+
+
+TINY = {
+    "stage1": {
+        "run.max_epoch": 1, "run.batch_size_train": 8,
+        "datasets.xformer_scenes.splits.train.scenes": 16, "datasets.xformer_scenes.splits.val.scenes": 8,
+        "datasets.xformer_scenes.splits.test": {"scenes": 8, "captions": "medium", "captions_per_image": 1},
+    },
+    "stage2": {
+        "run.batch_size_train": 8,
+        "datasets.xformer_scenes.splits.train.scenes": 16, "datasets.xformer_scenes.splits.val.scenes": 4,
+        "datasets.xformer_scenes.splits.test": {"scenes": 4, "captions": "medium", "captions_per_image": 1},
+        "datasets.xformer_scenes_vqa.splits.train.scenes": 16, "datasets.xformer_scenes_vqa.splits.val.scenes": 4,
+        "datasets.xformer_scenes_vqa.splits.test": {"scenes": 4, "questions_per_image": 1},
+    },
+    "questions": {"datasets.xformer_scenes_vqa.splits.test": {"scenes": 4, "questions_per_image": 8}},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_small_comparison_runs_and_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    base = Path(__file__).parents[1] / SHIPPED
+    variants = dict.fromkeys(("blip2", "xformer"))
+    given = {"extends": str(base), "output": str(tmp_path / "out"), "common": TINY, "variants": variants}
+    make(tmp_path, given, "tiny")
+    assert run.main([str(tmp_path / "tiny.yaml")]) == 0
+    found = json.loads((tmp_path / "out" / "tiny" / "results.json").read_text())
+    assert found["finished"] == found["planned"] == 6
+    assert found["differences"]["xformer"]["all"]["n"] == 32
+    trained = [found["variants"][name]["costs"]["stage1"]["trainable"] for name in ("blip2", "xformer")]
+    assert trained[0] < trained[1]
+    monkeypatch.setattr(run, "run_cell", lambda cell: pytest.fail("finished cells are kept"))
+    assert run.main([str(tmp_path / "tiny.yaml")]) == 0
