@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 
 from lavis_xformer import launch
-from lavis_xformer.data.guard import GuardedDataset, guard
+from lavis_xformer.data.guard import GuardedDataset, guard, guards_in
 from lavis_xformer.distributed import world_size
 from lavis_xformer.engine.options import RunOptions
 from lavis_xformer.engine.sampling import eval_loader, train_loader
@@ -159,7 +159,7 @@ class PortableRunner(RunnerBase):
                 raise UserError("xformer_runner reads map-style datasets, not streams of shards")
             batch = {"batch_size": int(size), "collate_fn": collate, **common}
             dataset = guard(dataset, on_corrupt=self.options.on_corrupt or ("skip" if is_train else "raise"))
-            self.guards.append(dataset)
+            self.guards += guards_in(dataset)
             if is_train:
                 loaders.append(train_loader(dataset, seed=self.options.seed, ratios=dataset_ratios, **batch))
             else:

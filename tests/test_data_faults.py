@@ -17,6 +17,7 @@ from lavis.datasets.datasets.caption_datasets import CaptionDataset
 from PIL import Image
 
 from lavis_xformer import cli
+from lavis_xformer.data.guard import guard
 from lavis_xformer.engine import checkpoint, jobs
 from lavis_xformer.errors import UserError
 from lavis_xformer.train import print_corrupt
@@ -65,6 +66,14 @@ def test_or_stops_with_the_photos_name_when_asked_to(tmp_path, workers):
     runner = make_runner(tmp_path, [photos(tmp_path / "a", bad=[3])], on_corrupt="raise", num_workers=workers)
     with pytest.raises(UserError, match=r"a/3\.png \(sample 3\): "):
         runner.train()
+
+
+def test_a_dataset_with_its_own_guard_keeps_it_and_is_counted(tmp_path):
+    parts = [guard(photos(tmp_path / "a", bad=[3])), photos(tmp_path / "b")]
+    assert make_runner(tmp_path, parts, on_corrupt="raise").train()["corrupt"] == [f"{tmp_path}/a/3.png (sample 3)"]
+    parts = [guard(photos(tmp_path / "c", bad=[3]), on_corrupt="raise"), photos(tmp_path / "d")]
+    with pytest.raises(UserError, match=r"c/3\.png"):
+        make_runner(tmp_path, parts, job_id="second", on_corrupt="skip").train()
 
 
 def test_evaluation_stops_unless_told_to_skip(tmp_path):

@@ -98,6 +98,8 @@ class GuardedDataset(Dataset):
             try:
                 with strict_decoding():
                     return self.dataset[position]
+            except DataFault:  # a guard further inside has decided so
+                raise
             except Exception as error:  # whatever a broken file or row makes a decoder raise
                 fault = _tell(sample_name(self.dataset, position), error)
                 if self.on_corrupt == "raise":
@@ -116,7 +118,9 @@ class GuardedDataset(Dataset):
 
 
 def guard(dataset: Any, *, on_corrupt: str = "skip") -> Any:
-    """Wrap a dataset unless it is guarded already or is a stream without an index.
+    """Wrap a dataset, or each one that it joins, unless it is guarded already or is a stream without an index.
+
+    A dataset whose builder has guarded it keeps its own ``on_corrupt``.
 
     Args:
         dataset: a map-style dataset, or anything else that LAVIS's builders give.
@@ -125,7 +129,18 @@ def guard(dataset: Any, *, on_corrupt: str = "skip") -> Any:
     indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
     if isinstance(dataset, GuardedDataset) or not indexed:
         return dataset
+    if isinstance(dataset, ConcatDataset):
+        dataset.datasets = [guard(part, on_corrupt=on_corrupt) for part in dataset.datasets]
+        return dataset
     return GuardedDataset(dataset, on_corrupt=on_corrupt)
+
+
+def guards_in(dataset: Any) -> list[GuardedDataset]:
+    """Find a dataset's guards: its own, and those of what it wraps or joins."""
+    inside = getattr(dataset, "__dict__", {})
+    parts = [inside.get("dataset"), inside.get("joined"), *inside.get("datasets", [])]
+    own = [dataset] if isinstance(dataset, GuardedDataset) else []
+    return own + [found for part in parts if part is not None for found in guards_in(part)]
 
 
 def _tell(name: str, error: Exception) -> str:

@@ -31,7 +31,8 @@ class RunOptions:
         tensorboard: write TensorBoard events beside the JSON lines.
         on_corrupt: what a sample that can't be read does: ``skip`` names and counts it and takes the next
             good one in its place, ``raise`` stops with its name. Not set, training skips and evaluation
-            raises, since there the replacement would count twice; ``skip`` accepts that.
+            raises, since there the replacement would count twice; ``skip`` accepts that. A dataset with an
+            ``on_corrupt`` of its own (``image_text_json``) keeps it.
         wandb: also log to Weights & Biases, which then has to be installed.
         loader_timeout: seconds to wait for a batch before a data worker is taken for dead; 0 waits.
         next_command: a command to suggest when the run has ended.
