@@ -72,9 +72,9 @@ RECIPES = {
         wordings=4,
         documents=40_000,
         heldout=1000,
-        clip=Schedule(steps=20_000, batch=128, lr=1e-3),
-        mae=Schedule(steps=20_000, batch=256, lr=1.5e-3),
-        opt=Schedule(steps=12_000, batch=13, lr=3e-3),
+        clip=Schedule(steps=10_000, batch=128, lr=1e-3, horizon=20_000, cooldown=0.4),
+        mae=Schedule(steps=10_000, batch=256, lr=1.5e-3, horizon=20_000, cooldown=0.25),
+        opt=Schedule(steps=15_600, batch=13, lr=3e-3),
     ),
 }
 

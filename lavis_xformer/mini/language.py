@@ -48,12 +48,12 @@ class Document:
 
 
 def opt_config(vocabulary: int) -> OPTConfig:
-    """The mini OPT: width 128, 4 layers, 4 heads, no dropout; token ids as OPT's own checkpoints."""
+    """The mini OPT: width 128, 6 layers, 4 heads, no dropout; token ids as OPT's own checkpoints."""
     return OPTConfig(
         vocab_size=vocabulary,
         hidden_size=128,
         word_embed_proj_dim=128,
-        num_hidden_layers=4,
+        num_hidden_layers=6,
         num_attention_heads=4,
         ffn_dim=512,
         max_position_embeddings=512,

@@ -32,6 +32,9 @@ class Schedule:
         lr: peak learning rate, reached after ``warmup`` (a share of the steps), then cosine to 1 % of it.
         warmup: share of the steps.
         weight_decay: decoupled, on matrices only.
+        horizon: steps over which warm-up and cosine run, where that is longer than ``steps``.
+        cooldown: share of the steps, at the end, in which the rate also falls in a line to 0; so a training that
+            was planned longer can be brought home early.
     """
 
     steps: int
@@ -39,14 +42,18 @@ class Schedule:
     lr: float
     warmup: float = 0.05
     weight_decay: float = 0.05
+    horizon: int = 0
+    cooldown: float = 0.0
 
     def rate(self, step: int) -> float:
         """Learning rate of one step (0-based)."""
-        warm = max(1, round(self.warmup * self.steps))
+        horizon = max(self.horizon, self.steps)
+        warm = max(1, round(self.warmup * horizon))
         if step < warm:
             return self.lr * (step + 1) / warm
-        progress = (step - warm) / max(1, self.steps - warm)
-        return self.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+        progress = (step - warm) / max(1, horizon - warm)
+        cooling = min(1.0, (self.steps - step) / max(1, round(self.cooldown * self.steps)))
+        return self.lr * cooling * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def generator(seed: int, step: int) -> torch.Generator:
