@@ -1,4 +1,4 @@
-"""The controls beside a comparison: C in place of M, an untrained MAE, a deeper Q-Former, no image."""
+"""The controls beside a comparison: CLIP or nothing in place of M, another M, MAE alone, a deeper Q-Former, blind."""
 
 from __future__ import annotations
 
@@ -59,6 +59,66 @@ def test_c_in_place_of_m_passes_through_lavis_retrieval(configured: Any, toy: An
     assert torch.allclose(scores, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("layer", [1, 2])
+def test_a_middle_block_of_clip_in_place_of_m(configured: Any, toy: Any, batch: dict[str, Any], layer: int) -> None:
+    model = configured(toy, mae_source="clip", clip_layer=layer)
+    tokens = model.encode_image(batch["image"])
+    blocks = model.visual_encoder.get_intermediate_layers(batch["image"])  # LAVIS's own
+    expected = torch.nn.functional.layer_norm(blocks[layer - 1], blocks[0].shape[-1:])
+    assert torch.allclose(tokens.mae_tokens, expected, atol=1e-6)
+    assert not tokens.mae_tokens.requires_grad
+    assert torch.equal(tokens.clip, configured_like(model, clip_layer=None).encode_image(batch["image"]).clip)
+    model(batch)["loss"].backward()
+    assert not model.visual_encoder.blocks[layer - 1]._forward_hooks, "the hook is gone with the pass"
+
+
+def configured_like(model: Any, **attributes: Any) -> Any:
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    return model
+
+
+def test_a_block_of_clip_l_is_read_too() -> None:
+    from lavis.models.clip_vit import VisionTransformer
+
+    from lavis_xformer.models import towers
+
+    model = VisionTransformer(32, 8, 16, 3, 2, False).eval()
+    with torch.no_grad(), towers.tap(model, len(model.transformer.resblocks)) as last:
+        out = model(torch.randn(2, 3, 32, 32))
+    assert torch.equal(last[0], out)  # (B, Nc, Dc), though it computes with (Nc, B, Dc)
+
+
+def test_the_qformer_may_read_mae_alone(configured: Any, toy: Any, batch: dict[str, Any]) -> None:
+    model = configured(toy, fusion="none", vit_model=toy.mae_model)
+    own = configured(toy).mae.encode(clip_to_mae(batch["image"])).tokens
+    clip = model.encode_image(batch["image"]).clip
+    assert torch.allclose(clip, model.ln_vision(own), atol=1e-6)
+    model.train()(batch)["loss"].backward()
+    assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+    with pytest.raises(UserError, match=r"model\.image_size is 64, but .* 32 pixels"):
+        configured(toy, fusion="none", vit_model=toy.mae_model, image_size=64)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mae_source": "clip"}, {"mae_source": "clip", "clip_layer": 1}])
+def test_each_image_may_get_anothers_m(
+    configured: Any, toy: Any, batch: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    model = configured(toy, **changes)
+    own = model.encode_image(batch["image"])
+    model.shuffle_mae = True
+    other = model.encode_image(batch["image"])
+    assert torch.equal(other.clip, own.clip)
+    assert torch.equal(other.mae_tokens, own.mae_tokens[[2, 3, 0, 1]])
+    if model.mae is not None:  # what is reconstructed is what MAE saw
+        noise = torch.rand(4, 16)
+        seen = model.encode_image(batch["image"], mask_ratio=0.5, noise=noise)
+        model.shuffle_mae = False
+        straight = model.encode_image(batch["image"], mask_ratio=0.5, noise=noise)
+        loss, expected = (model.reconstruction_loss(of.mae_tokens, of) for of in (seen, straight))
+        assert torch.allclose(loss, expected, atol=1e-6)
+
+
 def test_an_untrained_mae_is_the_same_one_every_time(configured: Any, toy: Any, batch: dict[str, Any]) -> None:
     pixels = clip_to_mae(batch["image"])
     torch.manual_seed(1)
@@ -95,6 +155,10 @@ def test_mistakes_are_named(configured: Any, toy: Any) -> None:
         configured(toy, mae_source="clipp")
     with pytest.raises(UserError, match="'clip' with fusion 'concat'"):
         configured(toy, mae_source="clip", fusion="concat")
+    with pytest.raises(UserError, match=r"model\.clip_layer: 3, but this image encoder has blocks 1 to 2"):
+        configured(toy, mae_source="clip", clip_layer=3)
+    with pytest.raises(UserError, match=r"model\.clip_layer: 1 is read where model\.mae_source is clip, not mae"):
+        configured(toy, clip_layer=1)
 
 
 def test_a_language_model_answers_without_an_image(make_stage2: Any, batch: dict[str, Any]) -> None:

@@ -85,6 +85,40 @@ def test_dual_starts_as_blip2_with_maes_own_reconstruction(
     assert mine["loss"].item() == pytest.approx(total, rel=1e-6)
 
 
+def test_captions_from_z_start_as_blip2s_and_then_read_z(
+    make_xformer: Any, batch: dict[str, Any], same_negatives: None
+) -> None:
+    model, plain = make_xformer("dual", itg_source="xformer"), make_xformer("dual")
+    plain.load_state_dict({n: w for n, w in model.state_dict().items() if not n.startswith("itg_reader")})
+    noise = torch.rand(4, 16)
+    assert torch.allclose(model(batch, noise=noise)["loss_itg"], plain(batch, noise=noise)["loss_itg"], atol=1e-6)
+    assert model.generate(batch) == plain.generate(batch)
+    for parameter in model.itg_reader.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    model(batch, noise=noise)["loss_itg"].backward()
+    silent = [n for n, p in model.fusion.named_parameters() if "enrich" in n and p.grad is None]
+    assert silent == [], "captions teach the fusion"
+    assert model.generate(batch) != plain.generate(batch)
+    assert not model.Qformer.cls._forward_pre_hooks
+
+
+def test_captions_from_z_see_no_later_word(make_xformer: Any, batch: dict[str, Any]) -> None:
+    model = make_xformer("dual", init="normal", itg_source="xformer", itg_init="normal").eval()
+    tokens = model.encode_image(batch["image"])
+    zq = model.query_image(tokens.clip, use_cache=True)
+    z, _ = model.fusion.refine(zq.last_hidden_state, tokens.mae_tokens)
+    ids = model.tokenize(batch["text_input"]).input_ids
+    changed = ids.clone()
+    changed[:, 3:] = 5
+
+    def logits(words: torch.Tensor) -> torch.Tensor:
+        mask = words.new_ones(len(words), 4 + words.shape[1])
+        with model.writing_from(z):
+            return model.Qformer(words, attention_mask=mask, past_key_values=zq.past_key_values).logits
+
+    assert torch.allclose(logits(ids)[:, :3], logits(changed)[:, :3], atol=1e-6)
+
+
 @pytest.mark.parametrize("fusion", sorted(FUSIONS))
 def test_gradients_reach_every_trainable_parameter_and_no_frozen_one(
     fusion: str, make_xformer: Any, batch: dict[str, Any]
@@ -181,6 +215,8 @@ def test_hard_negatives_are_those_of_the_generator(make_xformer: Any, batch: dic
 def test_wrong_images_and_weights_are_named(make_xformer: Any, batch: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"no loss 'reco'; did you mean 'rec'"):
         make_xformer("dual", loss_weights={"reco": 1})
+    with pytest.raises(UserError, match=r"itg_source: 'xform'; did you mean 'xformer'"):
+        make_xformer("dual", itg_source="xform")
     with pytest.raises(UserError, match="mask_ratio is 1"):
         make_xformer("dual", mask_ratio=1.0)
     model = make_xformer("dual")

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from lavis.models.blip2_models.blip2 import Blip2Base, LayerNorm
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from lavis_xformer.paths import config_path
 
 Precision = Literal["fp32", "fp16", "bf16"]
 NOTHING = r"(?!)"  # the regular expression that no name matches
-MAE_SOURCES = ("mae", "random", "clip")  # what M is: MAE's tokens; those of an untrained MAE; C once more
+MAE_SOURCES = ("mae", "random", "clip")  # what M is: MAE's tokens; those of an untrained MAE; CLIP's
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -59,8 +59,9 @@ class XFormerBase(Blip2Base):
     #: what ``from_config`` reads, beside LAVIS's arch, model_type, load_finetuned, finetuned and pretrained
     CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset(
         "vit_model vit_weights image_size drop_path_rate use_grad_checkpoint vit_precision freeze_vit mae_model "
-        "mae_norm_pix_loss mae_image_size mae_source bert num_query_token cross_attention_freq qformer_layers fusion "
-        "fusion_depth fusion_self_attention fusion_init fusion_heads max_txt_len blip2_pretrained train_only".split()
+        "mae_norm_pix_loss mae_image_size mae_source clip_layer shuffle_mae bert num_query_token cross_attention_freq "
+        "qformer_layers fusion fusion_depth fusion_self_attention fusion_init fusion_heads max_txt_len train_only "
+        "blip2_pretrained".split()
     )
 
     #: regular expressions of names: weights that only stage 1 has, and those that its checkpoints therefore lack
@@ -79,12 +80,14 @@ class XFormerBase(Blip2Base):
         freeze_vit: bool = True,
         vit_precision: Precision = "fp16",
         max_txt_len: int = 32,
+        clip_layer: int | None = None,
+        shuffle_mae: bool = False,
     ) -> None:
         """Put the built parts together.
 
         Args:
             visual_encoder: CLIP's image encoder, (B, 3, S, S) -> C (B, Nc, Dc), with ``num_features`` = Dc.
-            mae: the masked autoencoder; without it, a fusion that needs M gets C, detached, in its place.
+            mae: the masked autoencoder; without it, a fusion that needs M gets CLIP's tokens in its place.
             qformer: LAVIS's ``BertLMHeadModel`` with the configuration of :func:`towers.qformer_config`.
             tokenizer: BERT's, with the decoder's start token as ``bos_token``.
             fusion: one of :data:`FUSIONS`.
@@ -92,6 +95,8 @@ class XFormerBase(Blip2Base):
             freeze_vit: whether CLIP stays as it is; MAE always does.
             vit_precision: of the two encoders on a GPU; on a CPU they run in fp32.
             max_txt_len: longest text in tokens.
+            clip_layer: without ``mae``, M is what this block of CLIP gives, layer-normed; C itself where it is None.
+            shuffle_mae: give each image the M of another one of its batch: what is lost then, M had told.
         """
         super().__init__()
         self.tokenizer = tokenizer
@@ -102,35 +107,14 @@ class XFormerBase(Blip2Base):
         self.Qformer.resize_token_embeddings(len(tokenizer))
         self._copy_text_weights_to_queries()
         self.query_tokens = nn.Parameter(
-            torch.randn(1, qformer.config.query_length, qformer.config.hidden_size)
-            * qformer.config.initializer_range
+            torch.randn(1, qformer.config.query_length, qformer.config.hidden_size) * qformer.config.initializer_range
         )
         self.fusion = fusion
         self.image_size = image_size
         self.vit_precision: Precision = vit_precision
         self.max_txt_len = max_txt_len
-
-    def train_only(self, parts: Sequence[str] | None) -> None:
-        """Freeze all but some parts, such as ``["fusion"]`` on top of a trained BLIP-2.
-
-        Args:
-            parts: names of children; None or none at all changes nothing.
-
-        Raises:
-            UserError: there is no such part, or nothing in it could be trained.
-        """
-        if not parts:
-            return
-        children = dict(self.named_children())
-        for name in parts:
-            if name not in children or is_frozen(children[name]):
-                known = [part for part, child in children.items() if not is_frozen(child)]
-                raise UserError(f"model.train_only: '{name}' can't be trained; {nearest(name, known)}")
-        for name, child in children.items():
-            if name not in parts:
-                freeze(child)
-        for parameter in self.parameters(recurse=False):
-            parameter.requires_grad_(False)
+        self.clip_layer = clip_layer
+        self.shuffle_mae = shuffle_mae
 
     def drop_text_branch(self) -> None:
         """Remove what only text needs of the Q-Former, as BLIP-2 does for its second stage."""
@@ -149,9 +133,7 @@ class XFormerBase(Blip2Base):
 
     # ---------------------------------------------------------------- images
 
-    def encode_image(
-        self, image: Tensor, *, mask_ratio: float = 0.0, noise: Tensor | None = None
-    ) -> Tokens:
+    def encode_image(self, image: Tensor, *, mask_ratio: float = 0.0, noise: Tensor | None = None) -> Tokens:
         """Run both encoders: image -> C and M.
 
         Args:
@@ -169,16 +151,22 @@ class XFormerBase(Blip2Base):
             )
         mae_size = self.image_size if self.mae is None else self.mae.image_size
         clip_pixels, mae_pixels = unpack(image, clip_size=self.image_size, mae_size=mae_size)
-        clip = self.ln_vision(self._run_clip(clip_pixels))  # (B, Nc, Dc)
+        with towers.tap(self.visual_encoder, self.clip_layer) as middle:
+            clip = self.ln_vision(self._run_clip(clip_pixels))  # (B, Nc, Dc)
         if not self.fusion.needs_mae:
             return Tokens(clip=clip, mae=None, pixels=None)
         if self.mae is None:
-            again = MaeFeatures(*random_mask(clip.detach(), mask_ratio=0))
-            return Tokens(self.fusion.visual_tokens(clip, again.tokens), again, None)
-        with self._tower(self.mae):
-            mae = self.mae.encode(mae_pixels, mask_ratio=mask_ratio, noise=noise)
-        mae = mae._replace(tokens=mae.tokens.float())
-        return Tokens(self.fusion.visual_tokens(clip, mae.tokens), mae, mae_pixels)
+            again = F.layer_norm(middle[0].float(), middle[0].shape[-1:]) if middle else clip
+            mae = MaeFeatures(*random_mask(again.detach(), mask_ratio=0))
+        else:
+            with self._tower(self.mae):
+                mae = self.mae.encode(mae_pixels, mask_ratio=mask_ratio, noise=noise)
+            mae = mae._replace(tokens=mae.tokens.float())
+        if self.shuffle_mae:  # half a batch away, where questions about one image stand side by side
+            mae = MaeFeatures(*(part.roll(len(image) // 2, dims=0) for part in mae))
+            mae_pixels = mae_pixels.roll(len(image) // 2, dims=0)
+        pixels = None if self.mae is None else mae_pixels
+        return Tokens(self.fusion.visual_tokens(clip, mae.tokens), mae, pixels)
 
     def _run_clip(self, pixels: Tensor) -> Tensor:
         if not is_frozen(self.visual_encoder):
@@ -234,9 +222,7 @@ class XFormerBase(Blip2Base):
 
     def encode_text(self, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """Text alone: (B, T) ids -> (B, T, D)."""
-        return self.Qformer.bert(
-            text_ids, attention_mask=text_mask, return_dict=True
-        ).last_hidden_state
+        return self.Qformer.bert(text_ids, attention_mask=text_mask, return_dict=True).last_hidden_state
 
     def tokenize(self, text: list[str]) -> Any:
         """Text -> ``input_ids`` and ``attention_mask`` (B, T), T <= ``max_txt_len``, equal on every process."""
@@ -299,6 +285,10 @@ class XFormerBase(Blip2Base):
         )
         if (source := cfg.get("mae_source", "mae")) not in MAE_SOURCES or (source, name) == ("clip", "concat"):
             raise UserError(f"model.mae_source: '{source}' with fusion '{name}'; {nearest(str(source), MAE_SOURCES)}")
+        if (layer := cfg.get("clip_layer")) is not None:
+            if source != "clip":
+                raise UserError(f"model.clip_layer: {layer} is read where model.mae_source is clip, not {source}")
+            towers.block_of(visual_encoder, layer)
         mae = None
         if FUSIONS[name].needs_mae and source != "clip":
             mae = towers.build_mae(
@@ -333,6 +323,8 @@ class XFormerBase(Blip2Base):
             "freeze_vit": cfg.get("freeze_vit", True),
             "vit_precision": precision,
             "max_txt_len": cfg.get("max_txt_len", 32),
+            "clip_layer": layer,
+            "shuffle_mae": cfg.get("shuffle_mae", False),
         }
 
 

@@ -24,13 +24,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lavis_xformer.assets import resolve
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models.base import NOTHING
-from lavis_xformer.models.frozen import is_frozen
+from lavis_xformer.models.frozen import freeze, is_frozen
 from lavis_xformer.models.fusion import NoFusion
 from lavis_xformer.models.towers import download, load_torch_file
 
-FUSION = r"fusion\."
+FUSION = r"(fusion|itg_reader)\."
 CLIP = r"visual_encoder\."
 LANGUAGE_MODEL = r"(opt|t5)_model\."  # frozen; LAVIS's files hold tied ones all the same
 
@@ -89,11 +89,35 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
     report = LoadReport()
     if blip2:
         report += _load_blip2(model, blip2)
-        model.train_only(parts)
+        train_only(model, parts)
     if own:
         report += _load_own(model, own, key=key)
-        model.train_only(parts)
+        train_only(model, parts)
     return report
+
+
+def train_only(model: nn.Module, parts: Sequence[str] | None) -> None:
+    """Freeze all but some parts, such as ``["fusion"]`` on top of a trained BLIP-2.
+
+    Args:
+        model: changed in place.
+        parts: names of its children; None or none at all changes nothing.
+
+    Raises:
+        UserError: there is no such part, or nothing in it could be trained.
+    """
+    if not parts:
+        return
+    children = dict(model.named_children())
+    for name in parts:
+        if name not in children or is_frozen(children[name]):
+            known = [part for part, child in children.items() if not is_frozen(child)]
+            raise UserError(f"model.train_only: '{name}' can't be trained; {nearest(name, known)}")
+    for name, child in children.items():
+        if name not in parts:
+            freeze(child)
+    for parameter in model.parameters(recurse=False):
+        parameter.requires_grad_(False)
 
 
 def _load_own(model: Any, source: str, *, key: str) -> LoadReport:

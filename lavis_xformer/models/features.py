@@ -6,6 +6,8 @@ Nc / Dc: CLIP's tokens C, Nm / Dm: MAE's tokens M, R: pairs.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,24 +18,42 @@ from torch import Tensor, nn
 
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models.base import XFormerBase
+from lavis_xformer.models.fusion import CrossAttentionBlock, Init
 
 MODES = ("multimodal", "image", "text")
+ITG_SOURCES = ("qformer", "xformer")
 
 
 class FeatureModel(XFormerBase):
     """Stage 1's heads on Z' and what they are good for without training; MAE sees the whole image in all of it."""
 
-    CONFIG_KEYS = XFormerBase.CONFIG_KEYS | {"embed_dim"}
+    CONFIG_KEYS = XFormerBase.CONFIG_KEYS | {"embed_dim", "itg_source"}
 
-    def __init__(self, *, embed_dim: int = 256, **parts: Any) -> None:
+    def __init__(
+        self, *, embed_dim: int = 256, itg_source: str = "qformer", itg_init: Init = "identity", **parts: Any
+    ) -> None:
         """Add the heads to the shared parts.
 
         Args:
             embed_dim: E.
+            itg_source: what captions are written from. ``qformer``: BLIP-2's path, the queries' cached keys and values,
+                which bypass Z'. ``xformer``: beyond these, the text's states attend to Z' before words are predicted.
+            itg_init: of that attention; ``identity`` starts it as BLIP-2.
             parts: of :class:`XFormerBase`.
+
+        Raises:
+            UserError: an unknown ``itg_source``.
         """
         super().__init__(**parts)
+        if itg_source not in ITG_SOURCES:
+            raise UserError(f"model.itg_source: '{itg_source}'; {nearest(itg_source, ITG_SOURCES)}")
         width = self.Qformer.config.hidden_size
+        heads = self.Qformer.config.num_attention_heads
+        self.itg_reader = (  # without self-attention, so that no word sees the next ones
+            CrossAttentionBlock(width=width, context_width=width, heads=heads, self_attention=False, init=itg_init)
+            if itg_source == "xformer"
+            else None
+        )
         self.vision_proj = nn.Linear(width, embed_dim)
         self.text_proj = nn.Linear(width, embed_dim)
         self.itm_head = nn.Linear(width, 2)
@@ -53,6 +73,19 @@ class FeatureModel(XFormerBase):
         zq = self.query_image_and_text(clip, ids, mask)  # (R, Q, D)
         z, _ = self.fusion.refine(zq, mae)
         return self.itm_head(z).mean(dim=1)
+
+    @contextlib.contextmanager
+    def writing_from(self, z: Tensor) -> Iterator[None]:
+        """Let the text decoder, within, read Z' (B, Q, D) too where ``itg_source`` says so."""
+        reader = self.itg_reader
+        if reader is None:
+            yield
+            return
+        hook = self.Qformer.cls.register_forward_pre_hook(lambda head, states: (reader(states[0], z),))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     @torch.no_grad()
     def extract_features(self, samples: dict[str, Any], mode: str = "multimodal") -> BlipOutputFeatures:
@@ -75,15 +108,11 @@ class FeatureModel(XFormerBase):
             raise UserError(f"mode '{mode}' needs samples['text_input']")
         if mode == "image":
             z, _ = self.forward_image(samples["image"])
-            return BlipOutputFeatures(
-                image_embeds=z, image_embeds_proj=F.normalize(self.vision_proj(z), dim=-1)
-            )
+            return BlipOutputFeatures(image_embeds=z, image_embeds_proj=F.normalize(self.vision_proj(z), dim=-1))
         text = self.tokenizer(samples["text_input"], return_tensors="pt", padding=True).to(self.device)
         if mode == "text":
             hidden = self.encode_text(text.input_ids, text.attention_mask)  # (B, T, D)
-            return BlipOutputFeatures(
-                text_embeds=hidden, text_embeds_proj=F.normalize(self.text_proj(hidden), dim=-1)
-            )
+            return BlipOutputFeatures(text_embeds=hidden, text_embeds_proj=F.normalize(self.text_proj(hidden), dim=-1))
         tokens = self.encode_image(samples["image"])
         zq = self.query_image_and_text(tokens.clip, text.input_ids, text.attention_mask)
         return BlipOutputFeatures(multimodal_embeds=self.fusion.refine(zq, tokens.mae_tokens)[0])
@@ -142,23 +171,26 @@ class FeatureModel(XFormerBase):
             repetition_penalty: 1 means none.
         """
         beams = 1 if use_nucleus_sampling else num_beams
-        clip = self.encode_image(samples["image"]).clip  # (B, Nc, Dc)
-        start = torch.full((len(clip), 1), self.tokenizer.bos_token_id, device=clip.device)
-        clip = clip.repeat_interleave(beams, dim=0)
-        ids = self.Qformer.generate(
-            input_ids=start,
-            query_embeds=self.queries(len(clip)),
-            encoder_hidden_states=clip,
-            encoder_attention_mask=clip.new_ones(clip.shape[:-1], dtype=torch.long),
-            max_length=max_length,
-            min_length=min_length,
-            num_beams=beams,
-            do_sample=use_nucleus_sampling,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            eos_token_id=self.tokenizer.sep_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
+        tokens = self.encode_image(samples["image"])
+        start = torch.full((len(tokens.clip), 1), self.tokenizer.bos_token_id, device=tokens.clip.device)
+        zq = self.query_image(tokens.clip).last_hidden_state  # (B, Q, D)
+        z = self.fusion.refine(zq, tokens.mae_tokens)[0].repeat_interleave(beams, dim=0)
+        clip = tokens.clip.repeat_interleave(beams, dim=0)
+        with self.writing_from(z):
+            ids = self.Qformer.generate(
+                input_ids=start,
+                query_embeds=self.queries(len(clip)),
+                encoder_hidden_states=clip,
+                encoder_attention_mask=clip.new_ones(clip.shape[:-1], dtype=torch.long),
+                max_length=max_length,
+                min_length=min_length,
+                num_beams=beams,
+                do_sample=use_nucleus_sampling,
+                top_p=top_p,
+                repetition_penalty=repetition_penalty,
+                eos_token_id=self.tokenizer.sep_token_id,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def _join(self, clip: Tensor, mae: Tensor | None) -> Tensor:

@@ -76,16 +76,12 @@ class CrossAttentionBlock(nn.Module):
         """
         super().__init__()
         self.self_norm = nn.LayerNorm(width) if self_attention else None
-        self.self_attention = (
-            Attention(width=width, context_width=width, heads=heads) if self_attention else None
-        )
+        self.self_attention = Attention(width=width, context_width=width, heads=heads) if self_attention else None
         self.cross_norm = nn.LayerNorm(width)
         self.context_norm = nn.LayerNorm(context_width)
         self.cross_attention = Attention(width=width, context_width=context_width, heads=heads)
         self.feed_forward_norm = nn.LayerNorm(width)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
-        )
+        self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.apply(_initialise)
         if init == "identity":
             for attention in (self.self_attention, self.cross_attention):

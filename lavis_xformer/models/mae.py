@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ViTMAEForPreTraining
 
+from lavis_xformer.images import clip_to_mae
 from lavis_xformer.models.frozen import freeze
 
 
@@ -58,9 +59,7 @@ class MaskedAutoencoder(nn.Module):
         return int(self.model.vit.embeddings.num_patches)
 
     @torch.no_grad()
-    def encode(
-        self, pixels: Tensor, *, mask_ratio: float = 0.0, noise: Tensor | None = None
-    ) -> MaeFeatures:
+    def encode(self, pixels: Tensor, *, mask_ratio: float = 0.0, noise: Tensor | None = None) -> MaeFeatures:
         """Compute M.
 
         Args:
@@ -93,9 +92,21 @@ class MaskedAutoencoder(nn.Module):
         return (patches - mean) / (variance + 1e-6).sqrt()
 
 
-def random_mask(
-    patches: Tensor, *, mask_ratio: float, noise: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+class MaeTower(nn.Module):
+    """MAE's encoder where BLIP-2 has CLIP's: the Q-Former reads M alone (the ablation "MAE only")."""
+
+    def __init__(self, *, mae: MaskedAutoencoder) -> None:
+        """Take the encoder; its decoder is left aside."""
+        super().__init__()
+        self.mae = mae
+        self.num_features = mae.width
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, S, S), normalised for CLIP, -> M (B, 1 + N, Dm) of the whole image."""
+        return self.mae.encode(clip_to_mae(pixels)).tokens
+
+
+def random_mask(patches: Tensor, *, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Keep a random subset of the patches, each sample its own (MAE, section 3, "Masking").
 
     Args:

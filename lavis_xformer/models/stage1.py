@@ -104,7 +104,7 @@ class XFormer(FeatureModel):
 
         loss_itc, sim_i2t, sim_t2i = self._itc(z, text)
         loss_itm, itm_accuracy = self._itm(whole, text, sim_i2t, sim_t2i, generator)
-        loss_itg = self._itg(zq.past_key_values, text)
+        loss_itg = self._itg(zq.past_key_values, z, text)
         terms = {"itc": loss_itc, "itm": loss_itm, "itg": loss_itg}
         if self.reconstructs:
             terms["rec"] = self.reconstruction_loss(aligned, seen)
@@ -156,17 +156,18 @@ class XFormer(FeatureModel):
         labels[: len(tokens.clip)] = 1
         return losses.itm(logits, labels), (logits.argmax(-1) == labels).float().mean()
 
-    def _itg(self, query_cache: Any, text: Any) -> Tensor:
-        """Caption the image: text sees the queries through their cached keys and values, as in BLIP-2."""
+    def _itg(self, query_cache: Any, z: Tensor, text: Any) -> Tensor:
+        """Caption the image: text sees the queries' cached keys and values, as in BLIP-2, and Z' by ``itg_source``."""
         ids = text.input_ids.clone()  # (B, T)
         ids[:, 0] = self.tokenizer.bos_token_id
         queries = ids.new_ones(len(ids), self.query_tokens.shape[1])  # (B, Q)
-        logits = self.Qformer(
-            ids,
-            attention_mask=torch.cat([queries, text.attention_mask], dim=1),
-            past_key_values=query_cache,
-            return_dict=True,
-        ).logits  # (B, T, V)
+        with self.writing_from(z):
+            logits = self.Qformer(
+                ids,
+                attention_mask=torch.cat([queries, text.attention_mask], dim=1),
+                past_key_values=query_cache,
+                return_dict=True,
+            ).logits  # (B, T, V)
         loss = losses.itg(logits, ids, self.tokenizer.pad_token_id)
         tokens = text.attention_mask[:, 1:].sum().float()  # of this process; captions differ in length
         return loss * tokens / gather(tokens[None]).mean()  # averaged over processes: the mean over all tokens
@@ -181,6 +182,8 @@ class XFormer(FeatureModel):
         weights: Any = cfg.get("loss_weights")
         model = cls(
             embed_dim=cfg.get("embed_dim", 256),
+            itg_source=cfg.get("itg_source", "qformer"),
+            itg_init=cfg.get("fusion_init", "identity"),
             mask_ratio=cfg.get("mask_ratio", 0.5),
             mask_vl=cfg.get("mask_vl", True),
             loss_weights=dict(weights or {}),

@@ -39,7 +39,7 @@ class XFormerStage2(GenerativeModel):
 
     LANGUAGE: ClassVar[type[LanguageModel]]
     STAGE1_WEIGHTS = (
-        r"(vision_proj|text_proj|itm_head)\.|temp$|Qformer\.cls\."
+        r"(vision_proj|text_proj|itm_head|itg_reader)\.|temp$|Qformer\.cls\."
         r"|Qformer\.bert\.embeddings\.(word|position)_embeddings\."
         r"|Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\."
     )

@@ -6,8 +6,10 @@ import. What can't be found or doesn't fit is one clear line that names the key 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from transformers import BertConfig, BertTokenizer, ViTMAEConfig, ViTMAEForPreTr
 
 from lavis_xformer.assets import SCHEME, resolve
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.models.mae import MaskedAutoencoder
+from lavis_xformer.models.mae import MaeTower, MaskedAutoencoder
 from lavis_xformer.models.meta_mae import load_meta_mae
 
 # EVA-CLIP ViT-g/14 as BLIP-2 reads it: 39 of its 40 blocks (LAVIS `create_eva_vit_g`)
@@ -36,9 +38,7 @@ EVA_CLIP_G: dict[str, Any] = {
     "qkv_bias": True,
 }
 EVA_CLIP_G_UNUSED = ("norm.", "fc_norm.", "head.", "blocks.39.")  # behind what BLIP-2 reads
-EVA_CLIP_G_URL = (
-    "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
-)
+EVA_CLIP_G_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
 EVA_KEYS = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 VIT_MODELS = ("eva_clip_g", "clip_L")
@@ -66,7 +66,8 @@ def build_clip(
     """The CLIP image encoder, whose tokens C the Q-Former reads.
 
     Args:
-        name: ``eva_clip_g``, ``clip_L``, or a folder with ``config.json`` and ``model.safetensors`` of an EVA ViT.
+        name: ``eva_clip_g``, ``clip_L``, or a folder with ``config.json`` and ``model.safetensors`` of an EVA ViT; or a
+            MAE as :func:`build_mae` takes it, for the ablation in which the Q-Former reads M alone.
         image_size: side of the input in pixels; position embeddings are interpolated where it differs.
         weights: a local file for ``eva_clip_g`` instead of the one that LAVIS downloads (key ``vit_weights``).
         drop_path_rate: stochastic depth, only of use where the encoder is trained.
@@ -78,6 +79,8 @@ def build_clip(
     path = resolve(name)
     options: dict[str, Any] = {"drop_path_rate": drop_path_rate, "use_grad_checkpoint": use_grad_checkpoint}
     unused: tuple[str, ...] = ()
+    if _is_mae(path):
+        return MaeTower(mae=build_mae(name, image_size=image_size, key="vit_model"))
     if name == "eva_clip_g":
         model = eva_vit(img_size=image_size, **EVA_CLIP_G, **options)
         state = load_torch_file(weights or download(EVA_CLIP_G_URL, key="vit_weights"), key="vit_weights")
@@ -99,8 +102,51 @@ def build_clip(
     return model
 
 
+def _is_mae(path: Path) -> bool:
+    """Whether a folder, one of Meta's files or a hub id is a MAE, not a CLIP."""
+    if (config := path / "config.json").is_file():
+        return json.loads(config.read_text()).get("model_type") == "vit_mae"
+    return path.suffix == ".pth" or "vit-mae" in path.name
+
+
+def block_of(encoder: Any, layer: int) -> Any:
+    """The ``layer``-th transformer block of CLIP, counted from 1.
+
+    Raises:
+        UserError: there is no such block.
+    """
+    blocks = encoder.blocks if hasattr(encoder, "blocks") else encoder.transformer.resblocks
+    if not 1 <= layer <= len(blocks):
+        raise UserError(f"model.clip_layer: {layer}, but this image encoder has blocks 1 to {len(blocks)}")
+    return blocks[layer - 1]
+
+
+@contextlib.contextmanager
+def tap(encoder: Any, layer: int | None) -> Iterator[list[Tensor]]:
+    """Keep what CLIP's ``layer``-th block gives in the passes within: a list of (B, Nc, Dc), empty where it is None."""
+    found: list[Tensor] = []
+    if layer is None:
+        yield found
+        return
+    tokens_first = not hasattr(encoder, "blocks")  # LAVIS's clip_L computes with (Nc, B, Dc)
+
+    def keep(block: nn.Module, inputs: Any, output: Tensor) -> None:
+        found.append(output.transpose(0, 1) if tokens_first else output)
+
+    handle = block_of(encoder, layer).register_forward_hook(keep)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
 def build_mae(
-    name: str, *, norm_pix_loss: bool | None = None, image_size: int | None = None, trained: bool = True
+    name: str,
+    *,
+    norm_pix_loss: bool | None = None,
+    image_size: int | None = None,
+    trained: bool = True,
+    key: str = "mae_model",
 ) -> MaskedAutoencoder:
     """The frozen masked autoencoder with its decoder.
 
@@ -110,6 +156,7 @@ def build_mae(
         norm_pix_loss: overrides what the checkpoint says of itself.
         image_size: side that the configuration expects; only checked against the checkpoint's.
         trained: False draws all weights anew, always the same ones: a control for what MAE has learned.
+        key: the configuration key that named it, for messages.
 
     Raises:
         UserError: there is no such model, it can't be fetched, it has no decoder, or it wants another size.
@@ -120,9 +167,8 @@ def build_mae(
     else:
         model = _load_hub_mae(str(path), name)
     if image_size is not None and image_size != model.config.image_size:
-        raise UserError(
-            f"model.mae_image_size is {image_size}, but '{name}' was trained on {model.config.image_size} pixels"
-        )
+        own = "image_size" if key == "vit_model" else "mae_image_size"
+        raise UserError(f"model.{own} is {image_size}, but '{name}' was trained on {model.config.image_size} pixels")
     if not trained:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # frozen weights are in no checkpoint: stage 2 has to draw those of stage 1
@@ -179,9 +225,7 @@ def build_qformer(
         raise offline_error(name, "bert", error) from error
 
 
-def qformer_config(
-    config: BertConfig, *, num_queries: int, vision_width: int, cross_attention_freq: int
-) -> BertConfig:
+def qformer_config(config: BertConfig, *, num_queries: int, vision_width: int, cross_attention_freq: int) -> BertConfig:
     """Add to a BERT configuration what LAVIS's Q-Former reads from it; changed in place."""
     config.encoder_width = vision_width
     config.add_cross_attention = True
@@ -277,6 +321,5 @@ def offline_error(name: str, key: str, error: OSError) -> UserError:
     if name.startswith(SCHEME) or Path(name).exists():
         return UserError(f"model.{key}: '{name}' can't be read ({reason})")
     return UserError(
-        f"model.{key}: '{name}' is no local path and can't be fetched ({reason}); "
-        f"set model.{key} to a local copy of it"
+        f"model.{key}: '{name}' is no local path and can't be fetched ({reason}); set model.{key} to a local copy of it"
     )
