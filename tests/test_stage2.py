@@ -129,6 +129,37 @@ def test_answers_of_t5_are_lavis_answers(make_stage2: Any, batch: dict[str, Any]
     assert mine == [text.strip() for text in theirs.predict_answers(samples, prompt=asked, min_len=0)]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranking_takes_the_answer_of_least_loss(kind: str, make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2(kind, init="normal", vqa_prompt="{}").eval()
+    samples = {**batch, "text_input": ["how many star ?", "the left of", "on a", "one or two"]}
+    answers = ["two", "three star", "red", "on", "left"]
+    expected = []
+    for image, question in zip(samples["image"], samples["text_input"], strict=True):
+        losses = []
+        for answer in answers:
+            one = {"image": image[None], "text_input": [question], "answer": [answer]}
+            tokens = model.language.predict(torch.zeros(1, 1, 32), ["a"], [f" {answer}"])[1] != language.NO_TARGET
+            losses.append(model(one)["loss"].item() * int(tokens.sum()))  # the sum over the answer's tokens
+        expected.append(answers[losses.index(min(losses))])
+    ranked = model.predict_answers(samples, inference_method="rank", answer_list=answers)
+    assert ranked == expected
+    assert len(set(ranked)) > 1, "or the images and questions don't matter"
+
+
+def test_ranking_reads_those_that_begin_likeliest(make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2("opt", init="normal").eval()
+    options = {"inference_method": "rank", "answer_list": ["two", "three", "left", "red"], "num_ans_candidates": 1}
+    (begun,) = model.predict_answers({**batch, "image": batch["image"][:1], "text_input": "how many ?"}, **options)
+    visual = model.projection(model.encode_queries(batch["image"][:1]))
+    asked = [model.vqa_prompt.replace("{}", "how many ?")]
+    first = {}
+    for answer in options["answer_list"]:
+        logits, labels = model.language.predict(visual, asked, [f" {answer}"])
+        first[answer] = logits[0, labels[0] != language.NO_TARGET][0][labels[0][labels[0] != language.NO_TARGET][0]]
+    assert first[begun] == max(first.values())
+
+
 def test_the_cache_is_used_and_faster(make_stage2: Any, batch: dict[str, Any], opt_folder: Path) -> None:
     ours = make_stage2("opt", "none").eval()
     theirs = blip2_opt_like(ours, opt_folder).eval()
@@ -295,9 +326,12 @@ def test_bad_input_is_one_clear_line(make_stage2: Any, batch: dict[str, Any]) ->
     refused(r"image has shape \(4, 1, 32, 32\)", image=torch.zeros(4, 1, 32, 32))
     refused(r"image has shape \(3, 32, 32\)", image=torch.zeros(3, 32, 32))
     refused("is a list, not a tensor", image=[1])
-    with pytest.raises(UserError, match="only 'generate'"):
-        model.predict_answers(batch, inference_method="rank")
-    with pytest.raises(UserError, match="num_captions is 2, but num_beams is only 1"):
+    with pytest.raises(UserError, match="'ranks'; did you mean 'rank'"):
+        model.predict_answers(batch, inference_method="ranks")
+    for answers in (None, [], ["a", ""]):
+        with pytest.raises(UserError, match="chooses from answer_list"):
+            model.predict_answers(batch, inference_method="rank", answer_list=answers)
+    with pytest.raises(UserError, match="num_captions is 2, num_beams 1"):
         model.generate(batch, num_beams=1, num_captions=2)
     with pytest.raises(UserError, match="xformer_feature_extractor"):
         model.extract_features(batch, mode="text")

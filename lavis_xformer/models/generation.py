@@ -13,10 +13,11 @@ import torch
 from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models.base import XFormerBase
 from lavis_xformer.models.language import LanguageModel
 
+METHODS = ("generate", "rank")  # of answering
 SPACY_MODEL = "en_core_web_sm"
 
 
@@ -93,11 +94,11 @@ class GenerativeModel(XFormerBase):
 
         Args:
             samples: ``image`` (B, 3 or 6, S, S); ``prompt``, a string or one for each image, may replace the model's.
-            use_nucleus_sampling: sample instead of searching with beams.
+            use_nucleus_sampling: sample instead of searching with beams, by ``top_p`` and ``temperature``.
             num_beams: 1 means greedy.
             max_length: most tokens that are generated.
             min_length: fewest tokens; as in LAVIS, OPT counts those of the prompt too.
-            top_p: probability mass that nucleus sampling keeps.
+            top_p: probability mass that sampling keeps.
             repetition_penalty: 1 means none.
             length_penalty: of beam search; above 0 favours long texts.
             num_captions: texts per image.
@@ -112,8 +113,7 @@ class GenerativeModel(XFormerBase):
         """
         if not use_nucleus_sampling and num_captions > num_beams:
             raise UserError(
-                f"num_captions is {num_captions}, but num_beams is only {num_beams}; "
-                "use as many beams, or use_nucleus_sampling"
+                f"num_captions is {num_captions}, num_beams {num_beams}; more beams or use_nucleus_sampling"
             )
         prefix = self.projection(self.encode_queries(samples["image"]))  # (B, Q, L)
         prompt = self.prompt if samples.get("prompt") is None else samples["prompt"]
@@ -152,11 +152,11 @@ class GenerativeModel(XFormerBase):
             samples: ``image`` (B, 3 or 6, S, S) and ``text_input``, B questions. Without ``image`` the language model
                 answers alone, the baseline of what needs no image.
             num_beams: 1 means greedy.
-            inference_method: only ``generate``; LAVIS's BLIP-2 knows no other either.
-            max_len: most tokens of an answer.
-            min_len: fewest tokens of an answer.
-            num_ans_candidates: for ranking, which there is not.
-            answer_list: likewise.
+            inference_method: ``generate``, or ``rank``: choose from ``answer_list``, as LAVIS's ``blip_vqa`` does.
+            max_len: most tokens of a generated answer.
+            min_len: fewest tokens of a generated answer.
+            num_ans_candidates: how many answers, those that begin likeliest, are ranked whole.
+            answer_list: what to choose from.
             prompt: in which ``{}`` stands for the question, or one for each image; "" asks the bare question, as in
                 LAVIS; None takes the model's ``vqa_prompt``.
             length_penalty: of beam search; None takes the model's ``vqa_length_penalty``.
@@ -166,19 +166,16 @@ class GenerativeModel(XFormerBase):
             B answers.
 
         Raises:
-            UserError: questions or prompts that don't fit the images, or another inference method.
+            UserError: questions or prompts that don't fit the images, another inference method, nothing to rank.
         """
+        prefix, asked = self._ask(samples, prompt)
+        if inference_method == "rank":
+            return self._rank(prefix, asked, answer_list, num_ans_candidates)
         if inference_method != "generate":
-            raise UserError(f"run.inference_method: '{inference_method}'; this model has only 'generate'")
-        if "image" in samples:
-            prefix = self.projection(self.encode_queries(samples["image"]))  # (B, Q, L)
-        else:
-            prefix = torch.zeros(len(samples["text_input"]), 0, self.language.width, device=self.device)
-        questions = one_per_image(samples.get("text_input"), len(prefix), name="samples['text_input']")
-        templates = one_per_image(self.vqa_prompt if prompt is None else prompt, len(prefix), name="prompt")
+            raise UserError(f"run.inference_method: '{inference_method}'; {nearest(inference_method, METHODS)}")
         answers = self.language.generate(
             prefix,
-            [ask(template, question) for template, question in zip(templates, questions, strict=True)],
+            asked,
             do_sample=False,
             num_beams=num_beams,
             max_new_tokens=max_len,
@@ -187,6 +184,25 @@ class GenerativeModel(XFormerBase):
             num_return_sequences=1,
         )
         return [lemmatize(answer) for answer in answers] if self.apply_lemmatizer else answers
+
+    def _ask(self, samples: dict[str, Any], prompt: str | Sequence[str] | None) -> tuple[Tensor, list[str]]:
+        """Prefixes (B, Q, L), of no queries where there are no images, and the questions in their prompts."""
+        if "image" in samples:
+            prefix = self.projection(self.encode_queries(samples["image"]))  # (B, Q, L)
+        else:
+            prefix = torch.zeros(len(samples["text_input"]), 0, self.language.width, device=self.device)
+        questions = one_per_image(samples.get("text_input"), len(prefix), name="samples['text_input']")
+        templates = one_per_image(self.vqa_prompt if prompt is None else prompt, len(prefix), name="prompt")
+        return prefix, [ask(template, question) for template, question in zip(templates, questions, strict=True)]
+
+    def _rank(self, prefix: Tensor, asked: list[str], answers: Sequence[str] | None, candidates: int) -> list[str]:
+        """Choose an answer for each of B prefixes (B, Q, L)."""
+        if not answers or not all(answers):
+            raise UserError(
+                "run.inference_method: 'rank' chooses from answer_list; it is missing or has an empty answer"
+            )
+        said = [f" {answer}" for answer in answers]  # as in training
+        return [text.strip() for text in self.language.rank(prefix, asked, said, candidates=candidates)]
 
     @torch.no_grad()
     def extract_features(self, samples: dict[str, Any], mode: str = "image") -> BlipOutputFeatures:

@@ -30,6 +30,11 @@ NO_TARGET = -100  # cross-entropy's label of tokens that don't count
 L = TypeVar("L", bound="LanguageModel")
 
 
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of every token: logits (B, T, V), labels (B, T) -> (B, T), 0 at :data:`NO_TARGET`."""
+    return F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=NO_TARGET, reduction="none")
+
+
 def language_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean cross-entropy of the target tokens; a text of weight w counts w times.
 
@@ -38,7 +43,7 @@ def language_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None)
         labels: (B, T), :data:`NO_TARGET` where a token doesn't count.
         weights: (B,), all 1 where it is None, which is BLIP-2's loss.
     """
-    loss = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=NO_TARGET, reduction="none")
+    loss = token_losses(logits, labels)
     counts = (labels != NO_TARGET).float()  # (B, T)
     if weights is not None:
         counts = counts * weights[:, None]
@@ -113,16 +118,16 @@ class LanguageModel(ABC):
         """Load its tokenizer."""
 
     @abstractmethod
-    def loss(
-        self, visual: Tensor, prompts: Sequence[str], targets: Sequence[str], weights: Tensor | None = None
-    ) -> Tensor:
-        """Loss of the targets after image and prompt.
+    def predict(self, visual: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Predict each token of the targets from image, prompt and the tokens before it.
 
         Args:
             visual: (B, Q, L).
-            prompts: B strings, without loss; "" for none.
+            prompts: B strings; "" for none.
             targets: B strings.
-            weights: (B,), see :func:`language_loss`.
+
+        Returns:
+            Logits (B, T, V) and tokens (B, T), :data:`NO_TARGET` where a token is none of the target's.
         """
 
     @abstractmethod
@@ -137,6 +142,37 @@ class LanguageModel(ABC):
         Returns:
             B * ``num_return_sequences`` texts, those of an image side by side.
         """
+
+    def loss(
+        self, visual: Tensor, prompts: Sequence[str], targets: Sequence[str], weights: Tensor | None = None
+    ) -> Tensor:
+        """Loss of the targets after image and prompt; for the arguments see :meth:`predict`, :func:`language_loss`."""
+        return language_loss(*self.predict(visual, prompts, targets), weights)
+
+    @torch.no_grad()
+    def rank(self, visual: Tensor, prompts: Sequence[str], answers: Sequence[str], *, candidates: int) -> list[str]:
+        """Choose the likeliest answer to each prompt, as LAVIS's ``blip_vqa`` does.
+
+        Args:
+            visual: (B, Q, L).
+            prompts: B strings, none of them empty.
+            answers: to choose from, the same for all prompts.
+            candidates: how many of them, those with the likeliest first tokens, are read to their ends.
+
+        Returns:
+            B answers, each the one whose tokens have the greatest likelihood together.
+        """
+        starts = [self.tokenizer(answer, add_special_tokens=False).input_ids[0] for answer in answers]
+        logits, labels = self.predict(visual, prompts, [answers[0]] * len(prompts))
+        first = logits[torch.arange(len(prompts)), (labels != NO_TARGET).int().argmax(dim=1)]  # (B, V)
+        likeliest = first[:, starts].topk(min(candidates, len(answers))).indices  # (B, candidates)
+        chosen = []
+        for image, prompt, indices in zip(visual, prompts, likeliest.tolist(), strict=True):
+            texts = [answers[index] for index in indices]
+            images = image.expand(len(texts), -1, -1)
+            losses = token_losses(*self.predict(images, [prompt] * len(texts), texts)).sum(dim=1)
+            chosen.append(texts[int(losses.argmin())])
+        return chosen
 
     @property
     def width(self) -> int:
@@ -196,16 +232,14 @@ class OptLanguage(LanguageModel):
         """Load GPT-2's tokenizer, as LAVIS does."""
         return AutoTokenizer.from_pretrained(path, use_fast=False)
 
-    def loss(
-        self, visual: Tensor, prompts: Sequence[str], targets: Sequence[str], weights: Tensor | None = None
-    ) -> Tensor:
+    def predict(self, visual: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> tuple[Tensor, Tensor]:
         """See :class:`LanguageModel`; without a prompt the start token counts as a target, as in BLIP-2."""
         ids, mask, labels = (part.to(visual.device) for part in self.encode(prompts, targets))  # (B, T)
         self._check_length(visual.shape[1] + ids.shape[1])
         with self.running():
             embeds, attention = self.embed(visual, ids, mask)
             logits = self.model(inputs_embeds=embeds, attention_mask=attention, use_cache=False).logits
-        return language_loss(logits[:, visual.shape[1] - 1 : -1], labels, weights)
+        return logits[:, visual.shape[1] - 1 : -1], labels
 
     def encode(self, prompts: Sequence[str], targets: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids, attention mask and labels (B, T), padded on the right."""
@@ -262,9 +296,7 @@ class T5Language(LanguageModel):
         """Load T5's tokenizer."""
         return T5TokenizerFast.from_pretrained(path)
 
-    def loss(
-        self, visual: Tensor, prompts: Sequence[str], targets: Sequence[str], weights: Tensor | None = None
-    ) -> Tensor:
+    def predict(self, visual: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> tuple[Tensor, Tensor]:
         """See :class:`LanguageModel`."""
         asked = self._tokenize(prompts, visual)
         said = self._tokenize(targets, visual, truncation=True, max_length=self.max_txt_len)
@@ -278,7 +310,7 @@ class T5Language(LanguageModel):
                 labels=labels,
                 use_cache=False,
             ).logits  # (B, T, V)
-        return language_loss(logits, labels, weights)
+        return logits, labels
 
     def generate(self, visual: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
         """See :class:`LanguageModel`."""
