@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from lavis_xformer.compare import figures, run
+from lavis_xformer.compare import figures, inputs, run
 from lavis_xformer.compare.plan import Cell, Plan, as_text, read_plan
 from lavis_xformer.compare.results import by_question, collect, differences, markdown, mean_and_spread
 from lavis_xformer.errors import UserError
@@ -19,8 +21,8 @@ SHIPPED = "projects/xformer/compare/quick.yaml"
 
 def content(folder: Path) -> dict[str, Any]:
     stage1, stage2 = folder / "stage1.yaml", folder / "stage2.yaml"
-    stage1.write_text("one")
-    stage2.write_text("two")
+    stage1.write_text("run: {max_epoch: 1}\n")
+    stage2.write_text("model: {arch: xformer, model_type: mini}\n")
     return {
         "output": str(folder / "out"),
         "seeds": [1, 2],
@@ -51,6 +53,7 @@ def make(folder: Path, given: dict[str, Any], name: str = "toy") -> Plan:
 
 def finish(cell: Cell, **note: Any) -> None:
     cell.folder.mkdir(parents=True, exist_ok=True)
+    (cell.folder / "inputs.json").write_text(json.dumps(cell.inputs()))
     (cell.folder / "cell.json").write_text(json.dumps({"seconds": 2.0, "peak_memory_mb": 100.0, **note}))
 
 
@@ -90,8 +93,63 @@ def test_a_cell_is_kept_until_what_decides_it_changes(tmp_path: Path, plan: Plan
     assert not state[("b", "second")]
     assert not state[("b", "asked")], "it asks other weights"
     assert state[("a", "asked")]
-    (tmp_path / "stage1.yaml").write_text("one, changed")
-    assert not any(cell.finished for cell in plan.cells(["a"]))
+    (tmp_path / "stage1.yaml").write_text("run: {max_epoch: 1}  # a comment\n")
+    assert plan.cells(["a"])[0].finished
+    (tmp_path / "stage1.yaml").write_text("run: {max_epoch: 1, seed: 7, batch_size_train: 4}\n")
+    assert plan.cells(["a"])[0].stale() == ["run.batch_size_train: nothing -> 4"], "the others are options of its own"
+
+
+def test_what_makes_a_run_anew_is_said(
+    tmp_path: Path, plan: Plan, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = plan.cells(["a"], [1])[:2]
+    finish(first)
+    (first.folder / "checkpoint_best.pth").write_bytes(b"old weights")
+    finish(second)
+    (first.folder / "checkpoint_best.pth").write_bytes(b"other weights")
+    (changed,) = second.stale()
+    assert changed.startswith("model.pretrained (sha256): ")
+    monkeypatch.setattr(inputs, "code", lambda: "new")
+    assert [line.split(":")[0] for line in first.stale()] == ["code"]
+    assert replace(plan, lenient=True).cells(["a"])[0].finished
+    assert f"to do anew: code: {inputs.code_now()} -> new" in run.listing([first])
+    with pytest.raises(UserError, match="the code of lavis_xformer has changed under this comparison"):
+        run.run_cell(first)
+    ran: list[Cell] = []
+    monkeypatch.setattr(run, "run_cell", ran.append)
+    assert run.main([str(tmp_path / "toy.yaml"), "--only", "a", "--seeds", "1"]) == 0
+    assert ran[0] == first
+    assert "anew, since code: " in capsys.readouterr().out
+    assert (tmp_path / "out" / "cells" / f"{first.folder.name}.stale1" / "cell.json").is_file()
+    assert not first.folder.exists()
+
+
+def test_inputs_are_the_whole_configuration_assets_code_and_versions(tmp_path: Path) -> None:
+    questions = tmp_path / "questions.json"
+    questions.write_text("[]")
+    config = "projects/xformer/pretrain.yaml"
+    options = {"model.fusion": "none", "datasets.xformer_scenes.splits.val.annotations": [str(questions)]}
+    found = inputs.inputs_of(config, options)
+    assert found["model.fusion"] == '"none"'
+    assert found["model.num_query_token"] == "8", "of the model's default YAML"
+    assert any(key.startswith("datasets.xformer_scenes.build_info") or ".preset" in key for key in found)
+    assert {"code", "python", "torch", "salesforce-lavis"} <= found.keys()
+    assert {"model.vit_model (sha256)", "model.mae_model (sha256)", "model.bert (sha256)"} <= found.keys()
+    (named,) = [key for key in found if key.endswith("annotations.0 (sha256)")]
+    questions.write_text("[1]")
+    assert inputs.changes(found, inputs.inputs_of(config, options)) == [
+        f"{named}: {found[named]} -> {inputs.content(str(questions))}"
+    ]
+
+
+def test_code_is_what_runs_execute_without_its_words() -> None:
+    def dumped(source: str) -> str:
+        return ast.dump(inputs.without_docstrings(ast.parse(source)))
+
+    assert dumped('"""A."""\ndef f():\n    """B."""\n    return 1') == dumped("def f(): return 1  # one")
+    assert dumped("def f(): return 1") != dumped("def f(): return 2")
+    assert inputs.code() == inputs.code_now()
+    assert len(inputs.code()) == 12
 
 
 def test_a_yaml_may_state_its_difference_alone(tmp_path: Path) -> None:

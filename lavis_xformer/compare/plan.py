@@ -1,7 +1,8 @@
 """What a comparison runs: cells = variants x seeds x stages, each an ordinary run with its options.
 
-A cell's folder is named after everything that decides what it computes: its YAML, its options and the cell it starts
-from. So a finished cell is kept as long as nothing of that changes, and comparisons share what they have in common.
+A cell's folder is named after its YAML's name, its options and the cell it starts from, so comparisons share what they
+have in common. A finished cell is kept as long as nothing else changes that decides its result (:mod:`.inputs`: the
+YAMLs' content, assets, weights, code, versions); otherwise :meth:`Cell.stale` says what did.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from lavis_xformer.compare.inputs import SOFTWARE, changes, inputs_of
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.paths import project_path
 
@@ -23,6 +25,7 @@ STAGE_KEYS = ("config", "evaluate", "options")
 #: of a variant, beside options of single stages: options of every stage, stages left out, seeds of its own
 VARIANT_KEYS = ("every", "skip", "seeds")
 BEST = "checkpoint_best.pth"
+INPUTS = "inputs.json"
 
 Options = dict[str, Any]
 
@@ -54,6 +57,7 @@ class Cell:
         stage: what is run.
         options: all changes of the stage's YAML.
         folder: where it leaves its results.
+        lenient: whether results of another code or other versions are kept.
     """
 
     variant: str
@@ -61,11 +65,24 @@ class Cell:
     stage: Stage
     options: Options
     folder: Path
+    lenient: bool = False
 
     @property
     def finished(self) -> bool:
-        """Whether it ran to its end."""
-        return (self.folder / "cell.json").is_file()
+        """Whether it ran to its end, and would give the same again."""
+        return (self.folder / "cell.json").is_file() and not self.stale()
+
+    def inputs(self) -> dict[str, str]:
+        """Return all that its result depends on, as it is now."""
+        return inputs_of(self.stage.config, self.options)
+
+    def stale(self) -> list[str]:
+        """Return what has changed since it was run, in whole or in part: ``name: before -> after``."""
+        note = self.folder / INPUTS
+        if not note.is_file():
+            return []
+        differing = changes(json.loads(note.read_text(encoding="utf-8")), self.inputs())
+        return [line for line in differing if not (self.lenient and line.split(":")[0] in SOFTWARE)]
 
     def arguments(self) -> list[str]:
         """Return the command line after ``python``."""
@@ -85,6 +102,7 @@ class Plan:
         seeds: of every variant that has none of its own.
         stages: in order; a training passes its best weights on to the next stages.
         variants: name to what it changes.
+        lenient: whether cells of another code or other versions are kept.
     """
 
     name: str
@@ -93,6 +111,7 @@ class Plan:
     seeds: tuple[int, ...]
     stages: tuple[Stage, ...]
     variants: dict[str, dict[str, Any]]
+    lenient: bool = False
 
     def cells(self, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Cell]:
         """Return the cells in the order in which they can run.
@@ -129,7 +148,7 @@ class Plan:
             options |= {"run.output_dir": str(folder.parent), "run.job_id": folder.name}
             if not stage.evaluate:
                 options["run.resume"], weights = "auto", folder / BEST
-            cells.append(Cell(name, seed, stage, options, folder))
+            cells.append(Cell(name, seed, stage, options, folder, self.lenient))
         return cells
 
 
@@ -168,9 +187,8 @@ def read_plan(path: str) -> Plan:
 
 
 def digest(config: str, options: Mapping[str, Any]) -> str:
-    """Return eight characters that change with a YAML's content or an option."""
-    text = project_path(config).read_text(encoding="utf-8") + json.dumps(options, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+    """Return eight characters that change with a YAML's name or an option."""
+    return hashlib.sha256((config + json.dumps(options, sort_keys=True)).encode()).hexdigest()[:8]
 
 
 def as_text(value: object) -> str:

@@ -1,21 +1,27 @@
 """``lavis-xformer compare YAML``: train and evaluate every variant alike, then say how they differ.
 
 The YAML names the runs (``common``: stages with their YAMLs and options), the ``variants`` (what each changes), the
-``seeds`` and the ``baseline``. A finished run is kept; the command may be stopped and started at will.
+``seeds`` and the ``baseline``. A finished run is kept as long as nothing changes that decides its result
+(configuration, weights, assets, code, versions); one that is out of date is moved aside, with the reason, and run anew.
+The command may be stopped and started at will.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from lavis_xformer.compare.plan import BEST, Cell, Plan, read_plan
+from lavis_xformer.compare import inputs
+from lavis_xformer.compare.plan import BEST, INPUTS, Cell, Plan, read_plan
 from lavis_xformer.errors import UserError
 
 SAID = "console.txt"
@@ -31,9 +37,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("plan", help="the comparison's YAML, as projects/xformer/compare/quick.yaml")
     parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="run these variants only")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="run these seeds only")
+    parser.add_argument(
+        "--lenient", action="store_true", help="keep runs of another code or other library versions too"
+    )
     parser.add_argument("--list", action="store_true", help="list the runs and which are finished; run nothing")
     args = parser.parse_args(argv)
-    plan = read_plan(args.plan)
+    plan = replace(read_plan(args.plan), lenient=args.lenient)
     cells = plan.cells(args.only, args.seeds)
     if args.list:
         print(listing(cells))
@@ -42,6 +51,8 @@ def main(argv: Sequence[str]) -> int:
         if not cell.finished:
             title = f"{cell.variant}, seed {cell.seed}, {cell.stage.name}"
             print(f"[{number}/{len(cells)}] {title}  ({cell.folder / SAID})", flush=True)
+            if reasons := cell.stale():
+                print(f"  anew, since {reason(reasons)}; the old run is {set_aside(cell)}", flush=True)
             run_cell(cell)
     print(write(plan))
     return 0
@@ -49,21 +60,40 @@ def main(argv: Sequence[str]) -> int:
 
 def listing(cells: Sequence[Cell]) -> str:
     """Return a line for every cell."""
-    rows = [
-        (cell.variant, f"seed {cell.seed}", cell.stage.name, "finished" if cell.finished else "to do", str(cell.folder))
-        for cell in cells
-    ]
+    rows = [(cell.variant, f"seed {cell.seed}", cell.stage.name, state(cell), str(cell.folder)) for cell in cells]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join("  ".join(word.ljust(w) for word, w in zip(row, [*widths, 0], strict=True)) for row in rows)
+
+
+def state(cell: Cell) -> str:
+    """Say whether a cell is finished, to do, or to do anew and why."""
+    if reasons := cell.stale():
+        return f"to do anew: {reason(reasons)}"
+    return "finished" if cell.finished else "to do"
+
+
+def reason(changed: Sequence[str], most: int = 2) -> str:
+    """Name the first of what changed, and count the rest."""
+    more = f" and {len(changed) - most} more" if len(changed) > most else ""
+    return f"{'; '.join(changed[:most])}{more}"
+
+
+def set_aside(cell: Cell) -> Path:
+    """Rename the folder of a stale cell, so that nothing goes on from it; return its new name."""
+    names = (cell.folder.with_name(f"{cell.folder.name}.stale{number}") for number in itertools.count(1))
+    return cell.folder.rename(next(name for name in names if not name.exists()))
 
 
 def run_cell(cell: Cell) -> None:
     """Run a cell in a process of its own and note what it took in ``cell.json``.
 
     Raises:
-        UserError: it failed.
+        UserError: it failed, or the code is no longer what it was when this command started.
     """
+    if inputs.code_now() != inputs.code() and not cell.lenient:
+        raise UserError("the code of lavis_xformer has changed under this comparison; start the command again")
     cell.folder.mkdir(parents=True, exist_ok=True)
+    write_json(cell.folder / INPUTS, cell.inputs())
     command, start = [sys.executable, *cell.arguments()], time.monotonic()
     with open(cell.folder / SAID, "a", encoding="utf-8") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
@@ -81,10 +111,32 @@ def run_cell(cell: Cell) -> None:
         "seconds": round(time.monotonic() - start, 1),
         "peak_memory_mb": round(usage.ru_maxrss / 1024, 1),  # of the process; Linux counts in KiB
         "trainable": trained_weights(cell.folder / BEST),
+        "code": inputs.code(),
+        "commit": inputs.commit(),
+        "machine": machine(),
     }
-    partial = cell.folder / "cell.json.part"
-    partial.write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-    partial.replace(cell.folder / "cell.json")
+    write_json(cell.folder / "cell.json", note)
+
+
+def write_json(path: Path, values: Mapping[str, object]) -> None:
+    """Write a JSON file whole or not at all."""
+    partial = path.with_name(f"{path.name}.part")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def machine() -> str:
+    """Return what a run was computed on: processor, its cores, and the GPU where torch sees one."""
+    import torch
+
+    models = [line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    name = models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name}, {os.cpu_count()} cores{gpu}"
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def trained_weights(path: Path) -> int | None:

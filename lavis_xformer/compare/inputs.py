@@ -1,0 +1,187 @@
+"""What a run's result depends on, so that no stale one is ever kept unnoticed.
+
+These are: its configuration (the default YAMLs of model and datasets, its own YAML, its options), the sha256 of every
+shipped asset and every file that the configuration names (weights, question files; not the images of a folder), the
+code of this package and the versions of the packages that compute. Comments, formatting and docstrings don't count, nor
+does code that no run executes (:data:`APART`).
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import hashlib
+import json
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lavis_xformer import assets
+from lavis_xformer.paths import project_path, shipped_folder
+
+PACKAGE = Path(assets.__file__).parent
+#: what compares, reports, checks and builds, but takes no part in a run
+APART = frozenset({"analysis", "compare", "mini", "cli", "diagnose", "doctor", "export"})
+LIBRARIES = ("salesforce-lavis", "torch", "torchvision", "transformers", "timm", "numpy", "pillow")
+SOFTWARE = ("code", "python", *LIBRARIES)
+PLACES = ("run.output_dir", "run.job_id", "run.resume")  # where a run lies, not what it computes
+
+Json = dict[str, Any]
+
+
+def inputs_of(config: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """Return everything that a run's result depends on, by name.
+
+    Args:
+        config: the run's YAML.
+        options: changes of it, by dotted key.
+    """
+    leaves = dict(flat(resolved(config, options)))
+    found = {key: json.dumps(value) for key, value in leaves.items() if key not in PLACES}
+    for key, value in leaves.items():
+        if (
+            isinstance(value, str)
+            and key not in PLACES
+            and (digest := content(value, folders=key.startswith("model.")))
+        ):
+            found[f"{key} (sha256)"] = digest
+    return {**found, "code": code(), **versions()}
+
+
+def changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """Return ``name: before -> after`` for all that differs."""
+    names = sorted(before.keys() | after.keys(), key=lambda name: (name == "code", name))
+    return [
+        f"{name}: {before.get(name, 'nothing')} -> {after.get(name, 'nothing')}"
+        for name in names
+        if before.get(name) != after.get(name)
+    ]
+
+
+def resolved(config: str, options: Mapping[str, Any]) -> Json:
+    """Return a run's configuration: the defaults of its model's type and its datasets, its YAML, its options."""
+    user = _mapping(project_path(config))
+    for key, value in options.items():
+        *sections, name = key.split(".")
+        place = user
+        for section in sections:
+            place[section] = dict(place.get(section) or {})
+            place = place[section]
+        place[name] = value
+    model: Json = user.get("model", {})
+    merged: Json = {}
+    for file in sorted(shipped_folder("configs").glob("models/*.yaml")):
+        own = _mapping(file)["model"]
+        if (own["arch"], own["model_type"]) == (model.get("arch"), model.get("model_type")):
+            merged = merge(merged, {"model": own})
+    for file in sorted(shipped_folder("configs").glob("datasets/*.yaml")):
+        own = {name: given for name, given in _mapping(file)["datasets"].items() if name in user.get("datasets", {})}
+        merged = merge(merged, {"datasets": own})
+    return merge(merged, user)
+
+
+def merge(first: Any, second: Any) -> Any:
+    """Return ``first`` changed by ``second``, mapping by mapping."""
+    if not isinstance(first, dict) or not isinstance(second, dict):
+        return second
+    return {**first, **{key: merge(first.get(key), value) for key, value in second.items()}}
+
+
+def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every leaf by its dotted path; members of lists by their number."""
+    if isinstance(values, (dict, list)) and values:
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, values
+
+
+def content(value: str, *, folders: bool = False) -> str | None:
+    """Return the sha256 of what a value names: an asset, a file, or the files of a folder; None for other values."""
+    if value.startswith(assets.SCHEME):
+        group, _, part = value.removeprefix(assets.SCHEME).partition("/")
+        sums = json.loads((assets.ROOT / group / assets.SUMS).read_text(encoding="utf-8"))
+        return _digest({name: of for name, of in sums.items() if name.startswith(f"{part}/")})
+    path = Path(value)
+    if path.is_file():
+        return _file(path, path.stat().st_size, path.stat().st_mtime_ns)
+    if folders and path.is_dir():
+        return _digest({file.name: content(str(file)) for file in sorted(path.iterdir()) if file.is_file()})
+    return None
+
+
+@functools.cache
+def code() -> str:
+    """Return twelve characters that change with the code of this package that runs execute."""
+    return code_now()
+
+
+def code_now() -> str:
+    """Return :func:`code` as the files are at this moment, not as they were when this process first asked."""
+    trees = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE)
+        if name.parts[0].removesuffix(".py") not in APART:
+            trees[name.as_posix()] = ast.dump(without_docstrings(ast.parse(path.read_text(encoding="utf-8"))))
+    return _digest(trees)
+
+
+def without_docstrings(tree: ast.AST) -> ast.AST:
+    """Take the docstrings out of a module, in place."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            del node.body[0]
+    return tree
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that compute."""
+    found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Return the commit of a clone, with ``+`` where files differ from it; None outside of one."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(PACKAGE), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "--short=10", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _mapping(file: Path) -> Json:
+    return copy.deepcopy(_parsed(file, file.stat().st_size, file.stat().st_mtime_ns))
+
+
+@functools.cache
+def _parsed(path: Path, size: int, changed: int) -> Json:
+    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return found if isinstance(found, dict) else {"": found}
+
+
+@functools.cache
+def _file(path: Path, size: int, changed: int) -> str:
+    """Size and time of the last change are there for the cache alone."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:12]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
