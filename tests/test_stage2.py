@@ -22,6 +22,7 @@ from lavis_xformer.images import clip_to_mae
 from lavis_xformer.models import base, language
 from lavis_xformer.models.fusion import FUSIONS
 from lavis_xformer.models.generation import SPACY_MODEL, lemmatize
+from lavis_xformer.models.stage2 import continuation, split
 
 KINDS = ("opt", "t5")
 SHARED = "visual_encoder ln_vision Qformer query_tokens".split()
@@ -81,6 +82,23 @@ def test_without_fusion_t5_is_lavis_blip2_in_loss_and_gradients(
     ours = make_stage2("t5", "none")
     texts = {"text_input": ["a red", "two", "the", "one"], "text_output": ["star", "blue star", "left", "red"]}
     assert_same_losses_and_gradients(ours, blip2_t5_like(ours, t5_folder), {**batch, **texts})
+
+
+@pytest.mark.parametrize("prompt", ["", "a photo of"])
+def test_prefix_lm_splits_captions_in_training_only(prompt: str, make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2("t5", prompt=prompt, prefix_lm=True)
+    captions = [continuation(prompt, text) for text in batch["text_input"]]
+    halves = [split(prompt, text, torch.Generator().manual_seed(seed)) for text in captions for seed in range(20)]
+    assert {begun + rest for begun, rest in halves} == {prompt + text for text in captions}
+    assert all(rest.strip() for _, rest in halves)
+    assert len({begun for begun, _ in halves}) > len(captions)
+
+    replay = torch.Generator().manual_seed(5)
+    halves = [split(prompt, text, replay) for text in captions]
+    texts = {"text_input": [begun for begun, _ in halves], "text_output": [rest for _, rest in halves]}
+    trained = model.train()(batch, generator=torch.Generator().manual_seed(5))["loss"]
+    assert torch.equal(trained, model({**batch, **texts})["loss"])
+    assert torch.equal(model.eval()(batch)["loss"], make_stage2("t5", prompt=prompt).eval()(batch)["loss"])
 
 
 WAYS = {

@@ -90,7 +90,7 @@ class GenerativeModel(XFormerBase):
         temperature: float = 1.0,
         min_new_tokens: int | None = None,
     ) -> list[str]:
-        """Caption images, or continue a prompt about them.
+        """Caption images, or continue a prompt about them: B * ``num_captions`` texts, those of an image side by side.
 
         Args:
             samples: ``image`` (B, 3 or 6, S, S); ``prompt``, a string or one for each image, may replace the model's.
@@ -105,9 +105,6 @@ class GenerativeModel(XFormerBase):
             temperature: of sampling.
             min_new_tokens: fewest tokens that are generated.
 
-        Returns:
-            B * ``num_captions`` texts, those of an image side by side.
-
         Raises:
             UserError: prompts that don't fit the images, or more captions than beams.
         """
@@ -115,11 +112,9 @@ class GenerativeModel(XFormerBase):
             raise UserError(
                 f"num_captions is {num_captions}, num_beams {num_beams}; more beams or use_nucleus_sampling"
             )
-        prefix = self.projection(self.encode_queries(samples["image"]))  # (B, Q, L)
-        prompt = self.prompt if samples.get("prompt") is None else samples["prompt"]
         return self.language.generate(
-            prefix,
-            one_per_image(prompt, len(prefix), name="samples['prompt']"),
+            self.projection(self.encode_queries(samples["image"])),  # (B, Q, L)
+            one_per_image(samples.get("prompt", self.prompt), len(samples["image"]), name="samples['prompt']"),
             do_sample=use_nucleus_sampling,
             num_beams=1 if use_nucleus_sampling else num_beams,
             max_new_tokens=max_length,
@@ -146,7 +141,7 @@ class GenerativeModel(XFormerBase):
         length_penalty: float | None = None,
         **kwargs: Any,
     ) -> list[str]:
-        """Answer questions about images; the signature of LAVIS's ``Blip2T5`` and of its main branch.
+        """Answer B questions about images; the signature of LAVIS's ``Blip2T5`` and of its main branch.
 
         Args:
             samples: ``image`` (B, 3 or 6, S, S) and ``text_input``, B questions. Without ``image`` the language model
@@ -161,9 +156,6 @@ class GenerativeModel(XFormerBase):
                 LAVIS; None takes the model's ``vqa_prompt``.
             length_penalty: of beam search; None takes the model's ``vqa_length_penalty``.
             kwargs: what other tasks of LAVIS pass.
-
-        Returns:
-            B answers.
 
         Raises:
             UserError: questions or prompts that don't fit the images, another inference method, nothing to rank.

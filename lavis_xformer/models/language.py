@@ -131,17 +131,29 @@ class LanguageModel(ABC):
         """
 
     @abstractmethod
+    def continue_(self, visual: Tensor, prompts: Sequence[str], **options: Any) -> Tensor:
+        """Continue image (B, Q, L) and prompt: token ids (B * ``num_return_sequences``, T), without the prompt's."""
+
     def generate(self, visual: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
         """Continue image and prompt.
 
         Args:
             visual: (B, Q, L).
             prompts: B strings.
-            options: of transformers' ``generate``.
+            options: of transformers' ``generate``, ``do_sample``, ``num_beams`` and ``num_return_sequences`` included.
 
         Returns:
             B * ``num_return_sequences`` texts, those of an image side by side.
+
+        Raises:
+            UserError: more texts than beams, or more tokens than the model reads.
         """
+        texts, beams = options["num_return_sequences"], options["num_beams"]
+        if texts > beams and not options["do_sample"]:
+            raise UserError(f"num_captions is {texts}, num_beams {beams}; more beams or use_nucleus_sampling")
+        with self.running():
+            ids = self.continue_(visual, prompts, **options)
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def loss(
         self, visual: Tensor, prompts: Sequence[str], targets: Sequence[str], weights: Tensor | None = None
@@ -180,7 +192,7 @@ class LanguageModel(ABC):
         return int(self.model.get_input_embeddings().weight.shape[1])
 
     @contextlib.contextmanager
-    def running(self) -> Iterator[torch.dtype]:
+    def running(self) -> Iterator[None]:
         """Bring the weights to their precision on this device, and run under autocast there.
 
         Whatever autocast is on outside, the model computes in its own precision.
@@ -190,7 +202,7 @@ class LanguageModel(ABC):
         if any(parameter.dtype != dtype for parameter in self.model.parameters()):
             self.model.to(dtype)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            yield dtype
+            yield
 
     def embed(self, visual: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Image (B, Q, L), then text (B, T): embeddings (B, Q + T, L) and attention mask (B, Q + T)."""
@@ -253,21 +265,19 @@ class OptLanguage(LanguageModel):
         ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         return ids, mask, pad_sequence(labels, batch_first=True, padding_value=NO_TARGET)
 
-    def generate(self, visual: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
+    def continue_(self, visual: Tensor, prompts: Sequence[str], **options: Any) -> Tensor:
         """See :class:`LanguageModel`; ``min_length`` counts the prompt too, ``min_new_tokens`` doesn't."""
         text = self.tokenizer(list(prompts), padding=True, return_tensors="pt").to(visual.device)
         self._check_length(visual.shape[1] + text.input_ids.shape[1] + options["max_new_tokens"])
         copies = options["num_return_sequences"] if options["do_sample"] else options["num_beams"]
-        with self.running() as dtype:
-            ids = self.model.generate(
-                input_ids=text.input_ids,
-                query_embeds=visual.to(dtype).repeat_interleave(copies, dim=0),
-                attention_mask=prefix_mask(visual, text.attention_mask),
-                eos_token_id=self.end_id,
-                **options,
-            )
-        texts = self.tokenizer.batch_decode(ids[:, text.input_ids.shape[1] :], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+        ids = self.model.generate(
+            input_ids=text.input_ids,
+            query_embeds=visual.to(self.model.dtype).repeat_interleave(copies, dim=0),
+            attention_mask=prefix_mask(visual, text.attention_mask),
+            eos_token_id=self.end_id,
+            **options,
+        )
+        return ids[:, text.input_ids.shape[1] :]
 
     def _check_length(self, tokens: int) -> None:
         limit = self.model.config.max_position_embeddings
@@ -312,13 +322,11 @@ class T5Language(LanguageModel):
             ).logits  # (B, T, V)
         return logits, labels
 
-    def generate(self, visual: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
+    def continue_(self, visual: Tensor, prompts: Sequence[str], **options: Any) -> Tensor:
         """See :class:`LanguageModel`."""
         text = self._tokenize(prompts, visual)
-        with self.running():
-            embeds, attention = self.embed(visual, text.input_ids, text.attention_mask)
-            ids = self.model.generate(inputs_embeds=embeds, attention_mask=attention, **options)
-        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        embeds, attention = self.embed(visual, text.input_ids, text.attention_mask)
+        return self.model.generate(inputs_embeds=embeds, attention_mask=attention, **options)
 
     def _tokenize(self, texts: Sequence[str], visual: Tensor, **options: Any) -> Any:
         return self.tokenizer(list(texts), padding=True, return_tensors="pt", **options).to(visual.device)

@@ -9,6 +9,7 @@ L: width of the language model, N: image patches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -28,8 +29,8 @@ LOSSES = ("lm", "rec")
 class Texts(NamedTuple):
     """What the language model is asked and should say, A of each."""
 
-    prompts: list[str]
-    targets: list[str]
+    prompts: Sequence[str]
+    targets: Sequence[str]
     weights: Tensor | None = None  #: (A,)
     images: Tensor | None = None  #: (A,) the image of each text; None where it is one for each
 
@@ -44,14 +45,22 @@ class XFormerStage2(GenerativeModel):
         r"|Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\."
     )
     NEW_WEIGHTS = r"(opt|t5)_proj\."
-    CONFIG_KEYS = GenerativeModel.CONFIG_KEYS | {"mask_ratio", "loss_weights"}
+    CONFIG_KEYS = GenerativeModel.CONFIG_KEYS | {"mask_ratio", "loss_weights", "prefix_lm"}
 
-    def __init__(self, *, mask_ratio: float = 0.5, loss_weights: dict[str, float] | None = None, **parts: Any) -> None:
+    def __init__(
+        self,
+        *,
+        mask_ratio: float = 0.5,
+        loss_weights: dict[str, float] | None = None,
+        prefix_lm: bool = False,
+        **parts: Any,
+    ) -> None:
         """Add what the losses need.
 
         Args:
             mask_ratio: share of the patches that a second pass hides from MAE where there is a reconstruction loss.
             loss_weights: of ``lm``, 1 where nothing is said, and of ``rec``, 0 where nothing is said.
+            prefix_lm: in training, put a random beginning of each caption into the prompt, see :func:`split`.
             parts: of :class:`GenerativeModel`.
 
         Raises:
@@ -64,6 +73,7 @@ class XFormerStage2(GenerativeModel):
         if not 0 < mask_ratio < 1:
             raise UserError(f"model.mask_ratio is {mask_ratio}; it must lie between 0 and 1")
         self.mask_ratio = mask_ratio
+        self.prefix_lm = prefix_lm
         self.loss_weights = {"lm": 1.0, "rec": 0.0} | dict(loss_weights or {})
 
     @property
@@ -71,7 +81,9 @@ class XFormerStage2(GenerativeModel):
         """Whether there is an M' to reconstruct from, and a weight on doing so."""
         return self.fusion.aligns_mae and self.mae is not None and self.loss_weights["rec"] > 0
 
-    def forward(self, samples: dict[str, Any], *, noise: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, samples: dict[str, Any], *, noise: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
         """Compute the losses of a batch.
 
         Args:
@@ -82,6 +94,7 @@ class XFormerStage2(GenerativeModel):
                 * ``text_input``: B questions, with ``answer`` (A strings), ``n_answers`` (B,) and ``weight`` (A,) as
                   LAVIS's VQA datasets have them; or with ``answer``, B strings. The answer to "" is a caption.
             noise: (B, N), decides which patches MAE doesn't see; drawn where it is None.
+            generator: decides where ``prefix_lm`` splits captions.
 
         Returns:
             Scalars: ``loss``, the weighted sum; ``loss_lm``; ``loss_rec`` where M' is reconstructed.
@@ -89,7 +102,7 @@ class XFormerStage2(GenerativeModel):
         Raises:
             UserError: texts that don't fit the images.
         """
-        texts = self._texts(samples)
+        texts = self._texts(samples, generator)
         tokens = self.encode_image(samples["image"])
         zq = self.query_image(tokens.clip).last_hidden_state  # Zq (B, Q, D)
         z, _ = self.fusion.refine(zq, tokens.mae_tokens)  # Z' (B, Q, D)
@@ -104,7 +117,7 @@ class XFormerStage2(GenerativeModel):
         loss = torch.stack([self.loss_weights[name] * term for name, term in terms.items()]).sum()
         return {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}}
 
-    def _texts(self, samples: dict[str, Any]) -> Texts:
+    def _texts(self, samples: dict[str, Any], generator: torch.Generator | None) -> Texts:
         """Prompts, which bear no loss, and targets of a batch."""
         count = len(samples["image"])
         texts = one_per_image(samples.get("text_input"), count, name="samples['text_input']")
@@ -112,7 +125,11 @@ class XFormerStage2(GenerativeModel):
             return Texts(texts, one_per_image(samples["text_output"], count, name="samples['text_output']"))
         if "answer" in samples:
             return self._answers(texts, samples)
-        return Texts([self.prompt] * count, [continuation(self.prompt, text) for text in texts])
+        captions = [continuation(self.prompt, text) for text in texts]
+        if self.prefix_lm and self.training:
+            halves = [split(self.prompt, caption, generator) for caption in captions]
+            return Texts([begun for begun, _ in halves], [rest for _, rest in halves])
+        return Texts([self.prompt] * count, captions)
 
     def _answers(self, questions: list[str], samples: dict[str, Any]) -> Texts:
         each = samples.get("n_answers")
@@ -156,6 +173,7 @@ class XFormerStage2(GenerativeModel):
             apply_lemmatizer=cfg.get("apply_lemmatizer", False),
             mask_ratio=cfg.get("mask_ratio", 0.5),
             loss_weights=dict(cfg.get("loss_weights") or {}),
+            prefix_lm=cfg.get("prefix_lm", False),
             **cls.build_parts(cfg),
         )
         model.load_report = load_pretrained(model, cfg)
@@ -198,3 +216,14 @@ def continuation(prompt: str, caption: str) -> str:
     if not prompt:
         return caption
     return caption[len(prompt) :] if caption.startswith(prompt) else f" {caption}"
+
+
+def split(prompt: str, caption: str, generator: torch.Generator | None = None) -> tuple[str, str]:
+    """Move a random number of the caption's words, but not all, to the prompt.
+
+    Prefix language modelling, with which BLIP-2 trains encoder-decoder models (arXiv 2301.12597, section 3.3; where it
+    splits, it doesn't say).
+    """
+    words = caption.split(" ")
+    cut = int(torch.randint(len(words), (), generator=generator))
+    return prompt + " ".join(words[:cut]), (" " if cut else "") + " ".join(words[cut:])
