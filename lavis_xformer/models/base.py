@@ -283,20 +283,7 @@ class XFormerBase(Blip2Base):
             drop_path_rate=cfg.get("drop_path_rate", 0.0),
             use_grad_checkpoint=cfg.get("use_grad_checkpoint", False),
         )
-        if (source := cfg.get("mae_source", "mae")) not in MAE_SOURCES or (source, name) == ("clip", "concat"):
-            raise UserError(f"model.mae_source: '{source}' with fusion '{name}'; {nearest(str(source), MAE_SOURCES)}")
-        if (layer := cfg.get("clip_layer")) is not None:
-            if source != "clip":
-                raise UserError(f"model.clip_layer: {layer} is read where model.mae_source is clip, not {source}")
-            towers.block_of(visual_encoder, layer)
-        mae = None
-        if FUSIONS[name].needs_mae and source != "clip":
-            mae = towers.build_mae(
-                cfg.mae_model,
-                norm_pix_loss=cfg.get("mae_norm_pix_loss"),
-                image_size=cfg.get("mae_image_size"),
-                trained=source == "mae",
-            )
+        mae = _build_mae(cfg, visual_encoder, fusion=name)
         qformer = towers.build_qformer(
             cfg.bert,
             num_queries=cfg.num_query_token,
@@ -323,9 +310,27 @@ class XFormerBase(Blip2Base):
             "freeze_vit": cfg.get("freeze_vit", True),
             "vit_precision": precision,
             "max_txt_len": cfg.get("max_txt_len", 32),
-            "clip_layer": layer,
+            "clip_layer": cfg.get("clip_layer"),
             "shuffle_mae": cfg.get("shuffle_mae", False),
         }
+
+
+def _build_mae(cfg: DictConfig, visual_encoder: Any, *, fusion: str) -> MaskedAutoencoder | None:
+    """What gives M; None where the fusion needs no M, or gets CLIP's tokens for it."""
+    if (source := cfg.get("mae_source", "mae")) not in MAE_SOURCES or (source, fusion) == ("clip", "concat"):
+        raise UserError(f"model.mae_source: '{source}' with fusion '{fusion}'; {nearest(str(source), MAE_SOURCES)}")
+    if (layer := cfg.get("clip_layer")) is not None:
+        if source != "clip":
+            raise UserError(f"model.clip_layer: {layer} is read where model.mae_source is clip, not {source}")
+        towers.block_of(visual_encoder, layer)
+    if source == "clip" or not FUSIONS[fusion].needs_mae:
+        return None
+    return towers.build_mae(
+        cfg.mae_model,
+        norm_pix_loss=cfg.get("mae_norm_pix_loss"),
+        image_size=cfg.get("mae_image_size"),
+        trained=source == "mae",
+    )
 
 
 def compute_dtype(device: torch.device, precision: Precision) -> torch.dtype:
