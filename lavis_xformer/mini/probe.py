@@ -134,6 +134,11 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(sample.mean()), float(half)
 
 
+def cell(mean: float, half: float) -> str:
+    """``39.3 ± 0.7``; without an interval where one seed gives none."""
+    return f"{mean:.1f} ± {half:.1f}" if half < float("inf") else f"{mean:.1f}"
+
+
 def table(results: dict[str, dict[str, list[float]]], chance: dict[str, float]) -> str:
     """Markdown: a row per source, then C+M less C and less two layers of C, paired by seed."""
     rows = {name: {task: interval(values) for task, values in by.items()} for name, by in results.items()}
@@ -145,7 +150,7 @@ def table(results: dict[str, dict[str, list[float]]], chance: dict[str, float]) 
     lines = ["| tokens | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
     lines.append("| most frequent answer | " + " | ".join(f"{chance[task]:.1f}" for task in TASKS) + " |")
     for name, cells in rows.items():
-        lines.append(f"| {name} | " + " | ".join("{:.1f} ± {:.1f}".format(*cells[task]) for task in TASKS) + " |")
+        lines.append(f"| {name} | " + " | ".join(cell(*cells[task]) for task in TASKS) + " |")
     return "\n".join(lines)
 
 

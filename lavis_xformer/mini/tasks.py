@@ -20,6 +20,9 @@ from lavis_xformer.mini import pool
 NONE = -100
 """Label where a scene does not allow the question; cross-entropy ignores it."""
 
+MIDDLE = 0.15
+"""How far from the middle column an object may lie to be asked on which side of the largest one it is."""
+
 CELLS = tuple(f"{row} {column}".strip() or "middle" for row in ROWS for column in COLUMNS)
 
 
@@ -39,9 +42,9 @@ class Task:
 
 
 def _side(scene: Scene, item: SceneObject) -> int:
-    """Whether the object lies left or right of the largest one."""
+    """Whether the object lies left or right of the largest one; asked near the middle, where the place tells nothing."""
     largest = scene.largest()
-    if largest is None or item is largest:
+    if largest is None or item is largest or abs(item.x - 0.5) > MIDDLE:
         return NONE
     sides = [side for side in relations(item, largest) if side in ("left of", "right of")]
     return int(sides[0] == "right of") if sides else NONE
