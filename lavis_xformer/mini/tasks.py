@@ -42,7 +42,7 @@ class Task:
 
 
 def _side(scene: Scene, item: SceneObject) -> int:
-    """Whether the object lies left or right of the largest one; asked near the middle, where the place tells nothing."""
+    """Whether the object lies left or right of the largest one; asked near the middle, where its place tells little."""
     largest = scene.largest()
     if largest is None or item is largest or abs(item.x - 0.5) > MIDDLE:
         return NONE
