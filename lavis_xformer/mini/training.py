@@ -107,10 +107,7 @@ def fit(
                 group["lr"] = schedule.rate(step)
             with autocast(device):
                 value = loss(generator(seed, step), step / schedule.steps)
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
+            _descend(value, module, optimizer)
             bar.update()
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{value.detach():.3f}", refresh=False)
@@ -121,6 +118,14 @@ def fit(
     _save(state, module, optimizer, last, seconds)
     module.eval()
     return seconds
+
+
+def _descend(loss: Tensor, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """One optimiser step, the gradient's norm clipped to 1."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+    optimizer.step()
 
 
 def adamw(module: nn.Module, schedule: Schedule) -> torch.optim.AdamW:
