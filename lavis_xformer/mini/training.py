@@ -94,9 +94,7 @@ def fit(
         Seconds of training, over all sittings.
     """
     optimizer = adamw(module, schedule)
-    first, spent = 0, 0.0
-    if resume and state.is_file():
-        first, spent = _load(state, module, optimizer)
+    first, spent = _load(state, module, optimizer) if resume and state.is_file() else (0, 0.0)
     device = next(module.parameters()).device
     last = min(schedule.steps, stop_at or schedule.steps)
     begin = saved = time.monotonic()
