@@ -9,6 +9,7 @@ where ``config.yaml`` names them.
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +29,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folder", help="where to write; new or empty")
     parser.add_argument("--model", help="model of a checkpoint that doesn't say: xformer, xformer_opt, ...")
     parser.add_argument("--type", help="its type: mini, pretrain_opt2.7b, ...")
+    parser.add_argument("--half", action="store_true", help="half the size: weights in float16, no longer bit for bit")
     args = parser.parse_args(argv)
-    export(args.checkpoint, args.folder, arch=args.model, model_type=args.type)
+    export(args.checkpoint, args.folder, arch=args.model, model_type=args.type, half=args.half)
     print(f"{args.folder}: {WEIGHTS}, {CONFIG}, {CARD}; read it with lavis_xformer.from_folder('{args.folder}')")
     return 0
 
@@ -59,7 +61,12 @@ def from_folder(folder: str | Path, *, is_eval: bool = True, device: str = "cpu"
 
 
 def export(
-    checkpoint: str | Path, folder: str | Path, *, arch: str | None = None, model_type: str | None = None
+    checkpoint: str | Path,
+    folder: str | Path,
+    *,
+    arch: str | None = None,
+    model_type: str | None = None,
+    half: bool = False,
 ) -> Path:
     """Write a checkpoint as a folder.
 
@@ -68,6 +75,7 @@ def export(
         folder: where to write; new or empty.
         arch: model of a checkpoint that doesn't say.
         model_type: its type.
+        half: whether to round the weights to float16.
 
     Returns:
         The folder.
@@ -85,21 +93,22 @@ def export(
     target = Path(folder)
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} is not empty; name a new folder")
-    cfg, figures = _configuration(Path(checkpoint), arch, model_type)
+    cfg, facts = _configuration(Path(checkpoint), arch, model_type)
     model = registry.get_model_class(cfg.model.arch).from_config(cfg.model)
-    weights = _weights(model)
+    weights = {name: tensor.half() if half else tensor for name, tensor in _weights(model).items()}
     cfg.model |= {"pretrained": None, "finetuned": None, "blip2_pretrained": None, "train_only": None}
     _fit_processors(cfg, model)
 
     target.mkdir(parents=True, exist_ok=True)
     save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
+    (target / WEIGHTS).chmod(0o644)
     OmegaConf.save(cfg, target / CONFIG)
-    (target / CARD).write_text(_card(model, cfg, Path(checkpoint), weights, figures), encoding="utf-8")
+    (target / CARD).write_text(_card(model, cfg, Path(checkpoint), weights, facts), encoding="utf-8")
     return target
 
 
 def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -> tuple[Any, dict[str, Any]]:
-    """Sections ``model`` and ``preprocess``, with the checkpoint to load, and the checkpoint's best figures."""
+    """Sections ``model`` and ``preprocess``, with the checkpoint to load, and what it says of its training."""
     from omegaconf import OmegaConf
 
     from lavis_xformer.config import choose_model_type, find
@@ -124,7 +133,17 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
     cfg.model |= {"load_finetuned": False, "blip2_pretrained" if blip2 else "pretrained": str(checkpoint)}
     if not (blip2 or cfg.model.get("train_only")):
         cfg.model.blip2_pretrained = None  # the training began with it and has changed all of it
-    return cfg, content.get("best") or {}
+    return cfg, _training(config) | (content.get("best") or {})
+
+
+def _training(config: dict[str, Any]) -> dict[str, Any]:
+    """Data, length, batch, rate and seed of the run that wrote a checkpoint; nothing where it doesn't say."""
+    run, datasets = config.get("run", {}), config.get("datasets", {})
+    splits = {name: data.get("splits", {}).get("train") for name, data in datasets.items()}
+    keys = ("task", "max_epoch", "batch_size_train", "world_size", "accum_grad_iters", "init_lr", "seed")
+    trained = ", ".join(f"{key} {run[key]}" for key in keys if key in run)
+    data = ", ".join(f"{name} {json.dumps(split)}" if split else name for name, split in splits.items())
+    return {name: value for name, value in (("trained on", data), ("training", trained)) if value}
 
 
 def _weights(model: Any) -> dict[str, Any]:
@@ -142,7 +161,7 @@ def _fit_processors(cfg: Any, model: Any) -> None:
             processor.mae_image_size = model.mae.image_size
 
 
-def _card(model: Any, cfg: Any, checkpoint: Path, weights: dict[str, Any], figures: dict[str, Any]) -> str:
+def _card(model: Any, cfg: Any, checkpoint: Path, weights: dict[str, Any], facts: dict[str, Any]) -> str:
     from lavis_xformer import __version__
     from lavis_xformer.assets import sha256
 
@@ -161,7 +180,10 @@ def _card(model: Any, cfg: Any, checkpoint: Path, weights: dict[str, Any], figur
         f"| weights here | {count:,} |",
         f"| fusion | {cfg.model.get('fusion', 'dual')} |",
         f"| frozen parts, not here | {', '.join(frozen)} |",
-        *(f"| {name} | {value:.4g} |" for name, value in figures.items() if isinstance(value, float)),
+        *(
+            f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
+            for name, value in facts.items()
+        ),
         "",
         "```python",
         "import lavis_xformer",

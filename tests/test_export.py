@@ -47,7 +47,9 @@ def test_a_folder_gives_the_model_back_bit_for_bit(
     checkpoint.unlink()
     folder = (tmp_path / "first").rename(tmp_path / "moved")
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.yaml", "README.md"}
-    assert "61.5" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert "61.5" in card
+    assert "task xformer_stage2" in card
 
     model, vis, text = lavis_xformer.from_folder(folder)
     assert_equal(model, trained)
@@ -60,6 +62,19 @@ def test_a_folder_gives_the_model_back_bit_for_bit(
 
     again, *_ = load_model_and_preprocess("xformer_opt", str(folder), is_eval=True)
     assert_equal(again, trained)
+
+
+def test_half_of_the_size_rounds_the_weights(trained: XFormerOPT, checkpoint: Path, tmp_path: Path) -> None:
+    sizes = []
+    for options in ([], ["--half"]):
+        folder = tmp_path / f"out{len(options)}"
+        assert cli.main(["export", str(checkpoint), str(folder), *options]) == 0
+        sizes.append((folder / "model.safetensors").stat().st_size)
+    assert sizes[1] < 0.6 * sizes[0]
+    model, *_ = lavis_xformer.from_folder(folder)
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            assert torch.equal(weight, trained.get_parameter(name).half().float()), name
 
 
 def test_blip2_files_are_exported_whole(
