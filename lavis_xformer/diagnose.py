@@ -1,0 +1,209 @@
+"""``lavis-xformer diagnose --cfg-path YAML --options model.pretrained=...``: does a trained model use M, and where?
+
+Four looks at a checkpoint of stage 1 or 2, on held-out samples of the run that the YAML describes:
+
+1. the split's evaluation again, each image with another one's M: what falls, M had told;
+2. how far Z' is from Zq (and M' from M), how much of that differs between images, and how the cross-attentions spread;
+3. the gradient of every loss term at the queries, the Q-Former's cross-attentions, CA1 and CA2;
+4. the reconstruction from M' beside the frozen MAE's own from M, which is its floor.
+
+B: batch, Q: queries, D: width of the Q-Former, L: queries of an attention, S: its keys.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lavis_xformer.models.fusion import Attention
+
+#: parts of a model by their weights' names; a weight belongs to the first that fits
+PARTS = {
+    "queries Z": r"query_tokens$",
+    "Q-Former, attention to C": r"Qformer\..*\.crossattention\.",
+    "Q-Former, the rest": r"Qformer\.",
+    "CA1 (M asks Zq)": r"fusion\.(mae_in|align_blocks|mae_out)\.",
+    "CA2 (Zq asks M')": r"fusion\.enrich_blocks\.",
+    "fusion": r"fusion\.",
+    "captions' reader of Z'": r"itg_reader\.",
+}
+
+Figures = dict[str, float]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return its exit status.
+
+    Raises:
+        UserError: something is wrong that the message names.
+    """
+    parser = argparse.ArgumentParser(prog="lavis-xformer diagnose", description=__doc__)
+    parser.add_argument("--cfg-path", required=True, help="the training's YAML")
+    parser.add_argument("--options", nargs="+", default=[], help="as model.pretrained=.../checkpoint_best.pth")
+    parser.add_argument("--split", default="val", help="whose samples are looked at")
+    parser.add_argument("--batches", type=int, default=8, help="of how many batches, beside the evaluation")
+    args = parser.parse_args(argv)
+    from lavis_xformer import launch, register
+
+    register()
+    from lavis_xformer.config import load_config
+    from lavis_xformer.engine import jobs
+    from lavis_xformer.engine.loop import to_device
+    from lavis_xformer.train import build_runner, show
+
+    changes = [f"run.test_splits=[{args.split}]", "run.evaluate=True", "run.tensorboard=False"]
+    config = load_config(args.cfg_path, [*args.options, *changes])
+    with launch.process_group(launch.device_of(str(config.run_cfg.get("device", "auto")))):
+        runner = build_runner(config, launch.placement(), runner_name="xformer_runner")
+        model = runner.unwrap_dist_model(runner.model).eval()
+        own = runner.evaluate(skip_reload=True)[args.split]
+        other: Mapping[str, float] = {}
+        if model.fusion.needs_mae:
+            model.shuffle_mae = True
+            other = runner.evaluate(skip_reload=True)[args.split]
+            model.shuffle_mae = False
+        batches = [to_device(samples, model.device) for samples in islice(runner.dataloaders[args.split], args.batches)]
+        found = {"with_own_m": dict(own), "with_anothers_m": dict(other), **look(model, batches)}
+    path = runner.output_dir / "diagnosis.json"
+    jobs.write_json(path, {**found, "config": config.to_dict(), "versions": jobs.versions()})
+    print(f"{text(found)}\n\nall of it  {show(path)}")
+    return 0
+
+
+def look(model: Any, batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the looks that need no evaluation, as means over batches.
+
+    Args:
+        model: of stage 1 or 2.
+        batches: samples on its device.
+    """
+    torch.manual_seed(0)  # of MAE's masks and the hard negatives
+    return {
+        "enrichment": mean(enrichment(model, samples["image"]) for samples in batches),
+        "gradients": mean(gradients(model, samples) for samples in batches),
+        "reconstruction": mean(reconstruction(model, samples["image"]) for samples in batches),
+    }
+
+
+@torch.no_grad()
+def enrichment(model: Any, image: Tensor) -> Figures:
+    """Compare Z' with Zq and M' with M, and describe every cross-attention of the fusion.
+
+    ``size`` is the norm of the difference over that of the original; ``own`` is the share of the difference's power
+    that differs between the images of the batch (the rest is the same for each, so it tells nothing about any).
+    """
+    if not model.fusion.needs_mae:
+        return {}
+    with watching(model.fusion) as found:
+        tokens = model.encode_image(image)
+        zq = model.query_image(tokens.clip).last_hidden_state  # (B, Q, D)
+        z, aligned = model.fusion.refine(zq, tokens.mae_tokens)
+    for name, changed, original in (("Z'", z, zq), ("M'", aligned, tokens.mae_tokens)):
+        if changed is not original:
+            difference = changed - original
+            power = difference.square().mean(dim=0).sum()
+            own = difference.var(dim=0, unbiased=False).sum() / power.clamp_min(1e-12)
+            found |= {f"{name} size": float(difference.norm() / original.norm()), f"{name} own": float(own)}
+    return found
+
+
+@contextlib.contextmanager
+def watching(fusion: torch.nn.Module) -> Iterator[Figures]:
+    """Describe the cross-attentions of the passes within.
+
+    ``entropy`` is 1 where attention is everywhere alike and 0 where it is on one token; ``top`` is the mean share of
+    the token that gets most.
+    """
+    found: Figures = {}
+
+    def watch(name: str) -> Any:
+        @torch.no_grad()
+        def note(module: Attention, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+            weights = module.weights(*inputs)  # (B, heads, L, S)
+            entropy = torch.special.entr(weights).sum(-1).mean() / torch.tensor(weights.shape[-1]).log()
+            found.update({f"{name} entropy": float(entropy), f"{name} top": float(weights.amax(-1).mean())})
+
+        return note
+
+    hooks = [
+        module.register_forward_hook(watch(name.removesuffix(".cross_attention")))
+        for name, module in fusion.named_modules()
+        if isinstance(module, Attention) and name.endswith("cross_attention")
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def gradients(model: Any, samples: Mapping[str, Any]) -> Figures:
+    """Return ``term > part``: the norm of the gradient of each (unweighted) loss term at each part of the model."""
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    for name, parameter in model.named_parameters():
+        part = next((part for part, pattern in PARTS.items() if re.match(pattern, name)), None)
+        if part is not None and parameter.requires_grad:
+            parts[part].append(parameter)
+    with torch.enable_grad():
+        terms = {name: term for name, term in model(samples).items() if name.startswith("loss_")}
+    found, weights = {}, [weight for members in parts.values() for weight in members]
+    for term, value in terms.items():
+        reached = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
+        each = iter(reached)
+        for part, members in parts.items():
+            squares = [grad.square().sum() for grad in islice(each, len(members)) if grad is not None]
+            found[f"{term.removeprefix('loss_')} > {part}"] = float(sum(squares, torch.zeros(()).to(value)).sqrt())
+    return found
+
+
+@torch.no_grad()
+def reconstruction(model: Any, image: Tensor) -> Figures:
+    """Return the error on masked patches from M' and from M."""
+    if not model.fusion.aligns_mae or model.mae is None or not model.mask_ratio:
+        return {}
+    seen = model.encode_image(image, mask_ratio=model.mask_ratio)
+    _, aligned = model.fusion.refine(model.query_image(seen.clip).last_hidden_state, seen.mae_tokens)
+    ours, floor = (float(model.reconstruction_loss(tokens, seen)) for tokens in (aligned, seen.mae_tokens))
+    return {"from M'": ours, "from M": floor}
+
+
+def mean(found: Iterable[Figures]) -> Figures:
+    """Return the mean of every figure."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for figures in found:
+        for name, value in figures.items():
+            values[name].append(value)
+    return {name: fmean(given) for name, given in values.items()}
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """Return all figures as text."""
+    own, other = found["with_own_m"], found["with_anothers_m"]
+    lines = [f"{'1. evaluation':<44}{'own M':>12}{'another M':>12}"]
+    lines += [
+        f"   {name:<41}{value:>12.4f}{other[name]:>12.4f}"
+        for name, value in own.items()
+        if name in other and not name.startswith(("chance", "agg"))
+    ]
+    if not other:
+        lines.append("   this fusion has no M")
+    lines.append("2. what M changes")
+    lines += [f"   {name:<41}{value:>12.4f}" for name, value in found["enrichment"].items()]
+    terms = list(dict.fromkeys(name.split(" > ")[0] for name in found["gradients"]))
+    parts = list(dict.fromkeys(name.split(" > ")[1] for name in found["gradients"]))
+    lines.append(f"{'3. gradient norm of each loss':<44}" + "".join(f"{term:>12}" for term in terms))
+    for part in parts:
+        norms = (found["gradients"][f"{term} > {part}"] for term in terms)
+        lines.append(f"   {part:<41}" + "".join(f"{norm:>12.2e}" for norm in norms))
+    lines.append("4. reconstruction of masked patches")
+    lines += [f"   {name:<41}{value:>12.4f}" for name, value in found["reconstruction"].items()]
+    return "\n".join(lines)

@@ -1,0 +1,81 @@
+"""Diagnoses: figures that are known beforehand, and the command on the shipped model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lavis_xformer import diagnose
+from lavis_xformer.models.fusion import Attention
+
+
+def test_at_the_identity_start_nothing_is_enriched(make_xformer: Any, batch: dict[str, Any]) -> None:
+    found = diagnose.enrichment(make_xformer("dual"), batch["image"])
+    assert found["Z' size"] == found["M' size"] == 0
+    error = diagnose.reconstruction(make_xformer("dual"), batch["image"])
+    assert error["from M'"] == pytest.approx(error["from M"], abs=1e-6)
+
+
+def test_an_enrichment_that_is_the_same_for_every_image_is_none_of_its_own(
+    make_xformer: Any, batch: dict[str, Any]
+) -> None:
+    model = make_xformer("dual")
+    torch.nn.init.ones_(model.fusion.enrich_blocks[-1].feed_forward[-1].bias)  # Z' = Zq + 1
+    found = diagnose.enrichment(model, batch["image"])
+    assert found["Z' size"] > 0
+    assert found["Z' own"] == pytest.approx(0, abs=1e-6)
+    changed = make_xformer("dual", init="normal")
+    assert diagnose.enrichment(changed, batch["image"])["Z' own"] > 1e-3
+
+
+def test_entropy_of_attention_by_hand() -> None:
+    class Parts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cross_attention = Attention(width=4, context_width=4, heads=2)
+
+    parts = Parts()
+    torch.nn.init.zeros_(parts.cross_attention.query.weight)
+    torch.nn.init.zeros_(parts.cross_attention.query.bias)
+    with diagnose.watching(parts) as found:
+        parts.cross_attention(torch.randn(1, 3, 4), torch.randn(1, 5, 4))
+    assert found == {"cross_attention entropy": pytest.approx(1), "cross_attention top": pytest.approx(0.2)}
+    assert not parts.cross_attention._forward_hooks
+
+
+def test_gradient_norms_are_those_of_backward(make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2("opt", init="normal", loss_weights={"rec": 1}).eval()
+    torch.manual_seed(0)
+    found = diagnose.gradients(model, batch)
+    torch.manual_seed(0)
+    model(batch)["loss_lm"].backward()
+    assert found["lm > queries Z"] == pytest.approx(float(model.query_tokens.grad.norm()), rel=1e-4)
+    total = torch.stack([p.grad.square().sum() for p in model.fusion.enrich_blocks.parameters()]).sum().sqrt()
+    assert found["lm > CA2 (Zq asks M')"] == pytest.approx(float(total), rel=1e-4)
+    assert found["rec > CA2 (Zq asks M')"] == 0, "M' is decoded before the second cross-attention"
+    assert found["rec > CA1 (M asks Zq)"] > 0
+
+
+def test_blip2_has_gradients_alone(make_xformer: Any, batch: dict[str, Any]) -> None:
+    found = diagnose.look(make_xformer("none").eval(), [batch])
+    assert found["enrichment"] == found["reconstruction"] == {}
+    assert found["gradients"]["itc > queries Z"] > 0
+    assert "this fusion has no M" in diagnose.text({"with_own_m": {}, "with_anothers_m": {}, **found})
+
+
+def test_the_command_on_the_shipped_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "datasets.xformer_scenes.splits.train.scenes=0", "datasets.xformer_scenes.splits.val.scenes=12",
+        "run.batch_size_eval=6", f"run.output_dir={tmp_path}", "run.job_id=d", "model.fusion_init=normal",
+    ]  # fmt: skip
+    given = ["--cfg-path", "projects/xformer/pretrain.yaml", "--batches", "1", "--options", *options]
+    assert diagnose.main(given) == 0
+    found = json.loads((tmp_path / "d" / "diagnosis.json").read_text())
+    assert found["with_own_m"]["loss_itc"] != found["with_anothers_m"]["loss_itc"]
+    assert found["with_own_m"]["loss_rec"] == pytest.approx(found["with_anothers_m"]["loss_rec"], rel=0.2)
+    said = capsys.readouterr().out
+    assert all(part in said for part in ("own M", "Z' size", "enrich_blocks.0 entropy", "CA1 (M asks Zq)", "from M'"))
