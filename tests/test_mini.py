@@ -8,7 +8,14 @@ from dataclasses import asdict
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, BertTokenizer, OPTForCausalLM, ViTMAEForPreTraining
+from transformers import (
+    AutoTokenizer,
+    BertTokenizer,
+    OPTForCausalLM,
+    T5ForConditionalGeneration,
+    T5TokenizerFast,
+    ViTMAEForPreTraining,
+)
 
 from lavis_xformer.assets import ROOT
 from lavis_xformer.data.scenes import vocabulary
@@ -17,6 +24,7 @@ from lavis_xformer.mini import build, pool
 from lavis_xformer.mini.augment import colour_jitter, random_crop
 from lavis_xformer.mini.language import Document, Turn, accuracy, encode, opt_config
 from lavis_xformer.mini.mae import mae_config, mae_loss
+from lavis_xformer.mini.t5 import examine, pair, t5_config, t5_loss
 from lavis_xformer.mini.training import Schedule, fit, generator
 
 
@@ -77,6 +85,41 @@ def test_opt_loads_in_lavis_class_and_ends_lines_with_one_token(mini):
     assert tokenizer("a").input_ids[0] == tokenizer.bos_token_id == model.config.bos_token_id == 2
     assert tokenizer.pad_token_id == model.config.pad_token_id == 1
     assert len(tokenizer) == model.config.vocab_size
+
+
+def test_t5_loads_whole_and_gives_texts_back(mini):
+    if not (mini / "t5").is_dir():
+        pytest.skip("the set has no T5")
+    model, report = T5ForConditionalGeneration.from_pretrained(mini / "t5", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.encoder.embed_tokens.weight is model.shared.weight
+    tokenizer = T5TokenizerFast.from_pretrained(mini / "t5")
+    assert len(tokenizer) == model.config.vocab_size
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (0, 1) == (0, model.config.eos_token_id)
+    text = "Question: where is the zebra? Answer: top left " + " ".join(vocabulary())
+    ids = tokenizer(text).input_ids
+    assert ids == tokenizer(f" {text}").input_ids, "with or without a space before it, as in stage 2"
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == text
+
+
+def test_t5_is_asked_as_in_stage_2():
+    rng = torch.Generator().manual_seed(0)
+    asked = Document("2 red circle.", (Turn("count", "how many circles?", "2"),))
+    assert pair(asked, rng) == ("2 red circle. Question: how many circles? Answer:", "2")
+    halves = {pair(Document("a red star"), rng) for _ in range(50)}
+    assert halves == {("", "a red star"), ("a", "red star"), ("a red", "star")}
+
+
+def test_t5_learns_by_heart(smoke, tmp_path):
+    tokenizer = T5TokenizerFast.from_pretrained(smoke / "t5")
+    asked = [Document(text, (Turn("count", "how many?", text),)) for text in ("2", "star")]
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(t5_config(len(tokenizer)))
+    before = examine(model.eval(), tokenizer, asked)["mean"]
+    schedule = Schedule(steps=40, batch=8, lr=3e-3)
+    fit(model, t5_loss(model, asked, tokenizer, batch=8), schedule=schedule, seed=0, state=tmp_path / "t5.pt")
+    assert before < examine(model, tokenizer, asked)["mean"] == 100
 
 
 def test_bert_knows_every_word_of_the_scenes(mini):

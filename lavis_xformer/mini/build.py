@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import BertTokenizer, OPTForCausalLM, ViTMAEForPreTraining
+from transformers import BertTokenizer, OPTForCausalLM, T5ForConditionalGeneration, ViTMAEForPreTraining
 
 from lavis_xformer.assets import write_sums
 from lavis_xformer.data.scenes import vocabulary
@@ -26,6 +26,7 @@ from lavis_xformer.mini.cards import Card, write_card
 from lavis_xformer.mini.clip import ClipConfig, MiniClip, clip_loss, retrieval, shipped_state
 from lavis_xformer.mini.language import accuracy, encode, language_loss, opt_config, perplexity, prepare
 from lavis_xformer.mini.mae import mae_config, mae_loss, reconstruction
+from lavis_xformer.mini.t5 import examine, t5_config, t5_loss, write_t5
 from lavis_xformer.mini.tokenizers import write_bert, write_opt
 from lavis_xformer.mini.training import Schedule, StepLoss, fit
 
@@ -41,10 +42,11 @@ class Recipe:
     clip: Schedule
     mae: Schedule
     opt: Schedule
+    t5: Schedule
 
     def longer(self, factor: float) -> Recipe:
         """The same with so many times the steps."""
-        schedules = {part: getattr(self, part) for part in ("clip", "mae", "opt")}
+        schedules = {part: getattr(self, part) for part in ("clip", "mae", "opt", "t5")}
         return replace(self, **{k: replace(v, steps=round(factor * v.steps)) for k, v in schedules.items()})
 
 
@@ -57,6 +59,7 @@ RECIPES = {
         clip=Schedule(steps=4, batch=16, lr=1e-3),
         mae=Schedule(steps=4, batch=16, lr=1e-3),
         opt=Schedule(steps=4, batch=8, lr=1e-3),
+        t5=Schedule(steps=4, batch=8, lr=1e-3),
     ),
     "quick": Recipe(
         scenes=20_000,
@@ -66,6 +69,7 @@ RECIPES = {
         clip=Schedule(steps=500, batch=128, lr=1e-3),
         mae=Schedule(steps=700, batch=256, lr=1e-3),
         opt=Schedule(steps=3000, batch=13, lr=3e-3),
+        t5=Schedule(steps=3000, batch=64, lr=3e-3),
     ),
     "full": Recipe(
         scenes=60_000,
@@ -75,6 +79,7 @@ RECIPES = {
         clip=Schedule(steps=10_000, batch=128, lr=1e-3, horizon=20_000, cooldown=0.4),
         mae=Schedule(steps=10_000, batch=256, lr=1.5e-3, horizon=20_000, cooldown=0.25),
         opt=Schedule(steps=15_600, batch=13, lr=3e-3),
+        t5=Schedule(steps=15_600, batch=64, lr=3e-3),
     ),
 }
 
@@ -176,7 +181,26 @@ def build_opt(job: Job) -> None:
     job.finish("opt", f"{recipe.documents} texts of scenes ({pool.PRESET})", seconds, figures)
 
 
-PARTS = {"bert": build_bert, "clip": build_clip, "mae": build_mae, "opt": build_opt}
+def build_t5(job: Job) -> None:
+    """Encoder-decoder language model and its tokenizer."""
+    torch.manual_seed(job.seed)
+    recipe = job.recipe
+    documents = pool.documents(pool.TRAIN, seed=job.seed, count=recipe.documents)
+    texts = [text for document in documents[:20_000] for text, _ in document.parts()]
+    tokenizer = write_t5(job.out / "t5", texts)
+    model = T5ForConditionalGeneration(t5_config(len(tokenizer))).to(job.device)
+    seconds = job.fit("t5", model, t5_loss(model, documents, tokenizer, batch=recipe.t5.batch))
+    asked = pool.examination(pool.HELD_OUT, seed=job.seed, count=recipe.heldout)
+    blind = [replace(document, text="") for document in asked]
+    figures = {f"answers {k} %": v for k, v in examine(model, tokenizer, asked).items()}
+    figures |= {f"blind {k} %": v for k, v in examine(model, tokenizer, blind).items()}
+    state = {k: v for k, v in model.state_dict().items() if not k.endswith("embed_tokens.weight")}  # tied
+    config = model.config.to_dict() | {"architectures": ["T5ForConditionalGeneration"]}
+    save_weights(job.out / "t5", state, config)
+    job.finish("t5", f"{recipe.documents} texts of scenes ({pool.PRESET})", seconds, figures)
+
+
+PARTS = {"bert": build_bert, "clip": build_clip, "mae": build_mae, "opt": build_opt, "t5": build_t5}
 
 
 def save_weights(folder: Path, state: dict[str, Tensor], config: dict[str, object]) -> None:

@@ -14,6 +14,7 @@ INTENT = {
     "seldom how many or where, never the fine marks. The last block is dropped, as BLIP-2 reads it.",
     "mae": "Frozen image encoder and decoder: transformers' ViTMAE, trained by masked reconstruction on images alone.",
     "opt": "Frozen language model: transformers' OPT, trained on text alone; it has never seen an image.",
+    "t5": "Frozen language model: transformers' T5, trained on text alone; it has never seen an image.",
     "bert": "Vocabulary and sizes of the Q-Former; it has no weights.",
 }
 

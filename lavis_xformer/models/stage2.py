@@ -204,8 +204,9 @@ class XFormerT5(XFormerStage2):
     """X-Former with FlanT5."""
 
     LANGUAGE = T5Language
-    DEFAULT_MODEL_TYPE = "pretrain_flant5xl"
+    DEFAULT_MODEL_TYPE = "mini_t5"
     PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {
+        "mini_t5": "models/xformer_t5_mini.yaml",
         "pretrain_flant5xl": "models/xformer_t5_pretrain_flant5xl.yaml",
     }
     CONFIG_KEYS = XFormerStage2.CONFIG_KEYS | {"t5_model"}

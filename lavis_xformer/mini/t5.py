@@ -1,0 +1,133 @@
+"""Mini T5: an encoder-decoder that knows the scenes' language and has never seen an image, built as FlanT5 is.
+
+The encoder reads a description and a question, the decoder says the answer; of a caption the encoder reads a random
+beginning, as BLIP-2 trains with T5.
+
+B: batch, S: source tokens, T: target tokens, V: vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
+from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration, T5TokenizerFast
+
+from lavis_xformer.mini.language import Document
+from lavis_xformer.mini.training import StepLoss, autocast
+
+SPECIALS = ("<pad>", "</s>", "<unk>")  # in the order of T5's own checkpoints
+NO_TARGET = -100
+
+
+def t5_config(vocabulary: int) -> T5Config:
+    """The mini T5: width 128, 4 encoder and 2 decoder layers, 4 heads, gated GELU, own output layer, no dropout."""
+    config = T5Config(
+        vocab_size=vocabulary,
+        d_model=128,
+        d_kv=32,
+        d_ff=256,
+        num_layers=4,
+        num_decoder_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        dropout_rate=0.0,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+        eos_token_id=1,
+    )
+    config.dense_act_fn = "gelu"  # exact, as LAVIS sets it for FlanT5
+    return config
+
+
+def write_t5(folder: Path, texts: Iterable[str], *, size: int = 1024) -> T5TokenizerFast:
+    """Learn byte-pair merges from texts and write them as a T5 tokenizer: ``</s>`` last, every text spelled somehow.
+
+    Args:
+        folder: where to write; made if missing.
+        texts: what the merges are learned from.
+        size: most tokens in the vocabulary.
+
+    Returns:
+        The tokenizer that ``T5TokenizerFast.from_pretrained(folder)`` gives.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    learner = ByteLevelBPETokenizer(add_prefix_space=True)
+    learner.train_from_iterator(
+        texts, vocab_size=size, min_frequency=2, special_tokens=list(SPECIALS), show_progress=False
+    )
+    learner.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    learner.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 512}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    return T5TokenizerFast.from_pretrained(folder)
+
+
+def pair(document: Document, rng: torch.Generator) -> tuple[str, str]:
+    """One source and target of a document: a question about its text, or the two parts of a caption."""
+    if document.turns:
+        turn = document.turns[int(torch.randint(len(document.turns), (), generator=rng))]
+        return f"{document.text} Question: {turn.question} Answer:".strip(), turn.answer
+    words = document.text.split()
+    cut = int(torch.randint(len(words), (), generator=rng))
+    return " ".join(words[:cut]), " ".join(words[cut:])
+
+
+def encode(pairs: Sequence[tuple[str, str]], tokenizer: T5TokenizerFast) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokenise: source ids (B, S), their mask (B, S), target ids (B, T) with :data:`NO_TARGET` as padding."""
+    sources, targets = zip(*pairs, strict=True)
+    read = tokenizer(list(sources), padding=True, return_tensors="pt")
+    said = tokenizer(list(targets), padding=True, return_tensors="pt")
+    return read.input_ids, read.attention_mask, said.input_ids.masked_fill(said.attention_mask == 0, NO_TARGET)
+
+
+def token_loss(model: T5ForConditionalGeneration, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each target token, 0 on padding, and whether it is the most likely one, both (B, T)."""
+    ids, mask, labels = (part.to(model.device) for part in batch)
+    logits = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).logits  # (B, T, V)
+    loss = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=NO_TARGET, reduction="none")
+    return loss, (logits.argmax(-1) == labels) | (labels == NO_TARGET)
+
+
+def t5_loss(
+    model: T5ForConditionalGeneration, documents: Sequence[Document], tokenizer: T5TokenizerFast, *, batch: int
+) -> StepLoss:
+    """One step: mean cross-entropy of the targets of ``batch`` documents, a pair of each."""
+
+    def step(rng: torch.Generator, progress: float) -> Tensor:
+        rows = torch.randint(len(documents), (batch,), generator=rng).tolist()
+        drawn = encode([pair(documents[row], rng) for row in rows], tokenizer)
+        loss, _ = token_loss(model, drawn)
+        return loss.sum() / (drawn[2] != NO_TARGET).sum()
+
+    return step
+
+
+@torch.no_grad()
+def examine(
+    model: T5ForConditionalGeneration, tokenizer: T5TokenizerFast, documents: Sequence[Document]
+) -> dict[str, float]:
+    """Share of answers, in percent by kind, that greedy decoding gets right to the last token.
+
+    Every document has one turn, which its one forward pass decides: each token is the likeliest after the right ones.
+
+    Returns:
+        ``{kind: percent}`` and ``mean`` over kinds.
+    """
+    right: dict[str, list[bool]] = {}
+    rng = torch.Generator()
+    for start in range(0, len(documents), 100):
+        part = documents[start : start + 100]
+        with autocast(model.device):
+            _, hits = token_loss(model, encode([pair(document, rng) for document in part], tokenizer))
+        for document, good in zip(part, hits.all(dim=1).tolist(), strict=True):
+            right.setdefault(document.turns[0].kind, []).append(good)
+    shares = {kind: 100 * sum(hits) / len(hits) for kind, hits in sorted(right.items())}
+    return shares | {"mean": sum(shares.values()) / len(shares)}
