@@ -27,30 +27,36 @@ def test_every_project_passes_the_checks_of_a_run(path: Path, tmp_path: Path) ->
     from lavis_xformer.config import load_config
 
     raw = OmegaConf.load(path)
-    own_files = [
-        f"datasets.{name}.splits.{split}.annotations=null"
-        for name, dataset in raw.datasets.items()
-        for split in (dataset or {}).get("splits", {})
-        if "annotations" in ((dataset or {}).splits[split] or {})
-    ]
-    cfg = load_config(str(path), [f"run.output_dir={tmp_path}", *own_files, *lavis_files(raw, tmp_path)])
+    cfg = load_config(str(path), [f"run.output_dir={tmp_path}", *own_files(raw), *lavis_files(raw, tmp_path)])
     assert cfg.model_cfg.arch == raw.model.arch
     assert cfg.run_cfg.task == raw.run.task
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
-def test_every_run_of_a_comparison_passes_the_checks_of_a_run(path: Path) -> None:
+def test_every_run_of_a_comparison_passes_the_checks_of_a_run(path: Path, tmp_path: Path) -> None:
     from lavis_xformer.compare.plan import read_plan
     from lavis_xformer.config import load_config
 
     plan = read_plan(str(path))
     for cell in plan.cells(seeds=plan.seeds[:1]):
-        config, options = cell.arguments()[3], cell.arguments()[5:]
-        cfg = load_config(config, options)
+        arguments = cell.arguments()
+        config, options = arguments[arguments.index("--cfg-path") + 1], arguments[arguments.index("--options") + 1 :]
+        raw = OmegaConf.load(ROOT / config)
+        cfg = load_config(config, [*options, *own_files(raw), *lavis_files(raw, tmp_path)])
         assert cfg.run_cfg.seed == cell.seed
         assert cfg.model_cfg.get("pretrained") == cell.options.get("model.pretrained")
     chains = {name: tuple(str(cell.folder) for cell in plan.cells([name])) for name in plan.variants}
     assert len(set(chains.values())) == len(chains), "two variants are the same"
+
+
+def own_files(raw: Any) -> list[str]:
+    """Options that take away the files of a recipe for the user's own data."""
+    return [
+        f"datasets.{name}.splits.{split}.annotations=null"
+        for name, dataset in raw.datasets.items()
+        for split in (dataset or {}).get("splits", {})
+        if "annotations" in ((dataset or {}).splits[split] or {})
+    ]
 
 
 def lavis_files(raw: Any, folder: Path) -> list[str]:

@@ -20,7 +20,7 @@ from lavis_xformer.compare.inputs import SOFTWARE, changes, inputs_of
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.paths import project_path
 
-KEYS = ("extends", "output", "seeds", "baseline", "common", "variants")
+KEYS = ("extends", "output", "seeds", "baseline", "processes", "common", "variants")
 STAGE_KEYS = ("config", "evaluate", "options")
 #: of a variant, beside options of single stages: options of every stage, stages left out, seeds of its own
 VARIANT_KEYS = ("every", "skip", "seeds")
@@ -58,6 +58,7 @@ class Cell:
         options: all changes of the stage's YAML.
         folder: where it leaves its results.
         lenient: whether results of another code or other versions are kept.
+        processes: how many run it together, by torchrun where they are several.
     """
 
     variant: str
@@ -66,6 +67,7 @@ class Cell:
     options: Options
     folder: Path
     lenient: bool = False
+    processes: int = 1
 
     @property
     def finished(self) -> bool:
@@ -88,7 +90,16 @@ class Cell:
         """Return the command line after ``python``."""
         module = "lavis.evaluate" if self.stage.evaluate else "lavis.train"
         options = [f"{key}={as_text(value)}" for key, value in self.options.items()]
-        return ["-m", module, "--cfg-path", self.stage.config, "--options", *options]
+        many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
+        return [
+            *(many if self.processes > 1 else []),
+            "-m",
+            module,
+            "--cfg-path",
+            self.stage.config,
+            "--options",
+            *options,
+        ]
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,7 @@ class Plan:
         stages: in order; a training passes its best weights on to the next stages.
         variants: name to what it changes.
         lenient: whether cells of another code or other versions are kept.
+        processes: of every run.
     """
 
     name: str
@@ -112,6 +124,7 @@ class Plan:
     stages: tuple[Stage, ...]
     variants: dict[str, dict[str, Any]]
     lenient: bool = False
+    processes: int = 1
 
     def cells(self, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Cell]:
         """Return the cells in the order in which they can run.
@@ -144,11 +157,14 @@ class Plan:
             options = {**stage.options, **variant.get("every", {}), **variant.get(stage.name, {}), "run.seed": seed}
             if weights is not None:
                 options["model.pretrained"] = str(weights)
-            folder = self.output / "cells" / f"{stage.name}-seed{seed}-{digest(stage.config, options)}"
+            together = (
+                {} if self.processes == 1 else {"processes": self.processes}
+            )  # they share a batch of so many parts
+            folder = self.output / "cells" / f"{stage.name}-seed{seed}-{digest(stage.config, options | together)}"
             options |= {"run.output_dir": str(folder.parent), "run.job_id": folder.name}
             if not stage.evaluate:
                 options["run.resume"], weights = "auto", folder / BEST
-            cells.append(Cell(name, seed, stage, options, folder, self.lenient))
+            cells.append(Cell(name, seed, stage, options, folder, self.lenient, self.processes))
         return cells
 
 
@@ -183,6 +199,7 @@ def read_plan(path: str) -> Plan:
         seeds=tuple(content["seeds"]),
         stages=stages,
         variants=content["variants"],
+        processes=int(content.get("processes", 1)),
     )
 
 

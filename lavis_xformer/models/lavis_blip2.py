@@ -1,0 +1,175 @@
+"""``lavis_blip2``, ``lavis_blip2_opt``: LAVIS's own BLIP-2 classes, to stand beside ``fusion: none`` in a comparison.
+
+Every computation is LAVIS's. What is put in its place is what keeps these classes from being trained here: LAVIS 1.0.2
+fetches encoder and BERT by fixed names, loads released weights even where none are wanted, and wants a process group
+of a single process too. Checkpoints have the names of ``fusion: none``, which reads and evaluates them.
+
+With a process group, the ITC of LAVIS passes no gradient to the features that it has gathered, unlike ours: losses are
+equal, gradients are not quite.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from lavis.common.registry import registry
+from lavis.models.blip2_models.blip2 import LayerNorm
+from lavis.models.blip2_models.blip2_opt import Blip2OPT
+from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
+from omegaconf import DictConfig
+from torch import nn
+
+from lavis_xformer.assets import resolve
+from lavis_xformer.errors import UserError
+from lavis_xformer.images import unpack
+from lavis_xformer.models import towers
+from lavis_xformer.models.base import NOTHING
+from lavis_xformer.models.checkpoints import load_pretrained
+from lavis_xformer.models.fusion import NoFusion
+from lavis_xformer.models.stage2 import XFormerStage2
+from lavis_xformer.paths import config_path
+
+Samples = dict[str, Any]
+
+
+class OwnParts:
+    """Before a class of LAVIS: parts by any name that our models take, and images of our processors."""
+
+    CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset(
+        "vit_model vit_weights image_size drop_path_rate use_grad_checkpoint vit_precision freeze_vit bert "
+        "num_query_token cross_attention_freq max_txt_len blip2_pretrained".split()
+    )
+    STAGE1_WEIGHTS: ClassVar[str] = NOTHING
+    NEW_WEIGHTS: ClassVar[str] = NOTHING
+    config: ClassVar[DictConfig]
+
+    @classmethod
+    def default_config_path(cls, model_type: str) -> str:
+        """The YAML of a model type."""
+        return config_path(cls.PRETRAINED_MODEL_CONFIG_DICT[model_type])  # type: ignore[attr-defined]
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig) -> Any:
+        """Build LAVIS's model and load what ``pretrained`` or ``blip2_pretrained`` names, if anything.
+
+        Raises:
+            UserError: a name, folder or file in the configuration is wrong.
+        """
+        if not dist.is_initialized():  # LAVIS asks for its rank unguarded
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        built = type(
+            cls.__name__, (cls,), {"config": cfg}
+        )  # LAVIS's builders are class methods without a configuration
+        model = super(OwnParts, built).from_config(cfg)  # type: ignore[misc]
+        model.image_size = cfg.image_size
+        model.fusion = NoFusion()
+        model.load_report = load_pretrained(model, cfg)
+        return model
+
+    def load_checkpoint_from_config(self, cfg: DictConfig, **unused: Any) -> None:
+        """Leave it to :meth:`from_config`: LAVIS would load a file where none is named."""
+
+    @classmethod
+    def init_tokenizer(cls) -> Any:
+        """BERT's tokenizer of ``model.bert``."""
+        return towers.build_tokenizer(cls.config.bert)
+
+    @classmethod
+    def init_Qformer(cls, num_query_token: int, vision_width: int, cross_attention_freq: int = 2) -> Any:
+        """LAVIS's Q-Former from ``model.bert``, and its queries (1, Q, D)."""
+        qformer = towers.build_qformer(
+            cls.config.bert,
+            num_queries=num_query_token,
+            vision_width=vision_width,
+            cross_attention_freq=cross_attention_freq,
+        )
+        width, std = qformer.config.hidden_size, qformer.config.initializer_range
+        return qformer, nn.Parameter(torch.randn(1, num_query_token, width) * std)
+
+    @classmethod
+    def init_vision_encoder(cls, name: str, img_size: int, *rest: Any) -> Any:
+        """CLIP by any name, else LAVIS's own; and the norm of its output."""
+        drop_path_rate, use_grad_checkpoint, precision = rest
+        encoder = towers.build_clip(
+            name,
+            image_size=img_size,
+            weights=cls.config.get("vit_weights"),
+            drop_path_rate=drop_path_rate,
+            use_grad_checkpoint=use_grad_checkpoint,
+        )
+        if precision == "fp16" and torch.cuda.is_available():
+            for module in encoder.modules():
+                if isinstance(module, nn.Linear | nn.Conv2d):
+                    module.half()
+        return encoder, LayerNorm(encoder.num_features)
+
+    def clip_view(self, samples: Samples) -> Samples:
+        """Give LAVIS what CLIP sees of our processors' images: (B, 3 or 6, S, S) -> (B, 3, S, S)."""
+        if "image" not in samples:
+            return samples
+        size: int = self.image_size  # type: ignore[attr-defined]
+        return {**samples, "image": unpack(samples["image"], clip_size=size, mae_size=size)[0]}
+
+
+@registry.register_model("lavis_blip2")
+class LavisBlip2(OwnParts, Blip2Qformer):
+    """LAVIS's ``Blip2Qformer``, stage 1."""
+
+    CONFIG_KEYS = OwnParts.CONFIG_KEYS
+    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {
+        "mini": "models/lavis_blip2_mini.yaml",
+        "pretrain": "models/lavis_blip2_pretrain.yaml",
+    }
+
+    def forward(self, samples: Samples) -> dict[str, Any]:
+        """LAVIS's losses under our names: ``loss``, ``loss_itc``, ``loss_itm``, ``loss_itg``."""
+        output = super().forward(self.clip_view(samples))
+        return {
+            "loss": output.loss,
+            "loss_itc": output.loss_itc,
+            "loss_itm": output.loss_itm,
+            "loss_itg": output.loss_lm,
+        }
+
+    def extract_features(self, samples: Samples, mode: str = "multimodal") -> Any:
+        """LAVIS's features."""
+        return super().extract_features(self.clip_view(samples), mode)
+
+
+@registry.register_model("lavis_blip2_opt")
+class LavisBlip2OPT(OwnParts, Blip2OPT):
+    """LAVIS's ``Blip2OPT``, stage 2 on captions; questions are asked of its checkpoints by ``fusion: none``."""
+
+    CONFIG_KEYS = OwnParts.CONFIG_KEYS | {"opt_model", "prompt"}
+    STAGE1_WEIGHTS = XFormerStage2.STAGE1_WEIGHTS
+    NEW_WEIGHTS = XFormerStage2.NEW_WEIGHTS
+    PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {
+        "mini": "models/lavis_blip2_opt_mini.yaml",
+        "pretrain_opt2.7b": "models/lavis_blip2_opt_pretrain_opt2.7b.yaml",
+        "pretrain_opt6.7b": "models/lavis_blip2_opt_pretrain_opt6.7b.yaml",
+    }
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig) -> Any:
+        """As :meth:`OwnParts.from_config`; ``opt_model`` may be a shipped one."""
+        cfg = cfg.copy()
+        cfg.opt_model = str(resolve(cfg.opt_model))
+        return super().from_config(cfg)
+
+    def forward(self, samples: Samples) -> dict[str, Any]:
+        """LAVIS's language-modelling loss on captions: ``loss`` and, under our name, ``loss_lm``.
+
+        Raises:
+            UserError: the samples are questions, which LAVIS's class doesn't train on.
+        """
+        if "answer" in samples:
+            raise UserError("lavis_blip2_opt: LAVIS's Blip2OPT trains on captions only; leave the questions out")
+        loss = super().forward(self.clip_view(samples))["loss"]
+        return {"loss": loss, "loss_lm": loss}
+
+    def generate(self, samples: Samples, **options: Any) -> list[str]:
+        """LAVIS's captions."""
+        return super().generate(self.clip_view(samples), **options)

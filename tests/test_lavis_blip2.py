@@ -1,0 +1,84 @@
+"""LAVIS's own BLIP-2 classes as a side of a comparison: built from local parts, equal to ``fusion: none``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+import lavis_xformer
+from lavis_xformer.errors import UserError
+from lavis_xformer.images import clip_to_mae
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Both models take the likeliest negative; the process group that LAVIS needs ends with the test."""
+    lavis_xformer.register()
+    monkeypatch.setattr(torch, "multinomial", lambda weights, count, generator=None: weights.argmax(-1, keepdim=True))
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Two images as our processors pack them, (2, 6, 64, 64)."""
+    clip = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return torch.cat([clip, clip_to_mae(clip)], dim=1)
+
+
+def variant_cell(name: str, stage: str) -> Any:
+    from lavis_xformer.compare.plan import read_plan
+
+    return next(c for c in read_plan("projects/xformer/compare/lavis.yaml").cells([name]) if c.stage.name == stage)
+
+
+def build(cell: Any) -> Any:
+    """The model of a cell, as its run would build it."""
+    from lavis.common.registry import registry
+
+    from lavis_xformer.config import load_config
+
+    options = [f"{key}={value}" for key, value in cell.options.items() if key.startswith("model.")]
+    cfg = load_config(cell.stage.config, [o for o in options if "pretrained" not in o]).model_cfg
+    return registry.get_model_class(cfg.arch).from_config(cfg)
+
+
+def test_a_cell_of_lavis_class_gives_our_losses_with_equal_weights(images: torch.Tensor) -> None:
+    theirs, ours = (build(variant_cell(name, "stage1")).eval() for name in ("lavis_blip2", "blip2"))
+    assert type(theirs).__mro__[3].__module__ == "lavis.models.blip2_models.blip2_qformer"
+    ours.load_state_dict(theirs.state_dict())
+    batch = {"image": images, "text_input": ["a red circle", "two blue squares on the left"]}
+    expected, found = theirs(batch), ours(batch)
+    for name in ("loss", "loss_itc", "loss_itm", "loss_itg"):
+        assert found[name].item() == pytest.approx(expected[name].item(), abs=1e-5), name
+    features = [model.extract_features(batch, "image").image_embeds_proj for model in (ours, theirs)]
+    assert torch.allclose(*features, atol=1e-5)
+
+
+def test_stage2_of_lavis_class_reads_its_stage1_and_says_what_ours_says(images: torch.Tensor, tmp_path: Path) -> None:
+    from lavis.common.registry import registry
+
+    def make(arch: str, **changes: Any) -> Any:
+        cls = registry.get_model_class(arch)
+        cfg = OmegaConf.load(cls.default_config_path("mini")).model
+        return cls.from_config(OmegaConf.merge(cfg, changes)).eval()
+
+    def save(model: Any, name: str) -> str:
+        state = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        torch.save({"model": state}, tmp_path / name)
+        return str(tmp_path / name)
+
+    stage1 = save(make("lavis_blip2"), "stage1.pth")
+    theirs = make("lavis_blip2_opt", pretrained=stage1).float()
+    ours = make("xformer_opt", fusion="none", pretrained=save(theirs, "stage2.pth"))
+    batch = {"image": images, "text_input": ["a red circle", "two blue squares"]}
+    assert ours(batch)["loss_lm"].item() == pytest.approx(theirs(batch)["loss_lm"].item(), abs=1e-4)
+    assert ours.generate(batch, num_beams=1, max_length=5) == theirs.generate(batch, num_beams=1, max_length=5)
+    with pytest.raises(UserError, match="captions only"):
+        theirs({**batch, "answer": ["two", "one"]})
