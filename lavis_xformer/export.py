@@ -147,9 +147,11 @@ def _training(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _weights(model: Any) -> dict[str, Any]:
-    """What training changed, and what the checkpoint brought of the frozen parts."""
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    names = trained | set(model.load_report.loaded)
+    """What training changed, and what the checkpoint brought of the frozen parts; a tied weight once."""
+    parameters = dict(model.named_parameters())
+    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - parameters.keys()
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    names = (trained | set(model.load_report.loaded)) - tied
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
 
 

@@ -16,6 +16,7 @@ from lavis_xformer import cli
 from lavis_xformer.engine.weights import trainable_state as runner_state
 from lavis_xformer.errors import UserError
 from lavis_xformer.export import export
+from lavis_xformer.models.stage1 import XFormer
 from lavis_xformer.models.stage2 import XFormerOPT
 
 
@@ -75,6 +76,19 @@ def test_half_of_the_size_rounds_the_weights(trained: XFormerOPT, checkpoint: Pa
     for name, weight in model.named_parameters():
         if weight.requires_grad:
             assert torch.equal(weight, trained.get_parameter(name).half().float()), name
+
+
+def test_stage_1_with_its_tied_weights_comes_back(stage2_config: Any, tmp_path: Path) -> None:
+    cfg = OmegaConf.create(OmegaConf.to_container(stage2_config))
+    cfg.model.arch, cfg.model.embed_dim = "xformer", 16
+    del cfg.model.opt_model
+    trained = perturb(XFormer.from_config(cfg.model))
+    words = trained.Qformer.bert.embeddings.word_embeddings.weight
+    assert trained.Qformer.cls.predictions.decoder.weight is words
+    torch.save({"model": runner_state(trained), "config": OmegaConf.to_container(cfg)}, tmp_path / "run.pth")
+    model, *_ = lavis_xformer.from_folder(export(tmp_path / "run.pth", tmp_path / "out"))
+    assert_equal(model, trained)
+    assert torch.equal(model.Qformer.cls.predictions.decoder.weight, words)
 
 
 def test_blip2_files_are_exported_whole(
