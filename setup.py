@@ -87,6 +87,7 @@ setup(
         "scipy>=1.9",
         "spacy>=3.4",
         "typing_extensions>=4.4",
+        "webdataset>=0.2.31",
         "safetensors>=0.3",
         "tensorboard>=2.10",
         "matplotlib>=3.5",

@@ -13,16 +13,19 @@ from typing import Any
 
 import torch
 from lavis.common.registry import registry
+from lavis.datasets.data_utils import concat_datasets, reorg_datasets_by_split
 from lavis.runners.runner_base import RunnerBase
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from lavis_xformer import launch
-from lavis_xformer.data.guard import GuardedDataset, guard, guards_in
+from lavis_xformer.data.guard import GuardedDataset, StreamGuard, guard, guards_in
 from lavis_xformer.distributed import world_size
+from lavis_xformer.engine import rng
 from lavis_xformer.engine.options import RunOptions
-from lavis_xformer.engine.sampling import eval_loader, train_loader
+from lavis_xformer.engine.sampling import check_ratios, eval_loader, split_by, train_loader
+from lavis_xformer.engine.streams import EpochLoader, JoinedLoader, ShardStream, StreamLoader
 from lavis_xformer.errors import UserError
 
 
@@ -37,6 +40,8 @@ class PortableRunner(RunnerBase):
     _wrapped_model: Any
     _scaler: torch.amp.GradScaler | None
     _lr_sched: Any
+    _dataloaders: dict[str, Any] | None
+    datasets: dict[str, Any]
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: dict[str, Any], job_id: str) -> None:
         """Take what LAVIS's runners take; makes the output folder.
@@ -45,7 +50,7 @@ class PortableRunner(RunnerBase):
             UserError: a key of ``run:`` has a value that it can't have.
         """
         self.options = RunOptions.from_config(cfg.run_cfg)
-        self.guards: list[GuardedDataset] = []
+        self.guards: list[GuardedDataset | StreamGuard] = []
         super().__init__(cfg, task, model, datasets, job_id)
 
     @property
@@ -92,6 +97,12 @@ class PortableRunner(RunnerBase):
         return self._scaler
 
     @property
+    def max_epoch(self) -> int:
+        """``run.max_epoch``; where ``run.max_iters`` is set, as LAVIS's ``runner_iter`` has it, the epochs it fills."""
+        most = self.config.run_cfg.get("max_iters")
+        return math.ceil(int(most) / self.batches_per_epoch) if most else int(self.config.run_cfg.max_epoch)
+
+    @property
     def batches_per_epoch(self) -> int:
         """Batches of each process in an epoch."""
         return len(self.train_loader)
@@ -129,6 +140,23 @@ class PortableRunner(RunnerBase):
         paths = registry.mapping["paths"]
         paths["output_dir"], paths["result_dir"] = str(self.output_dir), str(self.result_dir)
 
+    @property
+    def dataloaders(self) -> dict[str, Any]:
+        """One loader for each split; several training datasets are joined."""
+        if self._dataloaders is None:
+            run = self.config.run_cfg
+            self.datasets = concat_datasets(reorg_datasets_by_split(self.datasets))
+            loaders = self.create_loaders(
+                datasets=list(self.datasets.values()),
+                num_workers=int(run.num_workers),
+                batch_sizes=[run.batch_size_train if s == "train" else run.batch_size_eval for s in self.datasets],
+                is_trains=[split in self.train_splits for split in self.datasets],
+                collate_fns=[getattr(dataset, "collater", None) for dataset in self.datasets.values()],
+                dataset_ratios=run.get("train_dataset_ratios"),
+            )
+            self._dataloaders = dict(zip(self.datasets, loaders, strict=True))
+        return self._dataloaders
+
     def create_loaders(
         self,
         datasets: Sequence[Any],
@@ -137,15 +165,15 @@ class PortableRunner(RunnerBase):
         is_trains: Sequence[bool],
         collate_fns: Sequence[Any],
         dataset_ratios: Sequence[float] | None = None,
-    ) -> list[DataLoader[Any]]:
-        """Make one loader for each split, of map-style datasets.
+    ) -> list[Any]:
+        """Make one loader for each split.
 
         Training drops the last samples of an epoch that fill no batch on every process. Samples that
         can't be read are skipped or fatal, as ``run.on_corrupt`` says. ``dataset_ratios`` (LAVIS's
         ``run.train_dataset_ratios``) are shares of an epoch, see ``engine.sampling.Mixture``.
 
         Raises:
-            UserError: a training batch is larger than its dataset, or a dataset is of shards.
+            UserError: a training batch is larger than its dataset, or a split to evaluate is a stream.
         """
         common: dict[str, Any] = {
             "num_workers": num_workers,
@@ -153,22 +181,85 @@ class PortableRunner(RunnerBase):
             "timeout": self.options.loader_timeout if num_workers else 0,
         }
         share_eval = self.use_distributed and self.use_dist_eval_sampler
-        loaders = []
+        loaders: list[Any] = []
         for dataset, size, is_train, collate in zip(datasets, batch_sizes, is_trains, collate_fns, strict=True):
-            if isinstance(dataset, (tuple, IterableDataset)):
-                raise UserError("xformer_runner reads map-style datasets, not streams of shards")
-            batch = {"batch_size": int(size), "collate_fn": collate, **common}
-            dataset = guard(dataset, on_corrupt=self.options.on_corrupt or ("skip" if is_train else "raise"))
-            self.guards += guards_in(dataset)
+            batch = {"batch_size": int(size), **common}
             if is_train:
-                loaders.append(train_loader(dataset, seed=self.options.seed, ratios=dataset_ratios, **batch))
+                loaders.append(self._training_loader(dataset, dataset_ratios, **batch))
+            elif isinstance(dataset, IterableDataset):
+                raise UserError("a stream of shards can be trained on, not evaluated: it has no length")
             else:
-                loaders.append(eval_loader(dataset, share=share_eval, **batch))
+                dataset = self._guarded(dataset, usual="raise")
+                loaders.append(eval_loader(dataset, share=share_eval, collate_fn=collate, **batch))
         return loaders
+
+    def _training_loader(self, dataset: Any, ratios: Sequence[Any] | None, **batch: Any) -> EpochLoader:
+        """Return the loader of joined map-style datasets, of streams, or of both taking turns.
+
+        Args:
+            dataset: what LAVIS's ``concat_datasets`` makes: joined datasets, chained streams, or a pair of both.
+            ratios: one for each dataset, in the order of the configuration, streams last.
+            batch: arguments of the loaders.
+
+        Raises:
+            UserError: ``run.iters_per_epoch`` or ``run.train_dataset_ratios`` do not fit.
+        """
+        parts = dataset if isinstance(dataset, tuple) else (dataset,)
+        mapped = [part for part in parts if not isinstance(part, IterableDataset)]
+        streams = [s for part in parts if isinstance(part, IterableDataset) for s in getattr(part, "datasets", [part])]
+        sizes = [len(one) for part in mapped for one in getattr(part, "datasets", [part])]
+        if ratios is not None:
+            check_ratios(ratios, [f"{size} samples" for size in sizes] + ["a stream"] * len(streams))
+        own = ratios[: len(sizes)] if ratios is not None else None
+        shares = [*([sum(own or [1])] if mapped else []), *(ratios[len(sizes) :] if ratios else [1] * len(streams))]
+        loaders: list[EpochLoader] = []
+        for part, batches in zip([*mapped, *streams], self._turns(shares, bool(streams)), strict=True):
+            if part in streams:
+                loaders.append(self._stream_loader(part, number=len(loaders), batches=batches, **batch))
+                continue
+            part = self._guarded(part, usual="skip")
+            batch_of = {"collate_fn": getattr(part, "collater", None), **batch}
+            loaders.append(train_loader(part, seed=self.options.seed, ratios=own, batches=batches, **batch_of))
+        return loaders[0] if len(loaders) == 1 else JoinedLoader(loaders, seed=self.options.seed)
+
+    def _turns(self, shares: Sequence[float], has_streams: bool) -> list[int]:
+        """Return how many batches of an epoch each loader gives, 0 for all that it has."""
+        total = self.options.iters_per_epoch
+        turns = split_by(shares, total)
+        if has_streams and not all(turns):
+            raise UserError(
+                f"run.iters_per_epoch is {total}; a stream of shards has no length: say how many batches of each "
+                f"process an epoch has, at least one for each of {len(shares)} source(s)"
+            )
+        return turns
+
+    def _stream_loader(self, pipeline: Any, *, number: int, batches: int, **batch: Any) -> StreamLoader:
+        own_guard = StreamGuard(on_corrupt=self.options.on_corrupt or "skip")
+        self.guards.append(own_guard)
+        lanes = world_size() * max(1, batch["num_workers"])
+        stream = ShardStream(pipeline, seed=rng.seed_of(self.options.seed, number), guard=own_guard, lanes=lanes)
+        return StreamLoader(stream, batches=batches, collate_fn=getattr(pipeline, "collater", None), **batch)
+
+    def _guarded(self, dataset: Any, *, usual: str) -> Any:
+        dataset = guard(dataset, on_corrupt=self.options.on_corrupt or usual)
+        self.guards += guards_in(dataset)
+        return dataset
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether shards are trained on."""
+        return any(isinstance(found, StreamGuard) for found in self.guards)
 
     def corrupt(self) -> list[str]:
         """Name the samples skipped so far by this process and the workers of its loaders."""
         return [name for dataset in self.guards for name in dataset.corrupt()]
+
+
+def size_of(data: Any) -> str:
+    """Return how many samples a split has, for people."""
+    if isinstance(data, tuple):
+        return " + ".join(map(size_of, data))
+    return "a stream" if isinstance(data, IterableDataset) else str(len(data))
 
 
 def _halves_to_float(model: nn.Module) -> None:

@@ -26,7 +26,7 @@ from lavis_xformer.engine.state import TrainingState
 from lavis_xformer.engine.step import Stepper
 from lavis_xformer.engine.weights import load_trainable
 from lavis_xformer.errors import UserError
-from lavis_xformer.portable_runner import PortableRunner
+from lavis_xformer.portable_runner import PortableRunner, size_of
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class XFormerRunner(PortableRunner):
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train what is left of ``epoch``; return its mean terms."""
         self.model.train()
-        self.train_loader.batch_sampler.start(epoch=epoch, skip_batches=self.state.position.batches)
+        self.train_loader.start(epoch=epoch, skip_batches=self.state.position.batches)
         loop = EpochLoop(
             stepper=self.stepper,
             schedule=self.lr_scheduler,
@@ -233,7 +233,7 @@ class XFormerRunner(PortableRunner):
         frozen, trained = (
             sum(p.numel() for p in model.parameters() if p.requires_grad is wanted) / 1e6 for wanted in (False, True)
         )
-        sizes = ", ".join(f"{split} {len(data)}" for split, data in self.datasets.items())
+        sizes = ", ".join(f"{split} {size_of(data)}" for split, data in self.datasets.items())
         workers = f"{world_size()} process(es), {self.device.type}, mixed precision: {self.amp}"
         steps = f"{self.max_epoch} epochs of {self.steps_per_epoch} steps"
         batch = f"{run.batch_size_train} x {world_size()} x {self.accum_grad_iters}"
@@ -298,12 +298,27 @@ class XFormerRunner(PortableRunner):
         Raises:
             UserError: the file is missing, torn or foreign, or does not fit this run.
         """
-        self.state.restore(_read(url_or_filename), source=url_or_filename)
+        content = _read(url_or_filename)
+        self.state.restore(content, source=url_or_filename)
         position = self.state.position
+        if position.batches and not self.state.epoch_done:
+            self._warn_of_other_lanes(content)
         self.start_epoch = position.epoch
         logger.info("going on from %s: epoch %d, step %d", url_or_filename, position.epoch, position.steps)
         if position.epoch >= self.max_epoch or (position.epoch == self.max_epoch - 1 and self.state.epoch_done):
             logger.info("its training has finished; run.max_epoch is %d", self.max_epoch)
+
+    def _warn_of_other_lanes(self, content: dict[str, Any]) -> None:
+        """Say where an epoch of a stream can't go on as it began."""
+        before = int(content["config"]["run"]["num_workers"]), len(content["rng"])
+        now = int(self.config.run_cfg.num_workers), world_size()
+        if before != now and self.has_streams:
+            logger.warning(
+                "workers and processes were %s, are %s: this epoch's streams go on in another order, which repeats "
+                "and leaves out samples; the next epoch is whole",
+                before,
+                now,
+            )
 
     def load_weights(self, path: str) -> None:
         """Load the trained weights of a checkpoint, and nothing else of it."""

@@ -1,14 +1,20 @@
 """Keep one bad sample from ending a run, and say which one it was.
 
 LAVIS's datasets open images deep inside a loader's worker, where a broken file raises an error that
-names no file. :class:`GuardedDataset` wraps any map-style dataset, LAVIS's own or ours.
+names no file. :class:`GuardedDataset` wraps any map-style dataset, LAVIS's own or ours; :class:`StreamGuard` does the
+same for streams of shards.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
+import tempfile
+import weakref
 from bisect import bisect_right
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -115,6 +121,81 @@ class GuardedDataset(Dataset):
         if not self._bad[position]:
             self._bad[position] = True
             logging.warning("skipped a bad sample (%d so far): %s", int(self._bad.sum()), fault)
+
+
+class StreamGuard:
+    """Names and counts what a webdataset pipeline can't read; its methods are handlers for the pipeline's stages."""
+
+    def __init__(self, *, on_corrupt: str = "skip", max_in_a_row: int = 32) -> None:
+        """Make a guard of one stream, in this process and the workers of its loader.
+
+        Args:
+            on_corrupt: ``skip`` or ``raise``.
+            max_in_a_row: so many faults one after the other raise.
+        """
+        self.on_corrupt = on_corrupt
+        self.max_in_a_row = max_in_a_row
+        self._present, self._in_a_row = "a sample", 0
+        handle, name = tempfile.mkstemp(prefix="corrupt_", suffix=".txt")
+        os.close(handle)
+        self._names = Path(name)  # workers append to it: theirs is the only way to tell this process
+        weakref.finalize(self, self._names.unlink, missing_ok=True)
+
+    def shard_fault(self, error: Exception) -> bool:
+        """Take an error of reading shards, to which webdataset adds a url or an open file; return True to go on."""
+        said, _, file = str(next(iter(error.args), error)).partition(" @ ")
+        place = re.search(r"name='([^']+)'", file)
+        url = place[1] if place else error.args[-1] if len(error.args) > 1 else None
+        said = getattr(error, "strerror", None) or said
+        return self._take(url if isinstance(url, str) else self._present, said, error)
+
+    def sample_fault(self, error: Exception) -> bool:
+        """Take an error of decoding or processing the present sample; return True to go on."""
+        said = describe(error if str(error) else error.__context__ or error)  # webdataset's DecodingError says nothing
+        return self._take(self._present, said, error)
+
+    def remember(self, samples: Iterator[Any]) -> Iterator[Any]:
+        """Pass samples on; the last one that names its shard and key is the present one."""
+        for sample in samples:
+            if isinstance(sample, dict) and "__url__" in sample:
+                self._present = f"{sample['__url__']} ({sample['__key__']})"
+            yield sample
+
+    def watch(self, samples: Iterator[Any], *, source: str) -> Iterator[Any]:
+        """Pass on what went through all stages.
+
+        Raises:
+            DataFault: there was nothing; reading on would never end.
+        """
+        empty = True
+        while True:
+            with strict_decoding():
+                try:
+                    sample = next(samples)
+                except StopIteration:
+                    break
+            empty, self._in_a_row = False, 0
+            yield sample
+        if empty:
+            raise DataFault(f"no sample can be read from {source}")
+
+    def corrupt(self) -> list[str]:
+        """Name what was skipped so far, by this process or by a worker."""
+        return sorted(set(self._names.read_text(encoding="utf-8").splitlines()))
+
+    def _take(self, name: str, said: str, error: Exception) -> bool:
+        if isinstance(error, DataFault):  # raised below, and passed through another stage
+            raise DataFault(str(error.args[0])) from error
+        self._in_a_row += 1
+        if self.on_corrupt == "raise":
+            raise DataFault(f"{name}: {said}") from error
+        if self._in_a_row >= self.max_in_a_row:
+            raise DataFault(f"{self._in_a_row} bad samples in a row, the last one {name}: {said}") from error
+        if name not in self.corrupt():
+            with self._names.open("a", encoding="utf-8") as file:
+                file.write(f"{name}\n")
+            logging.warning("skipped a bad sample: %s: %s", name, said)
+        return True
 
 
 def guard(dataset: Any, *, on_corrupt: str = "skip") -> Any:

@@ -59,9 +59,7 @@ class MetricsLog:
     warning, not the run.
     """
 
-    def __init__(
-        self, folder: Path, *, from_step: int = 0, tensorboard: bool = True, wandb: bool = False
-    ) -> None:
+    def __init__(self, folder: Path, *, from_step: int = 0, tensorboard: bool = True, wandb: bool = False) -> None:
         """Open the log of a run folder; records after ``from_step`` are of a lost future: dropped.
 
         Raises:

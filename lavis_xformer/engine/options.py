@@ -34,6 +34,9 @@ class RunOptions:
             raises, since there the replacement would count twice; ``skip`` accepts that. A dataset with an
             ``on_corrupt`` of its own (``image_text_json``) keeps it.
         wandb: also log to Weights & Biases, which then has to be installed.
+        iters_per_epoch: batches of each process in an epoch. 0 is as many as the data fill, once; streams of shards,
+            which have no length, need a number. Map-style datasets go on where the epoch before left off. LAVIS's
+            ``runner_iter`` calls it ``iters_per_inner_epoch``, which is read too.
         loader_timeout: seconds to wait for a batch before a data worker is taken for dead; 0 waits.
         next_command: a command to suggest when the run has ended.
     """
@@ -50,6 +53,7 @@ class RunOptions:
     tensorboard: bool = True
     wandb: bool = False
     on_corrupt: str = ""
+    iters_per_epoch: int = 0
     loader_timeout: float = 0.0
     next_command: str = ""
 
@@ -61,6 +65,8 @@ class RunOptions:
             UserError: a value is of the wrong kind, negative, or not among the choices.
         """
         given = {f.name: run_cfg.get(f.name) for f in fields(cls)}
+        if given["iters_per_epoch"] is None:
+            given["iters_per_epoch"] = run_cfg.get("iters_per_inner_epoch")
         defaults = cls()
         values: dict[str, Any] = {
             name: _checked(name, value, type(getattr(defaults, name)))

@@ -39,32 +39,31 @@ class Mixture:
     Attributes:
         lengths: samples of each dataset.
         ratios: their shares of an epoch, of any sum.
+        samples: of an epoch; all datasets together where it is 0.
     """
 
     lengths: Sequence[int]
     ratios: Sequence[float]
+    samples: int = 0
 
     @classmethod
-    def of(cls, dataset: Any, ratios: Sequence[Any]) -> Mixture:
+    def of(cls, dataset: Any, ratios: Sequence[Any] | None, *, samples: int = 0) -> Mixture:
         """Make the mixture of a ``ConcatDataset``, or of a wrapper that shows its ``datasets``.
+
+        Without ``ratios`` the joined datasets count as one.
 
         Raises:
             UserError: there is not one positive number for each dataset.
         """
-        lengths = [len(part) for part in getattr(dataset, "datasets", [dataset])]
-        good = all(isinstance(ratio, (int, float)) and ratio > 0 for ratio in ratios)
-        if not good or len(ratios) != len(lengths):
-            raise UserError(
-                f"run.train_dataset_ratios is {list(ratios)}; it must be one positive number for each of the "
-                f"{len(lengths)} training dataset(s), which have {lengths} samples"
-            )
-        return cls(lengths=lengths, ratios=list(ratios))
+        parts = [dataset] if ratios is None else getattr(dataset, "datasets", [dataset])
+        lengths = [len(part) for part in parts]
+        ratios = [1.0] if ratios is None else ratios
+        check_ratios(ratios, [f"{length} samples" for length in lengths])
+        return cls(lengths=lengths, ratios=list(ratios), samples=samples)
 
     def counts(self) -> list[int]:
-        """Return how many samples of each dataset an epoch takes; rounding never adds up to more than one."""
-        share = sum(self.lengths) / sum(self.ratios)
-        edges = [round(edge * share) for edge in accumulate(self.ratios, initial=0)]
-        return [end - start for start, end in pairwise(edges)]
+        """Return how many samples of each dataset an epoch takes."""
+        return split_by(self.ratios, self.samples or sum(self.lengths))
 
     def keys(self, *, seed: int, epoch: int) -> Tensor:
         """Return (samples of an epoch, 2): visits and indices in the joined datasets, in order."""
@@ -78,6 +77,27 @@ class Mixture:
             offset += length
         keys = torch.cat(parts)
         return keys[permutation(len(keys), seed, epoch)]
+
+
+def check_ratios(ratios: Sequence[Any], parts: Sequence[str]) -> None:
+    """Refuse ratios that are not one positive number for each of ``parts``.
+
+    Raises:
+        UserError: they are not.
+    """
+    good = all(isinstance(ratio, (int, float)) and ratio > 0 for ratio in ratios)
+    if not good or len(ratios) != len(parts):
+        raise UserError(
+            f"run.train_dataset_ratios is {list(ratios)}; it must be one positive number for each of the "
+            f"{len(parts)} training dataset(s), which have {', '.join(parts)}"
+        )
+
+
+def split_by(ratios: Sequence[float], total: int) -> list[int]:
+    """Return whole numbers in the proportion of ``ratios`` that add up to ``total``."""
+    share = total / sum(ratios)
+    edges = [round(edge * share) for edge in accumulate(ratios, initial=0.0)]
+    return [end - start for start, end in pairwise(edges)]
 
 
 def permutation(length: int, *keys: int) -> Tensor:
@@ -105,7 +125,7 @@ class EpochBatchSampler(Sampler[list[Key]]):
         mixture: Mixture | None = None,
     ) -> None:
         """Make a sampler of ``length`` samples that starts at epoch 0, batch 0; a ``mixture`` says which they are."""
-        self.length = length
+        self.length = length if mixture is None else sum(mixture.counts())
         self.mixture = mixture
         self.batch_size = batch_size
         self.seed = seed
@@ -170,36 +190,53 @@ class ReplayDataset(Dataset[Any]):
         return self.dataset[index]
 
 
+class ReplayLoader(DataLoader[Any]):
+    """A loader of replayable batches that can start at any batch of any epoch."""
+
+    def start(self, *, epoch: int, skip_batches: int = 0) -> None:
+        """Make the next iteration yield the batches of ``epoch`` after the first ``skip_batches``."""
+        assert isinstance(self.batch_sampler, EpochBatchSampler)
+        self.batch_sampler.start(epoch=epoch, skip_batches=skip_batches)
+
+
 def train_loader(
-    dataset: Dataset[Any], *, batch_size: int, seed: int, ratios: Sequence[Any] | None = None, **options: Any
-) -> DataLoader[Any]:
-    """Return this rank's loader of a training set; its ``batch_sampler`` chooses epoch and start.
+    dataset: Dataset[Any],
+    *,
+    batch_size: int,
+    seed: int,
+    ratios: Sequence[Any] | None = None,
+    batches: int = 0,
+    **options: Any,
+) -> ReplayLoader:
+    """Return this rank's loader of a training set.
 
     Args:
         dataset: map-style.
         batch_size: samples for each process.
         seed: the run's.
         ratios: shares of the datasets that it joins, see ``Mixture``; without them every sample comes once an epoch.
+        batches: of an epoch; 0 is as many as the data fill.
         options: more arguments of ``DataLoader``.
 
     Raises:
         UserError: the batches of all processes are together larger than the data.
     """
     length = len(dataset)  # type: ignore[arg-type]
+    samples = batches * batch_size * world_size()
     sampler = EpochBatchSampler(
         length=length,
         batch_size=batch_size,
         seed=seed,
         rank=rank(),
         world_size=world_size(),
-        mixture=Mixture.of(dataset, ratios) if ratios is not None else None,
+        mixture=Mixture.of(dataset, ratios, samples=samples) if samples or ratios is not None else None,
     )
-    if len(sampler) == 0:
+    if length < batch_size * world_size():
         raise UserError(
             f"run.batch_size_train is {batch_size} for each of {world_size()} process(es), but the "
             f"training data has only {length} samples; take a smaller batch"
         )
-    return DataLoader(
+    return ReplayLoader(
         ReplayDataset(dataset, seed=seed),
         batch_sampler=sampler,
         generator=torch.Generator(),  # the workers' base seed; the training's generator is not used

@@ -1,0 +1,180 @@
+"""Streams of shards (webdataset) whose order depends on (seed, epoch, lane) alone, and loaders that take turns.
+
+A *lane* is one worker of one process. In each pass over the data every shard goes to one lane, which reads it once. A
+lane that has read its shards begins with those of its next pass: with equally large shards, as many on each lane, no
+sample comes twice before all have come.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from webdataset import shuffle, split_by_node, split_by_worker, tarfile_to_samples
+from webdataset.filters import FilterFunction
+
+from lavis_xformer.distributed import rank, world_size
+from lavis_xformer.engine import rng
+from lavis_xformer.engine.sampling import permutation, shielded
+from lavis_xformer.errors import UserError
+
+
+class StreamGuard(Protocol):
+    """What decides about samples that can't be read."""
+
+    def shard_fault(self, error: Exception) -> bool:
+        """Take an error of reading shards; return True to go on without, or raise."""
+
+    def sample_fault(self, error: Exception) -> bool:
+        """Take an error of decoding or processing the present sample; return True to go on without, or raise."""
+
+    def remember(self, samples: Iterator[Any]) -> Iterator[Any]:
+        """Pass samples on; the last one is the present one."""
+
+    def watch(self, samples: Iterator[Any], *, source: str) -> Iterator[Any]:
+        """Pass on what went through all stages; raise where ``source`` gave nothing."""
+
+
+class ShardStream(IterableDataset[Any]):
+    """A webdataset pipeline read pass after pass, without an end, in an order that can be replayed.
+
+    Its source of shards, ``split_by_*`` stages, shuffling seeds and error handlers are replaced; the other stages stay.
+    """
+
+    def __init__(self, pipeline: Any, *, seed: int, guard: StreamGuard, lanes: int = 1) -> None:
+        """Take a ``webdataset.DataPipeline`` apart.
+
+        Args:
+            pipeline: as LAVIS's ``laion`` builders make it: a list of shards first.
+            seed: of this stream.
+            guard: what to do about samples that can't be read.
+            lanes: of all processes together; each needs a shard.
+
+        Raises:
+            UserError: the pipeline does not begin with a list of shards, or has fewer shards than lanes.
+        """
+        source, *stages = getattr(pipeline, "pipeline", [None])
+        self.urls: list[str] = list(getattr(source, "urls", ()))
+        if not self.urls:
+            raise UserError(f"a stream of type {type(pipeline).__name__} does not begin with a list of shards")
+        if len(self.urls) < lanes:
+            raise UserError(
+                f"there are {len(self.urls)} shards ({self.urls[0]} ...) for {lanes} lanes (processes times "
+                "run.num_workers), and each reads its own; take fewer workers, or make smaller shards"
+            )
+        self.stages = [stage for stage in stages if stage not in (split_by_node, split_by_worker)]
+        self.seed, self.guard, self.epoch = seed, guard, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield samples without an end; in the main process its own random state is untouched."""
+        worker = get_worker_info()
+        number, count = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        lane, lanes = rank() * count + number, world_size() * count
+        samples = self._passes(lane, lanes)
+        for index in itertools.count():
+            before = rng.capture() if worker is None else None
+            rng.seed_cpu(rng.seed_of(self.seed, self.epoch, lane, index))
+            try:
+                sample = next(samples)
+            finally:
+                if before is not None:
+                    rng.restore(before)
+            yield sample
+
+    def _passes(self, lane: int, lanes: int) -> Iterator[Any]:
+        for visit in itertools.count():
+            order = permutation(len(self.urls), self.seed, self.epoch, visit)[lane::lanes]
+            shards = [self.urls[i] for i in order.tolist()]
+            shuffler = random.Random(rng.seed_of(self.seed, self.epoch, visit, lane))
+            yield from self.guard.watch(self._read(shards, shuffler), source=f"{len(shards)} shards ({shards[0]} ...)")
+
+    def _read(self, shards: Sequence[str], shuffler: random.Random) -> Iterator[Any]:
+        samples: Iterator[Any] = iter([{"url": url} for url in shards])
+        for stage in self.stages:
+            samples = self.guard.remember(iter(self._own(stage, shuffler)(samples)))
+        return samples
+
+    def _own(self, stage: Any, shuffler: random.Random) -> Any:
+        """Return a stage with our random generator and our way with errors, where it has such."""
+        if not isinstance(stage, FilterFunction):
+            return getattr(stage, "run", stage)
+        own: dict[str, Any] = {}
+        if stage.f is tarfile_to_samples.f:
+            own["handler"] = self.guard.shard_fault
+        elif "handler" in stage.kw:
+            own["handler"] = self.guard.sample_fault
+        if stage.f is shuffle.f:
+            own["rng"] = shuffler
+        return FilterFunction(stage.f, *stage.args, **{**stage.kw, **own})
+
+
+class StreamLoader(DataLoader[Any]):
+    """A loader of a stream, of which an epoch takes a given number of batches."""
+
+    def __init__(self, stream: ShardStream, *, batches: int, **options: Any) -> None:
+        """Take the stream, the batches of an epoch, and more arguments of ``DataLoader``."""
+        super().__init__(stream, generator=torch.Generator(), worker_init_fn=shielded(), **options)
+        self.batches = batches
+        self.start(epoch=0)
+
+    def __len__(self) -> int:
+        """Return how many batches an epoch has."""
+        return self.batches
+
+    def start(self, *, epoch: int, skip_batches: int = 0) -> None:
+        """Make the next iteration yield the batches of ``epoch`` after the first ``skip_batches``."""
+        assert isinstance(self.dataset, ShardStream)
+        self.dataset.epoch = epoch  # workers are started anew for each iteration and get it then
+        self.skip_batches = skip_batches
+
+    def __iter__(self) -> Any:
+        """Yield batches without an end; those to skip are read and thrown away."""
+        iterator = super().__iter__()
+        for _ in range(self.skip_batches):
+            next(iterator)
+        return iterator
+
+
+class EpochLoader(Protocol):
+    """A training loader: ``ReplayLoader``, ``StreamLoader`` or ``JoinedLoader``."""
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+
+    def __iter__(self) -> Iterator[Any]:
+        """The batches from where it was started."""
+
+    def start(self, *, epoch: int, skip_batches: int = 0) -> None:
+        """Choose where the next iteration begins."""
+
+
+class JoinedLoader:
+    """Loaders that take turns, batch by batch, in an order drawn from (seed, epoch), equal on all ranks."""
+
+    def __init__(self, loaders: Sequence[EpochLoader], *, seed: int) -> None:
+        """Take the loaders; each gives as many batches of an epoch as it has."""
+        self.loaders, self.seed = loaders, seed
+        self.start(epoch=0)
+
+    def __len__(self) -> int:
+        """Return how many batches an epoch has."""
+        return sum(len(loader) for loader in self.loaders)
+
+    def start(self, *, epoch: int, skip_batches: int = 0) -> None:
+        """Make the next iteration yield the batches of ``epoch`` after the first ``skip_batches``."""
+        lengths = torch.tensor([len(loader) for loader in self.loaders])
+        turns = torch.arange(len(lengths)).repeat_interleave(lengths)[permutation(len(self), self.seed, epoch)]
+        done = turns[:skip_batches].bincount(minlength=len(lengths))
+        for loader, count in zip(self.loaders, done.tolist(), strict=True):
+            loader.start(epoch=epoch, skip_batches=count)
+        self._turns = turns[skip_batches:].tolist()
+
+    def __iter__(self) -> Iterator[Any]:
+        """Yield each turn's batch."""
+        iterators = [iter(loader) for loader in self.loaders]
+        for turn in self._turns:
+            yield next(iterators[turn])
