@@ -19,6 +19,7 @@ RUN_KEYS = frozenset(
     "resume_ckpt_path runner seed task test_splits train_dataset_ratios train_splits use_dist_eval_sampler "
     "valid_splits warmup_lr warmup_steps weight_decay world_size".split()
 )
+RUN_KEYS_TABLE = "docs/engine.md"  # what they mean
 MODEL_KEYS = frozenset("arch model_type load_finetuned load_pretrained finetuned pretrained".split())
 DATASET_KEYS = frozenset(
     "type data_type build_info.annotations.*.url build_info.annotations.*.storage build_info.images.storage "
@@ -30,9 +31,7 @@ PROCESSOR_KEYS = frozenset(
 )
 
 
-def check_keys(
-    project: DictConfig, chosen: DictConfig, defaults: DictConfig, classes: dict[str, Any]
-) -> None:
+def check_keys(project: DictConfig, chosen: DictConfig, defaults: DictConfig, classes: dict[str, Any]) -> None:
     """Refuse keys that nothing reads.
 
     In ``--options``, everywhere but in the model section of a class that lists no ``CONFIG_KEYS``, as LAVIS's
@@ -67,7 +66,9 @@ def _check_key(source: str, key: str, exist: set[str], allowed: Iterable[str]) -
         return
     section = key.rpartition(".")[0]
     siblings = {path for path in exist.union(allowed) if path.rpartition(".")[0] == section}
-    raise UserError(f"{source}{key}: no configuration knows this key: {nearest(key, siblings or exist)}")
+    known = nearest(key, siblings or exist)
+    more = f" (see {RUN_KEYS_TABLE})" if section == "run" else ""
+    raise UserError(f"{source}{key}: no configuration knows this key: {known}{more}")
 
 
 def _optional_keys(classes: dict[str, Any]) -> list[str]:

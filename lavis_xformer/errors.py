@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_SHOWN = 8  # of more names than half as many again, only so many are shown
+
 
 class UserError(ValueError):
     """A mistake in the configuration, the data or the environment, with its remedy in the message."""
@@ -18,10 +20,14 @@ def nearest(name: str, options: Iterable[str]) -> str:
         options: the names that exist.
 
     Returns:
-        ``"did you mean 'a'? There is: a, b, c"``; without the question where nothing is similar.
+        ``"did you mean 'a'? There is: a, b, c"``; without the question where nothing is similar. Of many names only
+        the most similar are shown, and how many others there are.
     """
     known = sorted(options)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     ordered = close + [option for option in known if option not in close]
     question = f"did you mean '{close[0]}'? " if close else ""
-    return f"{question}There is: {', '.join(ordered) or 'nothing'}"
+    if len(known) <= 1.5 * _SHOWN:
+        return f"{question}There is: {', '.join(ordered) or 'nothing'}"
+    ordered = difflib.get_close_matches(name, known, n=_SHOWN, cutoff=0.0)
+    return f"{question}There is: {', '.join(ordered)} and {len(known) - len(ordered)} others"

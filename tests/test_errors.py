@@ -1,0 +1,19 @@
+"""What a user is told to have meant."""
+
+from __future__ import annotations
+
+from lavis_xformer.errors import nearest
+
+
+def test_all_of_few_names_the_similar_ones_first():
+    assert nearest("bat", ["dog", "cat", "cow"]) == "did you mean 'cat'? There is: cat, cow, dog"
+    assert nearest("zzz", ["dog", "cat"]) == "There is: cat, dog"
+    assert nearest("zzz", []) == "There is: nothing"
+
+
+def test_the_nearest_of_many_names_and_how_many_others():
+    keys = [f"key_{i:02d}" for i in range(40)] + ["batch_size_train", "batch_size_eval"]
+    said = nearest("batchsize_train", keys)
+    assert said.startswith("did you mean 'batch_size_train'? There is: batch_size_train, batch_size_eval, ")
+    assert said.endswith(" and 34 others")
+    assert len(said) < 200
