@@ -164,7 +164,7 @@ class TermSums:
     def means(self) -> dict[str, float]:
         """Return the means over all ranks."""
         names = list(self._sums)
-        values = [self._sums[name].double().cpu() for name in names]
+        values = [self._sums[name].cpu().double() for name in names]
         summed = launch.total(torch.stack([*values, torch.tensor(self._weight).double()]))
         return dict(zip(names, (summed[:-1] / summed[-1]).tolist(), strict=True))
 

@@ -176,7 +176,8 @@ class LanguageModel(ABC):
         """
         starts = [self.tokenizer(answer, add_special_tokens=False).input_ids[0] for answer in answers]
         logits, labels = self.predict(visual, prompts, [answers[0]] * len(prompts))
-        first = logits[torch.arange(len(prompts)), (labels != NO_TARGET).int().argmax(dim=1)]  # (B, V)
+        begin = (labels != NO_TARGET).int().argmax(dim=1)  # (B,)
+        first = logits.take_along_dim(begin[:, None, None], dim=1)[:, 0]  # (B, V)
         likeliest = first[:, starts].topk(min(candidates, len(answers))).indices  # (B, candidates)
         chosen = []
         for image, prompt, indices in zip(visual, prompts, likeliest.tolist(), strict=True):

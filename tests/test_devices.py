@@ -1,0 +1,72 @@
+"""What a device may ask: Apple's has no 64-bit floats, a GPU refuses tensors that were left on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+DEVICES = [
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")),
+    pytest.param("mps", marks=pytest.mark.skipif(not torch.backends.mps.is_available(), reason="no Apple GPU")),
+]
+
+
+class NoDoubles(TorchDispatchMode):
+    """Raises where an operation gives a tensor of 64-bit floats."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        assert not any(
+            isinstance(part, torch.Tensor) and part.dtype == torch.float64 for part in tree_leaves(results)
+        ), func
+        return results
+
+
+def everything(model: Any, batch: dict[str, Any]) -> Iterable[Any]:
+    """Train a step and ask a model of any stage all that it answers."""
+    output = model.train()(batch)
+    output["loss"].backward()
+    yield output["loss"]
+    model.eval()
+    for options in ({"num_beams": 1}, {"num_beams": 2}, {"use_nucleus_sampling": True}):
+        yield model.generate(batch, max_length=12, **options)
+    yield model.extract_features(batch, mode="image").image_embeds
+    if hasattr(model, "predict_answers"):
+        yield model.predict_answers(batch, max_len=4)
+        yield model.predict_answers(batch, inference_method="rank", answer_list=["two", "red"])
+        return
+    tokens = model.tokenize(batch["text_input"])
+    with torch.no_grad():
+        _, image_tokens = model.forward_image(batch["image"])
+        yield model.compute_itm(image_tokens, tokens.input_ids, tokens.attention_mask)
+
+
+@pytest.fixture(params=["stage 1", "opt", "t5"])
+def model(request: pytest.FixtureRequest, make_xformer: Any, make_stage2: Any) -> Any:
+    """One of the models, with all its losses."""
+    if request.param == "stage 1":
+        return make_xformer("dual", init="normal")
+    return make_stage2(request.param, "dual", init="normal", loss_weights={"rec": 1})
+
+
+def test_nothing_needs_64_bit_floats(model: Any, batch: dict[str, Any]) -> None:
+    with NoDoubles():
+        assert len(list(everything(model, batch))) >= 5
+    with NoDoubles(), pytest.raises(AssertionError, match="_to_copy"):
+        batch["image"].double()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device", DEVICES)
+def test_all_of_it_runs_on_a_gpu(device: str, model: Any, batch: dict[str, Any]) -> None:
+    on_cpu = model.eval().extract_features(batch, mode="image").image_embeds
+    model.to(device)
+    batch["image"] = batch["image"].to(device)
+    for result in everything(model, batch):
+        assert result is not None
+    assert torch.allclose(model.extract_features(batch, mode="image").image_embeds.cpu(), on_cpu, atol=2e-2)
