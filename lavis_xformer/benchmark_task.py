@@ -11,7 +11,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +57,19 @@ PROTOCOLS = {
     "paper": Protocol("paper", "Question: {} Answer:", length_penalty=-1.0),
     "lavis": Protocol("lavis", "Question: {} Short answer:"),
 }
+
+
+def protocol_of(run: Any) -> Protocol:
+    """Return the protocol that ``run.protocol`` names, with what else the run says of it.
+
+    Raises:
+        UserError: there is no such protocol.
+    """
+    name = run.get("protocol", "paper")
+    if name not in PROTOCOLS:
+        raise UserError(f"run.protocol: '{name}': {nearest(str(name), PROTOCOLS)}")
+    changes = {key: run[key] for key in ("prompt", "num_beams", "max_len", "min_len") if run.get(key) is not None}
+    return replace(PROTOCOLS[name], **changes)
 
 
 class Item(NamedTuple):
@@ -106,16 +119,12 @@ class BenchmarkTask(BaseTask):
             UserError: there is no such protocol or scorer, or several datasets.
         """
         run = cfg.run_cfg
-        name, scorer = run.get("protocol", "paper"), run.get("scorer", "strict")
-        if name not in PROTOCOLS:
-            raise UserError(f"run.protocol: '{name}': {nearest(str(name), PROTOCOLS)}")
+        scorer = run.get("scorer", "strict")
         if scorer not in SCORERS:
             raise UserError(f"run.scorer: '{scorer}': {nearest(str(scorer), SCORERS)}")
         if len(names := list(cfg.datasets_cfg)) != 1:
             raise UserError(f"xformer_benchmark asks the questions of one dataset, not of {', '.join(names)}")
-        changes = {key: run[key] for key in ("prompt", "num_beams", "max_len", "min_len") if run.get(key) is not None}
-        protocol = Protocol(**{**asdict(PROTOCOLS[name]), **changes})
-        return cls(protocol=protocol, scorer=scorer, blind=bool(run.get("blind", False)), config=cfg.to_dict())
+        return cls(protocol=protocol_of(run), scorer=scorer, blind=bool(run.get("blind", False)), config=cfg.to_dict())
 
     def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
         """Keep the dataset: it knows the truths."""

@@ -1,0 +1,183 @@
+"""``xformer_vqa`` and ``xformer_gqa``: LAVIS's tasks for VQAv2, OK-VQA and GQA, told how they asked.
+
+Questions, answers' normalisation and accuracies are LAVIS's, and so are the files it writes; beside them stands
+``result/<split>_<dataset>.json`` with the protocol, the sha256 of the question file, the majority's accuracy and, for
+GQA, the accuracy of every structural and semantic type (arXiv 1902.09506, section 3.2).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lavis.common.registry import registry
+from lavis.common.vqa_tools.vqa import VQA
+from lavis.common.vqa_tools.vqa_eval import VQAEval
+from lavis.tasks.vqa import GQATask, VQATask
+
+from lavis_xformer import assets
+from lavis_xformer.benchmark_task import Protocol, protocol_of
+from lavis_xformer.distributed import is_main
+from lavis_xformer.engine import jobs
+from lavis_xformer.errors import UserError
+
+Row = dict[str, Any]
+TYPES = ("structural", "semantic")
+
+
+class WithProtocol:
+    """Before a task of LAVIS: asks by ``run.protocol`` and writes down how."""
+
+    CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset({"protocol"})
+    protocol: Protocol
+    config: dict[str, Any]
+    dataset: Any
+
+    @classmethod
+    def setup_task(cls, cfg: Any) -> Any:
+        """Read what LAVIS reads, then ``run.protocol`` and what the run changes of it.
+
+        Raises:
+            UserError: there is no such protocol.
+        """
+        task = super().setup_task(cfg)  # type: ignore[misc]
+        task.protocol, task.config = protocol_of(cfg.run_cfg), cfg.to_dict()
+        for name in ("prompt", "num_beams", "max_len", "min_len"):
+            setattr(task, name, getattr(task.protocol, name))
+        return task
+
+    def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
+        """Give the model the protocol's length penalty, which LAVIS's tasks never pass; keep the dataset."""
+        super().before_evaluation(model, dataset, **kwargs)  # type: ignore[misc]
+        self.dataset = dataset
+        if self.protocol.length_penalty is not None:
+            model.vqa_length_penalty = self.protocol.length_penalty
+
+    def write(self, split: str, figures: Mapping[str, float], answers: Sequence[Row]) -> None:
+        """Write ``result/<split>_<dataset>.json``."""
+        name = next(iter(self.config["datasets"]))
+        files = self.config["datasets"][name].get("build_info", {}).get("annotations", {}).get(split, {})
+        report = {
+            "benchmark": name,
+            "split": split,
+            "protocol": asdict(self.protocol),
+            "scorer": "lavis",
+            "question_sha256": {file: assets.sha256(Path(file)) for file in _files(files.get("storage"))},
+            "figures": dict(figures),
+            "answers": list(answers),
+            "config": self.config,
+            "versions": jobs.versions(),
+        }
+        jobs.write_json(Path(registry.get_path("result_dir")) / f"{split}_{name}.json", report)
+
+
+@registry.register_task("xformer_vqa")
+class XFormerVQATask(WithProtocol, VQATask):
+    """VQAv2 and OK-VQA: overall and by type of answer (``number``!)."""
+
+    def _report_metrics(self, result_file: str, split: str) -> dict[str, float]:
+        """Score as LAVIS, by its VQA tools, and keep every question's accuracy."""
+        if not is_main() or split not in self.ques_files:
+            return {}
+        questions = VQA(self.anno_files[split], self.ques_files[split])
+        said = questions.loadRes(resFile=result_file, quesFile=self.ques_files[split])
+        scorer = VQAEval(questions, said, n=2)
+        scorer.evaluate()
+        accuracy = scorer.accuracy
+        figures = {"agg_metrics": accuracy["overall"], "accuracy": accuracy["overall"]}
+        figures |= {f"accuracy_{kind}": value for kind, value in accuracy["perAnswerType"].items()}
+        self.write(split, figures, [self._answer(questions, said, scorer, number) for number in scorer.evalQA])
+        return figures
+
+    def _answer(self, questions: Any, said: Any, scorer: Any, number: int) -> Row:
+        annotation = questions.qa[number]
+        return {
+            "question_id": number,
+            "image": str(annotation["image_id"]),
+            "kind": annotation["answer_type"],
+            "group": annotation["answer_type"],
+            "question": questions.qqa[number]["question"],
+            "truth": Counter(answer["answer"] for answer in annotation["answers"]).most_common(1)[0][0],
+            "answer": said.qa[number]["answer"],
+            "correct": scorer.evalQA[number] / 100,  # as many as agree, a third each
+        }
+
+
+@registry.register_task("xformer_gqa")
+class XFormerGQATask(WithProtocol, GQATask):
+    """GQA: overall, by structural type (query, verify, choose, logical, compare) and by semantic type.
+
+    The types stand in GQA's own question files; where the file that LAVIS reads lacks them, ``run.question_types``
+    names one that has them (``testdev_balanced_questions.json``: ``{question id: {"types": {...}}}``).
+    """
+
+    CONFIG_KEYS = WithProtocol.CONFIG_KEYS | {"question_types"}
+
+    def _report_metrics(self, result_file: str, split: str) -> dict[str, float] | None:
+        """Score as LAVIS, and by type."""
+        if not is_main():
+            return {}
+        results = json.loads(Path(result_file).read_text(encoding="utf-8"))
+        if any(row["gt_ans"] is None for row in results):
+            super()._report_metrics(result_file, split)  # a test split: LAVIS writes the leaderboard's file
+            return None
+        rows = {str(row["question_id"]): row for row in self.dataset.annotation}
+        kinds, tools = self._types(rows), VQAEval()
+        answers = []
+        for result in results:
+            number, said = str(result["question_id"]), result["pred_ans"]
+            if self.inference_method == "generate":
+                said = tools.processDigitArticle(tools.processPunctuation(said))
+            row, types = rows[number], kinds.get(number, {})
+            answers.append(
+                {
+                    "question_id": result["question_id"],
+                    "image": str(row["image"]),
+                    "kind": "gqa",
+                    "group": types.get("structural", "all"),
+                    "question": row["question"],
+                    "truth": result["gt_ans"],
+                    "answer": result["pred_ans"],
+                    "correct": said == result["gt_ans"],
+                    "types": {name: types[name] for name in TYPES if types.get(name)},
+                }
+            )
+        figures = gqa_figures(answers)
+        self.write(split, figures, answers)
+        return figures
+
+    def _types(self, rows: Mapping[str, Row]) -> dict[str, Row]:
+        file = self.config["run"].get("question_types")
+        if file is None:
+            return {number: row.get("types") or {} for number, row in rows.items()}
+        if not Path(file).is_file():
+            raise UserError(f"run.question_types: there is no file {file}")
+        known = json.loads(Path(file).read_text(encoding="utf-8"))
+        found = {number: known[number]["types"] for number in rows if number in known}
+        if len(found) < len(rows):
+            raise UserError(f"run.question_types: {file} has the types of {len(found)} of {len(rows)} questions")
+        return found
+
+
+def gqa_figures(answers: Iterable[Row]) -> dict[str, float]:
+    """Return accuracy and majority in percent and the number of questions: over all, and by type."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for answer in answers:
+        groups[""].append(answer)
+        for name, kind in answer["types"].items():
+            groups[f"_{name}_{kind}"].append(answer)
+    figures: dict[str, float] = {}
+    for end, members in sorted(groups.items()):
+        most = Counter(answer["truth"] for answer in members).most_common(1)[0][1]
+        figures[f"accuracy{end}"] = 100 * sum(answer["correct"] for answer in members) / len(members)
+        figures |= {f"majority{end}": 100 * most / len(members), f"n{end}": len(members)}
+    return {"agg_metrics": figures["accuracy"], **figures}
+
+
+def _files(storage: Any) -> list[str]:
+    files = [storage] if isinstance(storage, str) else storage or []
+    return [file for file in files if Path(file).is_file()]

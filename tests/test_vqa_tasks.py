@@ -1,0 +1,124 @@
+"""VQAv2 and GQA by LAVIS's scoring, with the protocol and GQA's types in the result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lavis.common.registry import registry
+from lavis.tasks.vqa import GQATask, VQATask
+from omegaconf import OmegaConf
+
+from lavis_xformer.errors import UserError
+from lavis_xformer.vqa_tasks import XFormerGQATask, XFormerVQATask
+
+
+class Model:
+    """Takes what a task gives it before it asks."""
+
+    vqa_length_penalty = 0.0
+
+    def before_evaluation(self, **unused: Any) -> None:
+        """LAVIS's hook."""
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path) -> None:
+    """Where LAVIS's tasks write."""
+    registry.mapping["paths"].update(result_dir=str(tmp_path / "result"), output_dir=str(tmp_path))
+    (tmp_path / "result").mkdir()
+
+
+def setup(cls: Any, folder: Path, **run: Any) -> Any:
+    questions = folder / "questions.json"
+    questions.write_text("[]")
+    dataset = {"build_info": {"annotations": {"val": {"storage": [str(questions)]}}}}
+    config = OmegaConf.create({"run": {"inference_method": "generate", **run}, "datasets": {"gqa": dataset}})
+    return cls.setup_task(SimpleNamespace(run_cfg=config.run, to_dict=lambda: OmegaConf.to_container(config)))
+
+
+GQA = [
+    {"question_id": 1, "image": "a.jpg", "question": "what?", "answer": "cat",
+     "types": {"structural": "query", "semantic": "obj", "detailed": "x"}},
+    {"question_id": 2, "image": "a.jpg", "question": "is it?", "answer": "yes",
+     "types": {"structural": "verify", "semantic": "obj", "detailed": "x"}},
+    {"question_id": 3, "image": "b.jpg", "question": "is there?", "answer": "yes",
+     "types": {"structural": "verify", "semantic": "rel", "detailed": "x"}},
+]  # fmt: skip
+SAID = [
+    {"question_id": row["question_id"], "pred_ans": said, "gt_ans": row["answer"]}
+    for row, said in zip(GQA, ("a cat", "no", "yes."), strict=True)
+]
+
+
+def test_gqa_by_type_by_hand_and_overall_as_lavis(tmp_path: Path) -> None:
+    task, model = setup(XFormerGQATask, tmp_path, protocol="paper"), Model()
+    task.before_evaluation(model, SimpleNamespace(annotation=GQA))
+    figures = task.after_evaluation(SAID, "val")
+    assert figures["accuracy_structural_verify"] == figures["accuracy_semantic_obj"] == 50
+    assert figures["accuracy_structural_query"] == figures["accuracy_semantic_rel"] == 100
+    assert (figures["n_structural_verify"], figures["majority_structural_verify"]) == (2, 100)
+    assert figures["majority"] == pytest.approx(200 / 3)
+    lavis = GQATask(5, 10, 1, True, 128, "generate")
+    assert figures["agg_metrics"] == pytest.approx(lavis.after_evaluation(SAID, "val")["agg_metrics"])
+    assert figures["agg_metrics"] == pytest.approx(200 / 3)
+    result = json.loads((tmp_path / "result" / "val_gqa.json").read_text())
+    assert result["protocol"] == {
+        "name": "paper", "prompt": "Question: {} Answer:", "num_beams": 5, "length_penalty": -1, "max_len": 10,
+        "min_len": 1,
+    }  # fmt: skip
+    assert model.vqa_length_penalty == -1
+    assert task.prompt == "Question: {} Answer:"
+    assert [answer["correct"] for answer in result["answers"]] == [True, False, True]
+    assert list(result["question_sha256"]) == [str(tmp_path / "questions.json")]
+
+
+def test_gqas_types_may_come_from_its_own_file(tmp_path: Path) -> None:
+    types = {str(row["question_id"]): {"types": row["types"]} for row in GQA}
+    plain = [{key: value for key, value in row.items() if key != "types"} for row in GQA]
+    (tmp_path / "types.json").write_text(json.dumps(types))
+    task = setup(XFormerGQATask, tmp_path, question_types=str(tmp_path / "types.json"))
+    task.before_evaluation(Model(), SimpleNamespace(annotation=plain))
+    assert task.after_evaluation(SAID, "val")["accuracy_structural_query"] == 100
+    del types["3"]
+    (tmp_path / "types.json").write_text(json.dumps(types))
+    with pytest.raises(UserError, match="has the types of 2 of 3 questions"):
+        task.after_evaluation(SAID, "val")
+    untyped = setup(XFormerGQATask, tmp_path)
+    untyped.before_evaluation(Model(), SimpleNamespace(annotation=plain))
+    assert not [name for name in untyped.after_evaluation(SAID, "val") if "structural" in name]
+
+
+def test_vqa_scores_as_lavis(tmp_path: Path) -> None:
+    questions = {"questions": [{"question_id": n, "image_id": 9, "question": "how many?"} for n in (1, 2)]}
+    truths = {1: ["2"] * 10, 2: ["red"] * 2 + ["blue"] * 8}
+    kinds = {1: "number", 2: "other"}
+    annotations = {"annotations": [
+        {"question_id": n, "image_id": 9, "question_type": "how", "answer_type": kinds[n],
+         "multiple_choice_answer": given[-1],
+         "answers": [{"answer": text, "answer_id": i} for i, text in enumerate(given)]}
+        for n, given in truths.items()
+    ]}  # fmt: skip
+    for name, content in (("q", questions), ("a", annotations)):
+        base = {"info": {}, "license": {}, "data_subtype": "", "data_type": "", "task_type": ""}
+        (tmp_path / f"{name}.json").write_text(json.dumps({**base, **content}))
+    said = [{"question_id": 1, "answer": "two"}, {"question_id": 2, "answer": "red"}]
+    results = []
+    for task in (setup(XFormerVQATask, tmp_path, protocol="lavis"), VQATask(5, 10, 1, True, 128, "generate")):
+        task.ques_files, task.anno_files = {"val": str(tmp_path / "q.json")}, {"val": str(tmp_path / "a.json")}
+        results.append(task.after_evaluation(said, "val"))
+    ours, lavis = results
+    assert ours["agg_metrics"] == lavis["agg_metrics"] == 80
+    assert ours["accuracy_number"] == lavis["number"] == 100
+    assert ours["accuracy_other"] == lavis["other"] == 60
+    result = json.loads((tmp_path / "result" / "val_gqa.json").read_text())
+    assert result["protocol"]["prompt"] == "Question: {} Short answer:"
+    assert [answer["correct"] for answer in result["answers"]] == [1, 0.6]
+
+
+def test_an_unknown_protocol_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run\.protocol: 'papers': did you mean 'paper'"):
+        setup(XFormerGQATask, tmp_path, protocol="papers")
