@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from copy import deepcopy
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from lavis.common.registry import registry
 from lavis.models.blip2_models.blip2_opt import Blip2OPT
 from lavis.models.blip2_models.blip2_t5 import Blip2T5
 from lavis.models.blip2_models.modeling_opt import OPTForCausalLM
@@ -17,6 +19,7 @@ from lavis.tasks.captioning import CaptionTask
 from lavis.tasks.vqa import VQATask
 from spacy.util import is_package
 
+import lavis_xformer
 from lavis_xformer.errors import UserError
 from lavis_xformer.images import clip_to_mae
 from lavis_xformer.models import base, language
@@ -82,6 +85,29 @@ def test_without_fusion_t5_is_lavis_blip2_in_loss_and_gradients(
     ours = make_stage2("t5", "none")
     texts = {"text_input": ["a red", "two", "the", "one"], "text_output": ["star", "blue star", "left", "red"]}
     assert_same_losses_and_gradients(ours, blip2_t5_like(ours, t5_folder), {**batch, **texts})
+
+
+METHODS = {
+    ("blip2_opt", "xformer_opt"): "forward generate",
+    ("blip2_t5", "xformer_t5"): "forward generate predict_answers",
+    ("blip2_t5", "xformer_opt"): "predict_answers",  # LAVIS's main branch has it for OPT, with these arguments
+    ("blip2", "xformer"): "forward generate extract_features forward_image forward_text compute_itm compute_sim_matrix",
+    ("blip2_feature_extractor", "xformer_feature_extractor"): "extract_features",
+    ("blip2_image_text_matching", "xformer_image_text_matching"): "forward",
+}
+
+
+@pytest.mark.parametrize(("theirs", "ours"), METHODS)
+def test_a_swap_is_one_string(theirs: str, ours: str) -> None:
+    lavis_xformer.register()
+    for name in METHODS[theirs, ours].split():
+        reference, mine = (
+            inspect.signature(getattr(registry.get_model_class(model), name)).parameters for model in (theirs, ours)
+        )
+        assert list(mine)[: len(reference) - ("kwargs" in reference)] == [key for key in reference if key != "kwargs"]
+        chosen_by_configuration = {"prompt", "length_penalty"} if name == "predict_answers" else set()
+        for key in reference.keys() - chosen_by_configuration:
+            assert (mine[key].default, mine[key].kind) == (reference[key].default, reference[key].kind), (name, key)
 
 
 @pytest.mark.parametrize("prompt", ["", "a photo of"])
