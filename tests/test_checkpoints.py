@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree, ignore_patterns
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from lavis_xformer.errors import UserError
+from lavis_xformer.models import towers
 from lavis_xformer.models.checkpoints import load_pretrained, load_state, read_checkpoint
+from lavis_xformer.models.language import T5Language
 
 
 def trainable_state(model: Any) -> dict[str, torch.Tensor]:
@@ -111,3 +115,26 @@ def test_pickled_code_torn_and_missing_files_are_refused(tmp_path: Path) -> None
         read_checkpoint(str(tmp_path / "torn.safetensors"), key="pretrained")
     with pytest.raises(UserError, match="there is no file"):
         read_checkpoint(str(tmp_path / "none.pth"), key="pretrained")
+
+
+@pytest.mark.parametrize("door", ["vit_weights", "mae_model .pth", "mae_model", "bert", "t5_model"])
+def test_no_door_runs_pickled_code(
+    door: str, vocab_folder: Path, tiny_mae_model: Any, t5_folder: Path, tmp_path: Path
+) -> None:
+    configuration = {"mae_model": tiny_mae_model.config, "bert": vocab_folder, "t5_model": t5_folder}.get(door)
+    if isinstance(configuration, Path):
+        copytree(configuration, tmp_path, dirs_exist_ok=True, ignore=ignore_patterns("*.bin", "*.safetensors"))
+    elif configuration is not None:
+        configuration.save_pretrained(tmp_path)
+    file = tmp_path / ("pytorch_model.bin" if configuration else "mae_pretrain_vit_toy_full.pth")
+    torch.save({"model": Malicious(tmp_path / "owned")}, file)
+    doors: dict[str, Callable[[], Any]] = {
+        "vit_weights": lambda: towers.load_torch_file(file, key=door),
+        "mae_model .pth": lambda: towers.build_mae(str(file)),
+        "mae_model": lambda: towers.build_mae(str(tmp_path)),
+        "bert": lambda: towers.build_qformer(str(tmp_path), num_queries=4, vision_width=20, cross_attention_freq=2),
+        "t5_model": lambda: T5Language.from_source(str(tmp_path)),
+    }
+    with pytest.raises(UserError, match=r"pickled code|can't be read"):
+        doors[door]()
+    assert not (tmp_path / "owned").exists()
