@@ -174,6 +174,15 @@ def test_schedule_warms_up_and_decays():
     assert rates[-1] < 0.02
 
 
+def test_a_training_brought_home_early_is_the_longer_one_until_it_cools_down() -> None:
+    planned = Schedule(steps=100, batch=1, lr=1.0)
+    early = Schedule(steps=50, batch=1, lr=1.0, horizon=100, cooldown=0.4)
+    assert [early.rate(step) for step in range(31)] == [planned.rate(step) for step in range(31)]
+    cooling = [early.rate(step) for step in range(30, 50)]
+    assert cooling == sorted(cooling, reverse=True)
+    assert cooling[-1] == pytest.approx(0.05 * planned.rate(49))
+
+
 def test_augmentation_without_strength_is_the_identity():
     images = torch.rand(4, 3, 16, 16)
     torch.testing.assert_close(colour_jitter(images, generator(0, 0), strength=0.0), images)
