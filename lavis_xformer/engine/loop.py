@@ -198,11 +198,10 @@ class EpochLoop:
             "peak_memory_mb": peak_memory_mb(self.stepper.device),
         }
         values = {**verdict.terms, **speed}
-        if verdict.finite:
-            self.averages.add(values)
+        if verdict.finite:  # the norm may still not be, where fp16's scaler seeks its scale
+            self.averages.add({name: value for name, value in values.items() if math.isfinite(value)})
         if self.log is not None:
-            shown = values if verdict.finite else _json_safe(values)
-            self.log.write("step", epoch=self.position.epoch, step=self.position.steps, values=shown)
+            self.log.write("step", epoch=self.position.epoch, step=self.position.steps, values=_json_safe(values))
         progress.step(values)
         return now
 

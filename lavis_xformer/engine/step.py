@@ -72,10 +72,12 @@ class Stepper:
             self.scaler.update()
         else:
             self.optimizer.step()
-        self.discard()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def discard(self) -> None:
-        """Clear the gradients without using them."""
+        """Clear the gradients without using them; the scaler ends its step too, and keeps its scale."""
+        if self.scaler is not None:
+            self.scaler.update(self.scaler.get_scale())
         self.optimizer.zero_grad(set_to_none=True)
 
     def _backward(self, samples: Any, share: int) -> Terms:
