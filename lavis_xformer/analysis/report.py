@@ -14,6 +14,16 @@ from lavis_xformer.errors import UserError
 
 Record = dict[str, Any]
 
+TITLES = {
+    "lr": "learning rate",
+    "grad_norm": "gradient norm before clipping",
+    "images_per_s": "images per second",
+    "data_wait": "share of the time spent waiting for data",
+    "peak_memory_mb": "peak memory, MiB",
+}
+REFERENCES = {"loss_rec": ("rec_mae", "frozen MAE alone")}
+CHANCE_ITM = 2 / 3  # two mismatched pairs for each matched one
+
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 2em auto; padding: 0 1em;
        color: #222; background: #fff }
@@ -58,7 +68,7 @@ def write_report(folder: Path) -> tuple[Path, Path]:
 
 
 def draw_curves(records: Sequence[Record], path: Path) -> None:
-    """Draw every loss term, the learning rate, speed and retrieval against steps, as a PNG."""
+    """Draw every loss term, retrieval, the learning rate and the speed against steps, as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -71,31 +81,55 @@ def draw_curves(records: Sequence[Record], path: Path) -> None:
     for number, (title, names) in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, 3, number)
         for name in names:
-            x, y = _series(steps, name)
-            axes.plot(x, y, lw=0.5, alpha=0.35, color="C0")
-            axes.plot(x, smooth(y), lw=1.4, color="C0", label="train" if y else None)
-            for colour, split in enumerate(sorted({r["split"] for r in evals}), start=1):
-                x, y = _series([r for r in evals if r["split"] == split], name)
-                label = name if len(names) > 1 else split
-                style = f"C{colour + names.index(name)}"
-                axes.plot(x, y, "o-", ms=3, lw=1.2, color=style, label=label if y else None)
+            _draw_training(axes, steps, name)
+            _draw_evaluation(axes, evals, name, style=names.index(name), label=name if len(names) > 1 else "")
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
+        axes.set_xlim(0, 1.02 * steps[-1]["step"])
         axes.tick_params(labelsize=8)
         axes.ticklabel_format(useOffset=False)
         axes.grid(alpha=0.25)
-        if axes.get_legend_handles_labels()[1]:
+        if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
+def _draw_training(axes: Any, steps: Sequence[Record], name: str) -> None:
+    """Draw each step thinly and a mean over neighbours; the learning rate is no noise to be smoothed."""
+    x, y = _series(steps, name)
+    if not y:
+        return
+    if name == "lr":
+        axes.plot(x, y, lw=1.4, color="C0")
+        return
+    axes.plot(x, y, lw=0.5, alpha=0.35, color="C0")
+    axes.plot(x, smooth(y), lw=1.4, color="C0", label="train")
+
+
+def _draw_evaluation(axes: Any, evals: Sequence[Record], name: str, *, style: int, label: str) -> None:
+    """Draw what each split gave, and dashed what chance, or the frozen MAE alone, would."""
+    for colour, split in enumerate(sorted({record["split"] for record in evals}), start=1 + style):
+        own = [record for record in evals if record["split"] == split]
+        x, y = _series(own, name)
+        if not y:
+            continue
+        axes.plot(x, y, "o-", ms=3, lw=1.2, color=f"C{colour}", label=label or split)
+        reference, meaning = REFERENCES.get(name, (f"chance_{name}", "chance"))
+        _, y = _series(own, reference)
+        level = y[-1] if y else CHANCE_ITM if name == "itm_accuracy" else None
+        if level is not None:
+            named = meaning in axes.get_legend_handles_labels()[1]
+            axes.axhline(level, ls="--", lw=1, color="0.4", label=None if named else meaning)
+
+
 def smooth(values: Sequence[float], *, share: float = 0.05) -> list[float]:
-    """Return running means over the last ``share`` of the whole length."""
-    width = max(1, int(len(values) * share))
+    """Return means over the neighbours within half of ``share`` of the whole length on either side."""
+    reach = max(0, int(len(values) * share / 2))
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
-    return [(sums[i + 1] - sums[max(0, i + 1 - width)]) / min(i + 1, width) for i in range(len(values))]
+    edges = [(max(0, i - reach), min(len(values), i + reach + 1)) for i in range(len(values))]
+    return [(sums[end] - sums[start]) / (end - start) for start, end in edges]
 
 
 def render(folder: Path, records: Sequence[Record], picture: bytes) -> str:
@@ -129,13 +163,12 @@ def render(folder: Path, records: Sequence[Record], picture: bytes) -> str:
 
 def _panels(steps: Sequence[Record], evals: Sequence[Record]) -> list[tuple[str, list[str]]]:
     present = _names([*steps, *evals])
-    losses = [name for name in present if name.startswith("loss")]
-    panels: list[tuple[str, list[str]]] = [(name, [name]) for name in losses]
-    panels += [(name, [name]) for name in ("itm_accuracy", "lr", "grad_norm") if name in present]
-    recalls: list[str] = [name for name in ("i2t_r1", "t2i_r1") if name in present]
+    panels: list[tuple[str, list[str]]] = [(name, [name]) for name in present if name.startswith("loss")]
+    recalls = [name for name in ("i2t_r1", "t2i_r1") if name in present]
+    panels += [("ITM accuracy", ["itm_accuracy"])] if "itm_accuracy" in present else []
     panels += [("retrieval R@1, %", recalls)] if recalls else []
-    panels += [(name, [name]) for name in ("images_per_s", "data_wait") if name in present]
-    return panels
+    speed = ("lr", "grad_norm", "images_per_s", "data_wait", "peak_memory_mb")
+    return panels + [(TITLES[name], [name]) for name in speed if name in present]
 
 
 def _names(records: Iterable[Mapping[str, Any]]) -> list[str]:
