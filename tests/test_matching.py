@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from lavis.common.registry import registry
 from lavis.models.blip2_models.blip2_image_text_matching import Blip2ITM
 from test_stage1 import blip2_like
 
+import lavis_xformer
 from lavis_xformer.errors import UserError
 from lavis_xformer.models.matching import XFormerITM
 from lavis_xformer.models.stage1 import XFormer
@@ -53,6 +55,38 @@ def test_both_heads_see_m(head: str, make_itm: Any, batch: dict[str, Any]) -> No
 def test_an_unknown_head_is_named(make_itm: Any, batch: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="no head 'itk'; did you mean 'itm'"):
         make_itm("none")(batch, match_head="itk")
+
+
+class Loader(list[dict[str, torch.Tensor]]):
+    """Batches of images beside the texts to retrieve, as LAVIS's retrieval task has them."""
+
+    dataset = SimpleNamespace(text=["a red star", "two blue cats", "a dog", "three"], image=["a", "b", "c"])
+
+
+@torch.no_grad()
+def test_retrieval_is_itc_reranked_by_itm() -> None:
+    model: Any
+    model, *_ = lavis_xformer.load_model_and_preprocess("xformer", "mini", is_eval=True)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(model.fusion.enrich_blocks[0].cross_attention.out.weight, std=0.1)
+    images, texts = torch.randn(3, 3, 64, 64), Loader.dataset.text
+    loader = Loader([{"image": images[:2]}, {"image": images[2:]}])
+    to_text, to_image = model.compute_sim_matrix(loader, SimpleNamespace(k_test=2))
+    assert (to_text.shape, to_image.shape) == ((3, 4), (4, 3))
+
+    seen = model.extract_features({"image": images}, "image").image_embeds_proj  # (3, Q, E)
+    read = model.extract_features({"text_input": texts}, "text").text_embeds_proj[:, 0]  # (4, E)
+    itc = (seen @ read.T).amax(dim=1)  # (3, 4)
+    _, tokens = model.forward_image(images)
+    words = model.tokenize(texts)
+    for row in range(3):
+        every = tokens[row].expand(4, -1, -1)
+        both = itc[row] + model.compute_itm(every, words.input_ids, words.attention_mask)
+        best = itc[row].topk(2).indices.tolist()
+        assert to_text[row, best] == pytest.approx(both[best].numpy(), abs=1e-4)
+        assert sorted(set(range(4)) - set(best)) == [i for i in range(4) if to_text[row, i] == -100]
+    with pytest.raises(UserError, match=r"k_test is 4, but there are only 3"):
+        model.compute_sim_matrix(loader, SimpleNamespace(k_test=4))
 
 
 def test_lavis_knows_all_names() -> None:
