@@ -1,4 +1,4 @@
-"""Scores of answers: counting, yes or no, pairs, and the difference between two models.
+"""Scores of answers: counting, yes or no, pairs.
 
 Pure functions of predictions and truths. A scorer's name belongs beside every number it gives; what the
 names mean is told in :mod:`lavis_xformer.answers`.
@@ -55,7 +55,7 @@ class Score:
         majority: accuracy of always giving the most frequent truth.
         majority_answer: that truth.
         unread: share of answers that the scorer could not read; they are wrong.
-        correct: right or wrong, item by item, for :func:`paired_bootstrap`.
+        correct: right or wrong, item by item, for :func:`.bootstrap.paired_bootstrap`.
         bins: accuracy by the number of objects.
     """
 
@@ -235,62 +235,6 @@ def score_exact(predictions: Sequence[str], truths: Sequence[str]) -> Score:
     said, true = ([text.strip().rstrip(".").lower() for text in texts] for texts in (predictions, truths))
     correct = np.array([answer == truth for answer, truth in zip(said, true, strict=True)])
     return Score(**_common("exact", correct, true, said))
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A difference of means and its bootstrap interval.
-
-    Attributes:
-        difference: mean of the first minus mean of the second.
-        low: lower end of the interval.
-        high: upper end.
-        confidence: share of resamples inside.
-    """
-
-    difference: float
-    low: float
-    high: float
-    confidence: float
-
-
-def paired_bootstrap(
-    first: Sequence[float],
-    second: Sequence[float],
-    *,
-    clusters: Sequence[Hashable] | None = None,
-    resamples: int = 10_000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Give the percentile interval of the difference between two models on the same items.
-
-    Args:
-        first: score of every item for one model, as :attr:`Score.correct`.
-        second: the same items' scores for the other.
-        clusters: what is drawn anew as a whole, as the image of every question; None: every item by itself.
-        resamples: how many times items are drawn with replacement.
-        confidence: between 0 and 1.
-        seed: of the drawing.
-
-    Raises:
-        UserError: the lists differ in length or are empty.
-    """
-    _check(first, second, clusters)
-    gain = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    numbers: dict[Hashable, int] = {}
-    for name in range(len(gain)) if clusters is None else clusters:
-        numbers.setdefault(name, len(numbers))
-    member = [numbers[name] for name in (range(len(gain)) if clusters is None else clusters)]
-    sums, sizes = np.bincount(member, weights=gain), np.bincount(member)
-    rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(resamples):
-        drawn = rng.integers(0, len(sums), len(sums))
-        means.append(sums[drawn].sum() / sizes[drawn].sum())
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, (tail, 1 - tail))
-    return Interval(float(gain.mean()), float(low), float(high), confidence)
 
 
 def _truth(truth: str) -> bool:

@@ -13,7 +13,15 @@ import yaml
 
 from lavis_xformer.compare import figures, inputs, run
 from lavis_xformer.compare.plan import Cell, Plan, as_text, read_plan
-from lavis_xformer.compare.results import by_question, collect, differences, markdown, mean_and_spread
+from lavis_xformer.compare.results import (
+    accuracies,
+    by_count,
+    collect,
+    differences,
+    mean_and_spread,
+    tasks,
+)
+from lavis_xformer.compare.tables import markdown
 from lavis_xformer.errors import UserError
 
 SHIPPED = "projects/xformer/compare/quick.yaml"
@@ -27,6 +35,7 @@ def content(folder: Path) -> dict[str, Any]:
         "output": str(folder / "out"),
         "seeds": [1, 2],
         "baseline": "a",
+        "claim": "b",
         "common": {
             "first": {"config": str(stage1), "options": {"run.max_epoch": 3, "x": 1}},
             "second": {"config": str(stage2)},
@@ -54,7 +63,9 @@ def make(folder: Path, given: dict[str, Any], name: str = "toy") -> Plan:
 def finish(cell: Cell, **note: Any) -> None:
     cell.folder.mkdir(parents=True, exist_ok=True)
     (cell.folder / "inputs.json").write_text(json.dumps(cell.inputs()))
-    (cell.folder / "cell.json").write_text(json.dumps({"seconds": 2.0, "peak_memory_mb": 100.0, **note}))
+    (cell.folder / "cell.json").write_text(
+        json.dumps({"seconds": 2.0, "peak_memory_mb": 100.0, "machine": "toy", **note})
+    )
 
 
 def test_cells_are_variants_by_seeds_by_stages(plan: Plan) -> None:
@@ -143,6 +154,15 @@ def test_inputs_are_the_whole_configuration_assets_code_and_versions(tmp_path: P
     ]
 
 
+def test_what_names_no_file_has_no_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mini").mkdir()
+    assert [inputs.content(value, folders=True) for value in ("", "mini", "none", "facebook/vit-mae-huge")] == [
+        None
+    ] * 4
+    assert inputs.content(str(tmp_path / "mini"), folders=True) is not None
+
+
 def test_code_is_what_runs_execute_without_its_words() -> None:
     def dumped(source: str) -> str:
         return ast.dump(inputs.without_docstrings(ast.parse(source)))
@@ -159,6 +179,7 @@ def test_a_yaml_may_state_its_difference_alone(tmp_path: Path) -> None:
     assert list(child.variants) == ["a", "c"]
     assert (child.name, child.baseline, child.seeds) == ("child", "a", (1, 2))
     assert child.stages[0].options == {"run.max_epoch": 3, "x": 5}
+    assert child.claim == "", "b is none of its variants"
     with pytest.raises(UserError, match=r"variants\.z: base\.yaml has no such variant"):
         make(tmp_path, {"extends": "base.yaml", "variants": {"z": None}}, "other")
 
@@ -168,6 +189,7 @@ def test_a_yaml_may_state_its_difference_alone(tmp_path: Path) -> None:
     [
         ({"seed": [1]}, "'seed': did you mean 'seeds'"),
         ({"baseline": "aa"}, "baseline: did you mean 'a'"),
+        ({"claim": "bb"}, "claim: did you mean 'b'"),
         ({"variants": {"a": {"frist": {}}}}, r"variants\.a\.frist: did you mean 'first'"),
         ({"common": {"first": {}}}, r"common\.first\.config is missing"),
         ({"output": None}, "'output' is missing"),
@@ -192,21 +214,42 @@ def seeded(answers: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
 def test_differences_by_hand() -> None:
     ours = seeded([answer(n, True) for n in range(4)], 1) + seeded([answer(n, n < 2) for n in range(4)], 2)
     theirs = seeded([answer(n, False) for n in range(4)], 1)
-    assert [row["score"] for row in by_question(ours).values()] == [1, 1, 0.5, 0.5]
-    gap = differences(ours, theirs)
-    assert gap["all"]["difference"] == gap["count"]["difference"] == 75
-    assert 50 <= gap["all"]["low"] <= 75 <= gap["all"]["high"] <= 100
+    gap = differences(ours, theirs)["asked.count"]  # unequal seeds: means over seeds, only images are drawn anew
+    assert (gap["difference"], gap["seeds"], gap["n"]) == (75, 1, 4)
+    assert 50 <= gap["low"] <= 75 <= gap["high"] <= 100
     assert differences(ours, []) == {}
-    assert differences(ours, ours)["all"] == {"n": 4, "difference": 0, "low": 0, "high": 0}
+    same = {"n": 4, "seeds": 2, "difference": 0, "low": 0, "high": 0}
+    assert differences(ours, ours)["asked.count"] == same
+    paired = differences(ours, theirs + seeded([answer(n, False) for n in range(4)], 2))["asked.count"]
+    assert (paired["difference"], paired["seeds"]) == (75, 2)
+    assert paired["high"] - paired["low"] > gap["high"] - gap["low"], "seeds differ, and the interval knows"
+    more = ours + seeded([answer(n, False) for n in range(4)], 3)
+    common = differences(more, theirs + seeded([answer(n, False) for n in range(4)], 2))["asked.count"]
+    assert common == paired, "seeds that the other lacks are left out"
     assert mean_and_spread([1, 3]) == {"mean": 2, "spread": pytest.approx(2**0.5)}
     assert mean_and_spread([1])["spread"] is None
+
+
+def test_tasks_and_accuracies_by_hand() -> None:
+    first = [answer(0, True, truth="2"), answer(1, True, truth="2"), answer(2, False, truth="5"),
+             answer(3, True, truth="red", kind="attribute")]  # fmt: skip
+    rows = seeded(first, 1) + seeded([{**row, "correct": False} for row in first], 2)
+    asked = tasks(rows)
+    assert list(asked) == ["asked.all", "asked.attribute", "asked.count"]
+    assert (asked["asked.count"]["n"], asked["asked.count"]["majority_answer"]) == (3, "2")
+    assert asked["asked.count"]["majority"] == pytest.approx(200 / 3)
+    assert asked["asked.all"]["majority"] == 75, "of every group its own"
+    found = accuracies(rows)["asked.all"]
+    assert (found["mean"], found["seeds"]) == (37.5, {1: 75, 2: 0})
+    assert found["low"] == 0
+    assert found["high"] > 75
 
 
 def test_accuracy_by_true_count_by_hand() -> None:
     rows = [answer(0, True, truth="2"), answer(1, False, truth="2"), answer(2, True, truth="5"),
             answer(3, True, truth="red", kind="attribute")]  # fmt: skip
-    counted = figures.accuracy_by_count(list(by_question(seeded(rows, 1)).values()))
-    assert counted == {2: 0.5, 5: 1.0}
+    counted = by_count(seeded(rows, 1))
+    assert {count: (value["n"], value["mean"]) for count, value in counted.items()} == {"2": (2, 50), "5": (1, 100)}
 
 
 def pretend(plan: Plan) -> None:
@@ -217,13 +260,14 @@ def pretend(plan: Plan) -> None:
         finish(cell, trainable=None if cell.stage.evaluate else 2_500_000)
         if cell.stage.evaluate:
             rows = [answer(n, cell.variant == "b" or n % 2 == 0, truth=str(1 + n % 3)) for n in range(6)]
-            accuracy = {"accuracy": 50.0 + 50 * (cell.variant == "b"), "majority": 40.0, "f1": 0.5}
+            result = {"figures": {"accuracy": 0, "f1": 0.5}, "answers": rows, "blind": cell.variant == "blind"}
             (cell.folder / "result").mkdir()
-            (cell.folder / "result" / "test.json").write_text(json.dumps({"figures": accuracy, "answers": rows}))
+            (cell.folder / "result" / "test.json").write_text(json.dumps(result))
+            (cell.folder / "result" / "vqa_result.json").write_text("[]")  # LAVIS's own
         else:
             summary = {"test": {"test": {"i2t_r1": 10.0 * cell.seed, "chance_i2t_r1": 1.0}}}
             (cell.folder / "summary.json").write_text(json.dumps(summary))
-            log = [{"kind": "eval", "step": 5, "loss": 2.0}, {"kind": "step", "step": 5, "loss": 9.0}]
+            log = [{"kind": "eval", "step": 5, "loss_itc": 2.0}, {"kind": "step", "step": 5, "loss_itc": 9.0}]
             (cell.folder / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
 
 
@@ -233,15 +277,19 @@ def test_tables_figures_and_json(plan: Plan) -> None:
     found = json.loads((plan.output / "toy" / "results.json").read_text())
     assert (found["finished"], found["planned"]) == (10, 13)
     assert found["variants"]["a"]["figures"]["first.i2t_r1"]["mean"] == 15
-    assert found["differences"]["b"]["all"]["difference"] == 50
+    assert found["differences"]["b"]["asked.count"]["difference"] == 50
+    assert found["claimed"]["a"]["asked.count"]["difference"] == 50
     assert markdown(collect(plan)) in shown
-    table = {line.split(" | ")[0].strip("| "): line for line in shown.splitlines() if line.startswith("| ")}
-    assert "15.00 ± 7.07" in shown
-    assert table["majority"].count("40.00") == 1
-    assert "2.50 M; 2; 100" in shown
+    for part in (
+        "15.000 ± 7.071", "| most frequent answer |  | 33.3 |", "| questions, of images |  | 6 of 6 |",
+        "| blind (no image) | 1 | 50.0 |", "+50.0 [", "2.50 M; 2; 100", "b minus the others",
+        "| questions | 2 | 2 | 2 |", "machine: toy", "| 0.500 ± 0.000 |",
+    ):  # fmt: skip
+        assert part in shown, part
+    assert "different code" not in shown
     for name in ("bars", "counts", "curves"):
         assert (plan.output / "toy" / f"{name}.png").stat().st_size > 1000
-    assert figures.validation(plan.cells()[0].folder / "log.jsonl") == [(5, 2.0)]
+    assert figures.validations(plan.cells()[0].folder / "log.jsonl") == {"loss_itc": [(5, 2.0)]}
 
 
 def test_nothing_finished_is_a_table_too(plan: Plan) -> None:
@@ -287,7 +335,7 @@ def test_a_small_comparison_runs_and_is_kept(tmp_path: Path, monkeypatch: pytest
     assert run.main([str(tmp_path / "tiny.yaml")]) == 0
     found = json.loads((tmp_path / "out" / "tiny" / "results.json").read_text())
     assert found["finished"] == found["planned"] == 6
-    assert found["differences"]["xformer"]["all"]["n"] == 32
+    assert found["differences"]["xformer"]["questions.all"]["n"] == 32
     trained = [found["variants"][name]["costs"]["stage1"]["trainable"] for name in ("blip2", "xformer")]
     assert trained[0] < trained[1]
     monkeypatch.setattr(run, "run_cell", lambda cell: pytest.fail("finished cells are kept"))

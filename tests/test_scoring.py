@@ -8,9 +8,9 @@ import math
 import numpy as np
 import pytest
 
+from lavis_xformer.bootstrap import paired_bootstrap
 from lavis_xformer.errors import UserError
 from lavis_xformer.scoring import (
-    paired_bootstrap,
     score_counts,
     score_exact,
     score_pairs,
@@ -109,6 +109,17 @@ def test_bootstrap_over_clusters_is_wider_where_items_repeat() -> None:
     alone = paired_bootstrap(first, second, resamples=1000)
     clustered = paired_bootstrap(first, second, clusters=np.repeat(range(50), 10).tolist(), resamples=1000)
     assert clustered.high - clustered.low > 2 * (alone.high - alone.low)
+
+
+def test_bootstrap_covers_the_luck_of_seeds() -> None:
+    """Two trainings of which one wins every item and one loses every item: anything may come out."""
+    first, second = [[1.0] * 40, [0.0] * 40], [[0.0] * 40, [1.0] * 40]
+    interval = paired_bootstrap(first, second, resamples=1000)
+    assert (interval.difference, interval.low, interval.high) == (0, -1, 1)
+    averaged = paired_bootstrap([0.5] * 40, [0.5] * 40, resamples=1000)
+    assert averaged.low == averaged.high == 0, "an average over seeds hides it"
+    with pytest.raises(UserError, match=r"\(2, 40\), \(1, 40\)"):
+        paired_bootstrap(first, [0.5] * 40)
 
 
 def test_mistakes_are_named() -> None:

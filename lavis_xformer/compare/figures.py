@@ -4,107 +4,139 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lavis_xformer.compare.plan import Plan
-from lavis_xformer.compare.results import RESAMPLES, by_question
-from lavis_xformer.scoring import paired_bootstrap
 
-COUNTS = ("count", "count_group")
+Json = dict[str, Any]
+Points = list[tuple[int, float]]
+
+BARS = 5  # groups of bars side by side
+TERMS = ("loss_itc", "loss_itm", "loss_itg", "loss_rec", "loss_lm")  # the sums differ in what they add up
 
 
 def draw(plan: Plan, found: Mapping[str, Any], folder: Path) -> list[Path]:
     """Draw what there is to draw; return the PNGs."""
-    questions = {name: by_question(of["answers"]) for name, of in found["variants"].items() if of["answers"]}
-    curves: dict[str, list[Path]] = defaultdict(list)
-    for cell in plan.cells():
-        if cell.finished and not cell.stage.evaluate:
-            curves[cell.variant].append(cell.folder / "log.jsonl")
+    variants = {name: of for name, of in found["variants"].items() if of["answers"]}
     pictures = []
-    if questions:
-        pictures += [draw_bars(questions, folder / "bars.png"), draw_counts(questions, folder / "counts.png")]
-    if any(curves.values()):
+    if variants:
+        pictures.append(draw_bars(variants, found["tasks"], folder / "bars.png"))
+    if any(of["by_count"] for of in variants.values()):
+        pictures.append(draw_counts(variants, folder / "counts.png"))
+    if any(curves := learning(plan)):
         pictures.append(draw_curves(curves, folder / "curves.png"))
     return pictures
 
 
-def draw_bars(questions: Mapping[str, Mapping[Any, Any]], path: Path) -> Path:
-    """Draw the accuracy of every kind of question with its 95 % interval, a bar for every variant."""
-    axes, save = _axes(path, "accuracy, % (95 % interval)")
-    groups = sorted({row["group"] for rows in questions.values() for row in rows.values()})
-    width = 0.8 / len(questions)
-    for number, (name, rows) in enumerate(questions.items()):
-        bars = [interval([row for row in rows.values() if row["group"] == group]) for group in groups]
-        means, below, above = (list(column) for column in zip(*bars, strict=True))
-        places = [place + number * width for place in range(len(groups))]
-        axes.bar(places, means, width, yerr=[below, above], label=name, error_kw={"lw": 0.8})
-    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(groups))], groups, rotation=20)
+def draw_bars(variants: Mapping[str, Json], tasks: Mapping[str, Json], path: Path) -> Path:
+    """Draw the accuracy of every group of questions with its 95 % interval, beside the most frequent answer's."""
+    names = list(tasks)
+    rows = [names[start : start + BARS] for start in range(0, len(names), BARS)]
+    panels, save = _axes(path, panels=len(rows), columns=1)
+    width = 0.8 / len(variants)
+    for axes, groups in zip(panels, rows, strict=True):
+        for number, (name, of) in enumerate(variants.items()):
+            held = [(place, of["accuracy"][group]) for place, group in enumerate(groups) if group in of["accuracy"]]
+            places, values = [place + number * width for place, _ in held], [value for _, value in held]
+            means, reach = [value["mean"] for value in values], _reach(values)
+            axes.bar(places, means, width, yerr=reach, label=name, color=_colour(number), error_kw={"lw": 0.8})
+        left = [place - width / 2 for place in range(len(groups))]
+        levels = [tasks[group]["majority"] for group in groups]
+        right = [start + 0.8 for start in left]
+        axes.hlines(levels, left, right, color="black", lw=1.5, ls=(0, (2, 1)), label="most frequent answer")
+        ticks = [f"{group.partition('.')[2]}\nn = {tasks[group]['n']}" for group in groups]
+        axes.set_xticks([start + 0.4 for start in left], ticks, fontsize=8)
+        axes.set_xlim(-0.3, min(BARS, len(names)))
+        axes.set_ylabel("accuracy, % (95 % interval)", fontsize=8)
     return save()
 
 
-def interval(rows: Sequence[Mapping[str, Any]]) -> tuple[float, float, float]:
-    """Return mean accuracy in percent, and how far its 95 % interval reaches below and above."""
-    if not rows:
-        return 0.0, 0.0, 0.0
-    zeros, images = [0.0] * len(rows), [row["image"] for row in rows]
-    found = paired_bootstrap([row["score"] for row in rows], zeros, clusters=images, resamples=RESAMPLES)
-    mean = 100 * found.difference
-    return mean, max(0.0, mean - 100 * found.low), max(0.0, 100 * found.high - mean)
+def _reach(values: Sequence[Json]) -> list[list[float]]:
+    """How far the intervals reach below and above their means."""
+    return [[max(0.0, v["mean"] - v["low"]) for v in values], [max(0.0, v["high"] - v["mean"]) for v in values]]
 
 
-def draw_counts(questions: Mapping[str, Mapping[Any, Any]], path: Path) -> Path:
-    """Draw the accuracy of counting by the true count."""
-    axes, save = _axes(path, "accuracy, %")
-    for name, rows in questions.items():
-        curve = accuracy_by_count(list(rows.values()))
-        axes.plot(list(curve), [100 * value for value in curve.values()], "o-", ms=3, label=name)
+def draw_counts(variants: Mapping[str, Json], path: Path) -> Path:
+    """Draw the accuracy of counting by the true count, with the number of questions of each."""
+    (axes,), save = _axes(path)
+    asked: dict[int, int] = {}
+    for number, (name, of) in enumerate(variants.items()):
+        curve = {int(count): value for count, value in of["by_count"].items()}
+        asked |= {count: value["n"] for count, value in curve.items()}
+        places = [
+            count + 0.05 * (number - len(variants) / 2) for count in curve
+        ]  # so that intervals don't hide each other
+        heights, reach = [value["mean"] for value in curve.values()], _reach(list(curve.values()))
+        axes.errorbar(places, heights, reach, fmt="o-", ms=3, lw=1.2, elinewidth=0.6, label=name, color=_colour(number))
+    axes.set_xticks(sorted(asked), [f"{count}\nn = {asked[count]}" for count in sorted(asked)], fontsize=8)
     axes.set_xlabel("true count")
+    axes.set_ylabel("accuracy, % (95 % interval)")
+    axes.set_ylim(bottom=0)
     return save()
 
 
-def accuracy_by_count(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Return the share of right answers to counting questions by the true count."""
-    scores: dict[int, list[float]] = defaultdict(list)
-    for row in rows:
-        if row["kind"] in COUNTS:
-            scores[int(row["truth"])].append(row["score"])
-    return {count: sum(given) / len(given) for count, given in sorted(scores.items())}
+def learning(plan: Plan) -> dict[tuple[str, str], dict[str, list[Points]]]:
+    """Return the validations of every finished training: (stage, term) -> variant -> points of each seed."""
+    found: dict[tuple[str, str], dict[str, list[Points]]] = defaultdict(lambda: defaultdict(list))
+    unique = {cell.folder: cell for cell in reversed(plan.cells())}  # a shared run belongs to the first that names it
+    for cell in reversed(unique.values()):
+        if cell.finished and not cell.stage.evaluate:
+            for term, points in validations(cell.folder / "log.jsonl").items():
+                found[(cell.stage.name, term)][cell.variant].append(points)
+    return dict(sorted(found.items(), key=lambda item: (item[0][0], TERMS.index(item[0][1]))))
 
 
-def draw_curves(logs: Mapping[str, Sequence[Path]], path: Path) -> Path:
-    """Draw the validation loss of every training against steps, a colour for every variant."""
-    axes, save = _axes(path, "validation loss")
-    for colour, (name, files) in enumerate(logs.items()):
-        label = name
-        for file in files:
-            points = validation(file)
-            axes.plot([p[0] for p in points], [p[1] for p in points], "o-", ms=3, lw=1, color=f"C{colour}", label=label)
-            label = "_"  # a legend entry for each variant, not for each run
-    axes.set_xlabel("step")
-    return save()
-
-
-def validation(file: Path) -> list[tuple[int, float]]:
-    """Return steps and losses of a run's validations."""
+def validations(file: Path) -> dict[str, Points]:
+    """Return steps and values of every loss in a run's validations."""
     records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [(r["step"], r["loss"]) for r in records if r["kind"] == "eval" and "loss" in r]
+    records = [record for record in records if record["kind"] == "eval"]
+    terms = [term for term in TERMS if any(term in record for record in records)]
+    return {term: [(record["step"], record[term]) for record in records if term in record] for term in terms}
 
 
-def _axes(path: Path, title: str) -> tuple[Any, Any]:
-    """Axes of a new figure, and what to call when they are drawn on."""
+def draw_curves(curves: Mapping[tuple[str, str], Mapping[str, Sequence[Points]]], path: Path) -> Path:
+    """Draw every loss of the validations against steps, a colour for every variant and a line for every seed."""
+    panels, save = _axes(path, panels=len(curves))
+    colours = {name: _colour(i) for i, name in enumerate(dict.fromkeys(n for of in curves.values() for n in of))}
+    for axes, ((stage, term), variants) in zip(panels, curves.items(), strict=True):
+        for name, runs in variants.items():
+            for number, points in enumerate(runs):
+                label = name if number == 0 else None  # a legend entry for each variant, not for each run
+                axes.plot(*zip(*points, strict=True), "o-", ms=3, lw=1, color=colours[name], label=label)
+        axes.set_title(f"{stage}: {term} (validation)", fontsize=9)
+        axes.set_xlabel("step")
+    return save()
+
+
+def _colour(number: int) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps["tab20" if number >= 10 else "tab10"](number % 20)
+
+
+def _axes(path: Path, *, panels: int = 1, columns: int = 4) -> tuple[list[Any], Callable[[], Path]]:
+    """Axes of a new figure, some side by side, and what to call when they are drawn on."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    columns = min(panels, columns)
+    rows = -(-panels // columns)
+    size = (9.0 if columns == 1 else 3.4 * columns, 4.5 if panels == 1 else 3.0 * rows + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.set_ylabel(title)
-    axes.grid(alpha=0.25)
+    axes = [figure.add_subplot(rows, columns, number + 1) for number in range(panels)]
+    for each in axes:
+        each.grid(alpha=0.25)
+        each.set_axisbelow(True)
 
     def save() -> Path:
-        axes.legend(fontsize=8)
+        entries: dict[str, Any] = {}
+        for each in axes:
+            handles, labels = each.get_legend_handles_labels()
+            entries |= dict(zip(labels, handles, strict=True))
+        figure.legend(entries.values(), entries.keys(), fontsize=8, ncols=6, loc="outside upper center")
         figure.savefig(path, dpi=120)
         return path
 

@@ -111,7 +111,7 @@ def content(value: str, *, folders: bool = False) -> str | None:
     path = Path(value)
     if path.is_file():
         return _file(path, path.stat().st_size, path.stat().st_mtime_ns)
-    if folders and path.is_dir():
+    if folders and "/" in value and path.is_dir():  # a name such as "mini" is none, whatever lies here
         return _digest({file.name: content(str(file)) for file in sorted(path.iterdir()) if file.is_file()})
     return None
 

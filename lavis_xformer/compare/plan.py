@@ -20,7 +20,7 @@ from lavis_xformer.compare.inputs import SOFTWARE, changes, inputs_of
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.paths import project_path
 
-KEYS = ("extends", "output", "seeds", "baseline", "processes", "common", "variants")
+KEYS = ("extends", "output", "seeds", "baseline", "claim", "processes", "common", "variants")
 STAGE_KEYS = ("config", "evaluate", "options")
 #: of a variant, beside options of single stages: options of every stage, stages left out, seeds of its own
 VARIANT_KEYS = ("every", "skip", "seeds")
@@ -115,6 +115,7 @@ class Plan:
         variants: name to what it changes.
         lenient: whether cells of another code or other versions are kept.
         processes: of every run.
+        claim: the variant that is held against every other one, each control included; none where it is "".
     """
 
     name: str
@@ -125,6 +126,7 @@ class Plan:
     variants: dict[str, dict[str, Any]]
     lenient: bool = False
     processes: int = 1
+    claim: str = ""
 
     def cells(self, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Cell]:
         """Return the cells in the order in which they can run.
@@ -190,8 +192,9 @@ def read_plan(path: str) -> Plan:
         for key in [*given, *given.get("skip", ())]:
             if key not in (*VARIANT_KEYS, *names):
                 raise UserError(f"{file}: variants.{variant}.{key}: {nearest(key, (*VARIANT_KEYS, *names))}")
-    if content["baseline"] not in content["variants"]:
-        raise UserError(f"{file}: baseline: {nearest(str(content['baseline']), content['variants'])}")
+    for key in ("baseline", "claim"):
+        if content.get(key) and content[key] not in content["variants"]:
+            raise UserError(f"{file}: {key}: {nearest(str(content[key]), content['variants'])}")
     return Plan(
         name=file.stem,
         output=Path(content["output"]).absolute(),
@@ -200,6 +203,7 @@ def read_plan(path: str) -> Plan:
         stages=stages,
         variants=content["variants"],
         processes=int(content.get("processes", 1)),
+        claim=content.get("claim") or "",
     )
 
 
@@ -235,7 +239,9 @@ def _read(file: Path) -> dict[str, Any]:
         name: {**stage, "options": {**stage.get("options", {}), **content.get("common", {}).get(name, {})}}
         for name, stage in base["common"].items()
     }
-    return {**base, **content, "common": common, "variants": own or base["variants"]}
+    variants = own or base["variants"]
+    claim = content.get("claim", base.get("claim") if base.get("claim") in variants else None)
+    return {**base, **content, "common": common, "variants": variants, "claim": claim}
 
 
 def _stage(file: Path, name: str, given: Mapping[str, Any]) -> Stage:

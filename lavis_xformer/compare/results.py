@@ -1,80 +1,98 @@
 """What came out of a comparison: means and spreads over seeds, and differences with their intervals.
 
 Only files are read: ``cell.json`` and ``summary.json`` of finished cells, and the answers in ``result/*.json``.
+Accuracies are in percent.
 """
 
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from lavis_xformer.bootstrap import Interval, paired_bootstrap
 from lavis_xformer.compare.plan import Cell, Plan
-from lavis_xformer.scoring import paired_bootstrap
 
 Json = dict[str, Any]
+Key = tuple[Any, ...]
 
 #: of a training's test figures, what the table shows
 SHOWN = ("i2t_r1", "t2i_r1", "itm_accuracy", "loss_rec", "rec_mae", "caption_f1")
-ASKED = ("accuracy", "majority", "mae")  # and of an evaluation's
+ASKED = ("mae", "rmse", "f1", "yes_ratio", "unread", "pair_accuracy")  # of an evaluation's, beside accuracies
+COUNTS = ("count", "count_group")
+ALL = "all"
 RESAMPLES = 2000
 
 
 def collect(plan: Plan) -> Json:
     """Return everything about the finished cells of a comparison, ready for JSON."""
-    cells = [cell for cell in plan.cells() if cell.finished]
-    variants = {name: of_variant([cell for cell in cells if cell.variant == name]) for name in plan.variants}
-    base = variants[plan.baseline]
+    cells = plan.cells()
+    done = [cell for cell in cells if cell.finished]
+    variants = {name: of_variant([cell for cell in done if cell.variant == name]) for name in plan.variants}
+    base = variants[plan.baseline]["answers"]
+    claim = variants[plan.claim]["answers"] if plan.claim else []
     return {
         "name": plan.name,
         "baseline": plan.baseline,
-        "planned": len(plan.cells()),
-        "finished": len(cells),
+        "claim": plan.claim,
+        "planned": len(cells),
+        "finished": len(done),
+        "tasks": tasks([answer for of in variants.values() for answer in of["answers"]]),
         "variants": variants,
         "differences": {
-            name: differences(found["answers"], base["answers"])
-            for name, found in variants.items()
-            if name != plan.baseline
+            name: differences(of["answers"], base) for name, of in variants.items() if name != plan.baseline
         },
+        "claimed": {name: differences(claim, of["answers"]) for name, of in variants.items() if name != plan.claim},
         "plan": {"seeds": plan.seeds, "variants": plan.variants, "stages": [vars(stage) for stage in plan.stages]},
     }
 
 
 def of_variant(cells: Sequence[Cell]) -> Json:
-    """Return a variant's costs, figures (by seed, with mean and spread) and answers."""
+    """Return a variant's costs, figures, accuracies (by seed, with mean and spread), provenance and answers."""
     costs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     values: dict[str, dict[int, float]] = defaultdict(dict)
     answers: list[Json] = []
+    runs, blind = [], False
     for cell in cells:
-        note = _json(cell.folder / "cell.json")
+        note = read_json(cell.folder / "cell.json")
+        runs.append({"folder": str(cell.folder)} | {key: note.get(key) for key in ("commit", "code", "machine")})
         for key in ("seconds", "peak_memory_mb", "trainable"):
             if note.get(key) is not None:
                 costs[cell.stage.name][key].append(note[key])
         for name, value in _figures(cell):
             values[f"{cell.stage.name}.{name}"][cell.seed] = value
-        for file in sorted((cell.folder / "result").glob("*.json")) if cell.stage.evaluate else ():
-            answers += [{**answer, "seed": cell.seed, "stage": cell.stage.name} for answer in _json(file)["answers"]]
+        for result in _results(cell):
+            blind = blind or bool(result.get("blind"))
+            answers += [{**answer, "seed": cell.seed, "stage": cell.stage.name} for answer in result["answers"]]
     return {
         "seeds": sorted({cell.seed for cell in cells}),
+        "blind": blind,
         "costs": {stage: {key: fmean(given) for key, given in cost.items()} for stage, cost in costs.items()},
         "figures": {name: {**mean_and_spread(given.values()), "seeds": given} for name, given in values.items()},
-        "folders": [str(cell.folder) for cell in cells],
+        "accuracy": accuracies(answers),
+        "by_count": by_count(answers),
+        "runs": runs,
         "answers": answers,
     }
 
 
+def _results(cell: Cell) -> Iterator[Json]:
+    """What an evaluation has written, without the lists that LAVIS's own tasks put beside it."""
+    for file in sorted((cell.folder / "result").glob("*.json")) if cell.stage.evaluate else ():
+        if isinstance(result := read_json(file), dict) and "answers" in result:
+            yield result
+
+
 def _figures(cell: Cell) -> Iterable[tuple[str, float]]:
-    """Figures of one run: a training's on its test splits, an evaluation's beside the majority's."""
-    if cell.stage.evaluate:
-        for file in sorted((cell.folder / "result").glob("*.json")):
-            figures = _json(file)["figures"]
-            yield from ((name, value) for name, value in figures.items() if name.startswith(ASKED))
-        return
-    for figures in _json(cell.folder / "summary.json")["test"].values():
-        yield from ((name, value) for name, value in (figures or {}).items() if name in SHOWN)
+    """Figures of one run: a training's on its test splits, an evaluation's but for accuracies."""
+    for result in _results(cell):
+        yield from ((name, value) for name, value in result["figures"].items() if name.startswith(ASKED))
+    if not cell.stage.evaluate:
+        for figures in read_json(cell.folder / "summary.json")["test"].values():
+            yield from ((name, value) for name, value in (figures or {}).items() if name in SHOWN)
 
 
 def mean_and_spread(values: Iterable[float]) -> Json:
@@ -83,94 +101,120 @@ def mean_and_spread(values: Iterable[float]) -> Json:
     return {"mean": fmean(given), "spread": stdev(given) if len(given) > 1 else None}
 
 
-def differences(ours: Sequence[Json], theirs: Sequence[Json]) -> Json:
-    """Return the difference of accuracy in percent points, over all questions and of every group.
-
-    A question's score is its mean over seeds; questions of an image are drawn together. Only what both were asked
-    counts.
-
-    Args:
-        ours: answers of one variant.
-        theirs: of the baseline.
-    """
-    mine, other = by_question(ours), by_question(theirs)
-    common = [key for key in mine if key in other]
-    groups: dict[str, list[Any]] = defaultdict(list)
-    for key in common:
-        groups[mine[key]["group"]].append(key)
-    parts = {"all": common, **dict(sorted(groups.items()))} if common else {}
-    found = {}
-    for name, keys in parts.items():
-        gap = paired_bootstrap(
-            [mine[key]["score"] for key in keys],
-            [other[key]["score"] for key in keys],
-            clusters=[mine[key]["image"] for key in keys],
-            resamples=RESAMPLES,
-        )
-        found[name] = {"n": len(keys), "difference": 100 * gap.difference, "low": 100 * gap.low, "high": 100 * gap.high}
+def groups_of(answers: Iterable[Json]) -> dict[str, list[Json]]:
+    """Return the answers of every stage's groups, and first, where a stage has several, of all of them together."""
+    stages: dict[str, dict[str, list[Json]]] = defaultdict(lambda: defaultdict(list))
+    for answer in answers:
+        stages[answer["stage"]][answer["group"]].append(answer)
+    found: dict[str, list[Json]] = {}
+    for stage, groups in stages.items():
+        if len(groups) > 1:
+            found[f"{stage}.{ALL}"] = [answer for members in groups.values() for answer in members]
+        found |= {f"{stage}.{group}": members for group, members in sorted(groups.items())}
     return found
 
 
-def by_question(answers: Sequence[Json]) -> dict[tuple[Any, ...], Json]:
-    """Return every question once, with its mean ``score`` over the seeds."""
-    scores: dict[tuple[Any, ...], list[bool]] = defaultdict(list)
-    rows: dict[tuple[Any, ...], Json] = {}
+def tasks(answers: Iterable[Json]) -> Json:
+    """Return what is asked: of every group, how many questions and images, and what the majority's answer scores."""
+    found: Json = {}
+    for name, members in groups_of({_key(answer): answer for answer in answers}.values()).items():
+        truths: dict[str, Counter[str]] = defaultdict(Counter)
+        for answer in members:
+            truths[answer["group"]][str(answer["truth"])] += 1
+        best = sum(counter.most_common(1)[0][1] for counter in truths.values())  # each group's own majority
+        found[name] = {
+            "n": len(members),
+            "images": len({answer["image"] for answer in members}),
+            "majority": 100 * best / len(members),
+            "majority_answer": "; ".join(counter.most_common(1)[0][0] for counter in truths.values()),
+        }
+    return found
+
+
+def accuracies(answers: Sequence[Json]) -> Json:
+    """Return every group's accuracy: mean, spread, by seed, and the bootstrap interval of the mean."""
+    return {name: accuracy(members) for name, members in groups_of(answers).items()}
+
+
+def accuracy(answers: Sequence[Json]) -> Json:
+    """Return the accuracy of some answers: mean, spread, by seed, number of questions, and the mean's interval."""
+    seeds = by_seed(answers)
+    percent = {seed: 100 * fmean(row["correct"] for row in rows.values()) for seed, rows in seeds.items()}
+    common = _common(seeds.values())
+    scores = [[rows[key]["correct"] for key in common] for rows in seeds.values()]
+    gap = bootstrap(scores, [[0.0] * len(common)] * len(seeds), common)
+    return {
+        **mean_and_spread(percent.values()),
+        "seeds": percent,
+        "n": len(common),
+        "low": gap["low"],
+        "high": gap["high"],
+    }
+
+
+def by_count(answers: Sequence[Json]) -> Json:
+    """Return the accuracy of counting questions by the true count."""
+    counts: dict[int, list[Json]] = defaultdict(list)
     for answer in answers:
-        key = (answer["stage"], answer["question_id"], answer["image"], answer["question"])
-        scores[key].append(answer["correct"])
-        rows[key] = answer
-    return {key: {**rows[key], "score": fmean(scores[key])} for key in rows}
+        if answer["kind"] in COUNTS:
+            counts[int(answer["truth"])].append(answer)
+    return {str(count): accuracy(members) for count, members in sorted(counts.items())}
 
 
-def markdown(found: Json) -> str:
-    """Return the tables of a comparison."""
-    variants = {name: given for name, given in found["variants"].items() if given["seeds"]}
-    names = list(dict.fromkeys(name for given in variants.values() for name in given["figures"]))
-    shown = [name for name in names if "majority" not in name]
-    head = f"# {found['name']}: {found['finished']} of {found['planned']} runs\n"
-    rows = [[name, *(_cell(given["figures"].get(key)) for key in shown)] for name, given in variants.items()]
-    rows += [["majority", *(_majority(variants, key) for key in shown)]] if any("majority" in n for n in names) else []
-    parts = [head, "Mean ± spread (sample standard deviation) over seeds, on held-out data; accuracies in percent.\n"]
-    parts.append(_table(["", *shown], rows))
-    parts.append(f"\nMinus {found['baseline']}, percent points, 95 % paired bootstrap over images:\n")
-    groups = list(dict.fromkeys(group for gaps in found["differences"].values() for group in gaps))
-    gaps = [[name, *(_gap(of.get(group)) for group in groups)] for name, of in found["differences"].items() if of]
-    parts.append(_table(["", *groups], gaps))
-    stages = list(dict.fromkeys(stage for given in variants.values() for stage in given["costs"]))
-    parts.append("\nTrained weights; wall time of a run in s; peak memory of its process in MiB:\n")
-    costs = [[name, str(len(v["seeds"])), *(_cost(v["costs"].get(s)) for s in stages)] for name, v in variants.items()]
-    parts.append(_table(["", "seeds", *stages], costs))
-    return "\n".join(parts) + "\n"
+def differences(ours: Sequence[Json], theirs: Sequence[Json]) -> Json:
+    """Return the difference of accuracy in percent points, over all questions and of every group.
+
+    Only questions that both were asked count. The seeds that both have are paired and drawn anew together with the
+    images (``seeds`` tells how many); where these are fewer than two, a question's score is its mean over all seeds,
+    and the interval covers the images alone (``seeds`` is 1).
+
+    Args:
+        ours: answers of one variant.
+        theirs: of the other.
+    """
+    others = groups_of(theirs)
+    found = {}
+    for name, members in groups_of(ours).items():
+        first, second = by_seed(members), by_seed(others.get(name, []))
+        common = _common([*first.values(), *second.values()]) if second else []
+        if not common:
+            continue
+        paired = [seed for seed in first if seed in second]
+        mine, other = (
+            [[of[seed][key]["correct"] for key in common] for seed in (paired if len(paired) > 1 else of)]
+            for of in (first, second)
+        )
+        if len(paired) < 2:
+            mine, other = ([[fmean(column) for column in zip(*of, strict=True)]] for of in (mine, other))
+        found[name] = {"n": len(common), "seeds": len(mine), **bootstrap(mine, other, common)}
+    return found
 
 
-def _majority(variants: Mapping[str, Json], key: str) -> str:
-    """The majority's score beside an accuracy: it is that of the questions, whatever the variant."""
-    name = key.replace("accuracy", "majority")
-    given = [v["figures"][name] for v in variants.values() if name != key and name in v["figures"]]
-    return f"{given[0]['mean']:.2f}" if given else ""
+def bootstrap(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], keys: Sequence[Key]) -> Json:
+    """Return the difference of two tables of scores, seeds by questions, in percent points, and its interval."""
+    images = [(stage, image) for stage, _, image, _ in keys]
+    gap: Interval = paired_bootstrap(first, second, clusters=images, resamples=RESAMPLES)
+    return {"difference": 100 * gap.difference, "low": 100 * gap.low, "high": 100 * gap.high}
 
 
-def _cell(value: Mapping[str, Any] | None) -> str:
-    if value is None:
-        return ""
-    return f"{value['mean']:.2f}" + ("" if value["spread"] is None else f" ± {value['spread']:.2f}")
+def by_seed(answers: Iterable[Json]) -> dict[int, dict[Key, Json]]:
+    """Return the answers of every seed by question."""
+    found: dict[int, dict[Key, Json]] = defaultdict(dict)
+    for answer in answers:
+        found[answer["seed"]][_key(answer)] = answer
+    return dict(sorted(found.items()))
 
 
-def _gap(gap: Mapping[str, float] | None) -> str:
-    return "" if gap is None else f"{gap['difference']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]"
+def _key(answer: Json) -> Key:
+    return (answer["stage"], answer["question_id"], answer["image"], answer["question"])
 
 
-def _cost(cost: Mapping[str, float] | None) -> str:
-    if not cost:
-        return ""
-    trained = f"{cost['trainable'] / 1e6:.2f} M; " if "trainable" in cost else ""
-    return f"{trained}{cost['seconds']:.0f}; {cost['peak_memory_mb']:.0f}"
+def _common(tables: Iterable[Mapping[Key, Json]]) -> list[Key]:
+    """The questions that are in every table, in the order of the first."""
+    first, *rest = tables
+    return [key for key in first if all(key in table for table in rest)]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _json(path: Path) -> Json:
+def read_json(path: Path) -> Any:
+    """Read a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))

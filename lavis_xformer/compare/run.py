@@ -153,7 +153,8 @@ def trained_weights(path: Path) -> int | None:
 def write(plan: Plan) -> str:
     """Write tables, figures and everything as JSON; return the table and where all of it is."""
     from lavis_xformer.compare.figures import draw
-    from lavis_xformer.compare.results import collect, markdown
+    from lavis_xformer.compare.results import collect
+    from lavis_xformer.compare.tables import markdown
 
     folder = plan.output / plan.name
     folder.mkdir(parents=True, exist_ok=True)

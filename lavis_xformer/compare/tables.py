@@ -1,0 +1,119 @@
+"""The Markdown of a comparison: every score beside its number of questions, the majority's and the blind model's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Json = dict[str, Any]
+
+
+def markdown(found: Json) -> str:
+    """Return the tables of a comparison."""
+    variants = {name: of for name, of in found["variants"].items() if of["seeds"]}
+    parts = [
+        f"# {found['name']}: {found['finished']} of {found['planned']} runs",
+        "Mean ± spread (sample standard deviation) over seeds, on held-out data; accuracies in percent. An interval is "
+        "a 95 % paired bootstrap over images and over the seeds that both have; ¹: over images alone, since these are "
+        "fewer than two, so it knows nothing of a training's luck. Intervals are not corrected for their number.",
+    ]
+    for stage in dict.fromkeys(name.split(".")[0] for name in found["tasks"]):
+        names = [name for name in found["tasks"] if name.split(".")[0] == stage]
+        parts += [f"## {stage}: accuracy", accuracy(found, variants, names)]
+        for title, gaps in (
+            (f"minus {found['baseline']}", found["differences"]),
+            (f"{found['claim']} minus the others", found["claimed"]),
+        ):
+            rows = [[name, *(_gap(of.get(group)) for group in names)] for name, of in gaps.items() if of]
+            if rows:
+                parts += [f"### {stage}: {title}, percent points", _table(["", *_short(names)], rows)]
+    counts = list(dict.fromkeys(count for of in variants.values() for count in of["by_count"]))
+    if counts:
+        parts += ["## Counting: accuracy by true count", counting(variants, sorted(counts, key=int))]
+    for stage in dict.fromkeys(name.split(".")[0] for of in variants.values() for name in of["figures"]):
+        parts += [f"## {stage}: other figures", figures(variants, stage)]
+    stages = list(dict.fromkeys(stage for of in variants.values() for stage in of["costs"]))
+    costs = [[name, _seeds(of), *(_cost(of["costs"].get(stage)) for stage in stages)] for name, of in variants.items()]
+    parts += [
+        "## Costs",
+        "Trained weights; mean wall time of a run in s; mean peak memory of its process in MiB.",
+        _table(["", "seeds", *stages], costs),
+        provenance(variants),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def accuracy(found: Json, variants: Mapping[str, Json], names: Sequence[str]) -> str:
+    """Return a stage's accuracies: a row for every variant, then the majority's and the number of questions."""
+    rows = [
+        [f"{name} (no image)" if of["blind"] else name, _seeds(of), *(_cell(of["accuracy"].get(key)) for key in names)]
+        for name, of in variants.items()
+        if any(key in of["accuracy"] for key in names)
+    ]
+    rows.append(["most frequent answer", "", *(f"{found['tasks'][name]['majority']:.1f}" for name in names)])
+    asked = (f"{found['tasks'][name]['n']} of {found['tasks'][name]['images']}" for name in names)
+    rows.append(["questions, of images", "", *asked])
+    return _table(["", "seeds", *_short(names)], rows)
+
+
+def counting(variants: Mapping[str, Json], counts: Sequence[str]) -> str:
+    """Return accuracy by true count, and how many questions have it."""
+    asked = next(of["by_count"] for of in variants.values() if of["by_count"])
+    rows = [
+        [name, *(_cell(of["by_count"].get(count)) for count in counts)]
+        for name, of in variants.items()
+        if of["by_count"]
+    ]
+    rows.append(["questions", *(str(asked.get(count, {}).get("n", "")) for count in counts)])
+    return _table(["", *counts], rows)
+
+
+def figures(variants: Mapping[str, Json], stage: str) -> str:
+    """Return a stage's figures beyond accuracies."""
+    own = {name: {k: v for k, v in of["figures"].items() if k.split(".")[0] == stage} for name, of in variants.items()}
+    names = list(dict.fromkeys(name for given in own.values() for name in given))
+    rows = [[name, *(_cell(given.get(key), digits=3) for key in names)] for name, given in own.items() if given]
+    return _table(["", *_short(names)], rows)
+
+
+def provenance(variants: Mapping[str, Json]) -> str:
+    """Say by which commits and code, on which machines, and in which time all of it was computed."""
+    runs = {run["folder"]: run for of in variants.values() for run in of["runs"]}
+    told = [
+        f"{title}: {', '.join(sorted({str(run[key]) for run in runs.values() if run.get(key)})) or 'unknown'}"
+        for title, key in (("Commit", "commit"), ("code", "code"), ("machine", "machine"))
+    ]
+    warning = "" if len({run.get("code") for run in runs.values()}) < 2 else " **The runs are of different code.**"
+    return f"{len(runs)} runs. {'; '.join(told)}.{warning}"
+
+
+def _seeds(of: Json) -> str:
+    return str(len(of["seeds"]))
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    return [name.partition(".")[2] for name in names]
+
+
+def _cell(value: Mapping[str, Any] | None, digits: int = 1) -> str:
+    if value is None:
+        return ""
+    return f"{value['mean']:.{digits}f}" + ("" if value["spread"] is None else f" ± {value['spread']:.{digits}f}")
+
+
+def _gap(gap: Mapping[str, float] | None) -> str:
+    if gap is None:
+        return ""
+    return f"{gap['difference']:+.1f} [{gap['low']:+.1f}, {gap['high']:+.1f}]" + ("" if gap["seeds"] > 1 else " ¹")
+
+
+def _cost(cost: Mapping[str, float] | None) -> str:
+    if not cost:
+        return ""
+    trained = f"{cost['trainable'] / 1e6:.2f} M; " if "trainable" in cost else ""
+    return f"{trained}{cost['seconds']:.0f}; {cost['peak_memory_mb']:.0f}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
