@@ -10,6 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lavis_xformer.models.base import DTYPES, Precision, compute_dtype
+from lavis_xformer.models.stage2 import XFormerOPT
+
 DEVICES = [
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")),
     pytest.param("mps", marks=pytest.mark.skipif(not torch.backends.mps.is_available(), reason="no Apple GPU")),
@@ -70,3 +73,13 @@ def test_all_of_it_runs_on_a_gpu(device: str, model: Any, batch: dict[str, Any])
     for result in everything(model, batch):
         assert result is not None
     assert torch.allclose(model.extract_features(batch, mode="image").image_embeds.cpu(), on_cpu, atol=2e-2)
+
+
+@pytest.mark.parametrize("precision", sorted(DTYPES))
+def test_precision_is_a_gpus_affair(precision: Precision, stage2_config: Any) -> None:
+    stage2_config.model |= {"llm_precision": precision, "vit_precision": precision}
+    model = XFormerOPT.from_config(stage2_config.model)
+    assert (model.language.precision, model.vit_precision) == (precision, precision)
+    assert compute_dtype(torch.device("cuda"), precision) == DTYPES[precision]
+    assert compute_dtype(torch.device("cpu"), precision) == torch.float32
+    assert compute_dtype(torch.device("mps"), precision) == torch.float32
