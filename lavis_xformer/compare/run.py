@@ -21,7 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from lavis_xformer.compare import inputs
+from lavis_xformer.compare.figures import draw
 from lavis_xformer.compare.plan import BEST, INPUTS, Cell, Plan, read_plan
+from lavis_xformer.compare.results import collect
+from lavis_xformer.compare.tables import markdown
 from lavis_xformer.errors import UserError
 
 SAID = "console.txt"
@@ -90,10 +93,11 @@ def run_cell(cell: Cell) -> None:
     Raises:
         UserError: it failed, or the code is no longer what it was when this command started.
     """
-    if inputs.code_now() != inputs.code() and not cell.lenient:
+    code = inputs.code_now()
+    if code != inputs.code() and not cell.lenient:
         raise UserError("the code of lavis_xformer has changed under this comparison; start the command again")
     cell.folder.mkdir(parents=True, exist_ok=True)
-    write_json(cell.folder / INPUTS, cell.inputs())
+    write_json(cell.folder / INPUTS, {**cell.inputs(), "code": code})
     command, start = [sys.executable, *cell.arguments()], time.monotonic()
     with open(cell.folder / SAID, "a", encoding="utf-8") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
@@ -111,7 +115,7 @@ def run_cell(cell: Cell) -> None:
         "seconds": round(time.monotonic() - start, 1),
         "peak_memory_mb": round(usage.ru_maxrss / 1024, 1),  # of the process; Linux counts in KiB
         "trainable": trained_weights(cell.folder / BEST),
-        "code": inputs.code(),
+        "code": code,
         "commit": inputs.commit(),
         "machine": machine(),
     }
@@ -152,10 +156,6 @@ def trained_weights(path: Path) -> int | None:
 
 def write(plan: Plan) -> str:
     """Write tables, figures and everything as JSON; return the table and where all of it is."""
-    from lavis_xformer.compare.figures import draw
-    from lavis_xformer.compare.results import collect
-    from lavis_xformer.compare.tables import markdown
-
     folder = plan.output / plan.name
     folder.mkdir(parents=True, exist_ok=True)
     found = collect(plan)
