@@ -13,6 +13,7 @@ from lavis_xformer.compare.plan import Plan
 Json = dict[str, Any]
 Points = list[tuple[int, float]]
 
+CHANCE = {"loss_itm": 0.6365}  # the entropy of one matching pair among three
 BARS = 5  # groups of bars side by side
 TERMS = ("loss_itc", "loss_itm", "loss_itg", "loss_rec", "loss_lm")  # the sums differ in what they add up
 
@@ -105,6 +106,8 @@ def draw_curves(curves: Mapping[tuple[str, str], Mapping[str, Sequence[Points]]]
             for number, points in enumerate(runs):
                 label = name if number == 0 else None  # a legend entry for each variant, not for each run
                 axes.plot(*zip(*points, strict=True), "o-", ms=3, lw=1, color=colours[name], label=label)
+        if term in CHANCE:
+            axes.axhline(CHANCE[term], color="black", lw=1, ls=(0, (2, 1)), label="chance")
         axes.set_title(f"{stage}: {term} (validation)", fontsize=9)
         axes.set_xlabel("step")
     return save()
