@@ -41,9 +41,7 @@ def check_data_files(datasets: DictConfig, user: DictConfig) -> None:
         if media.get("storage") is not None:
             media.storage = _locate(media.storage)
             if not Path(media.storage).exists():
-                raise UserError(
-                    f"datasets.{name}.build_info.{kind}.storage: there is no folder {media.storage}"
-                )
+                raise UserError(f"datasets.{name}.build_info.{kind}.storage: there is no folder {media.storage}")
 
 
 def _check_annotation(key: str, annotation: DictConfig, local: bool) -> None:

@@ -70,8 +70,7 @@ def unpack(image: Tensor, *, clip_size: int, mae_size: int) -> tuple[Tensor, Ten
 def clip_to_mae(image: Tensor) -> Tensor:
     """Change CLIP's normalisation (B, 3, H, W) into MAE's (ImageNet's), exactly."""
     clip_mean, clip_std, mae_mean, mae_std = (
-        image.new_tensor(values).view(3, 1, 1)
-        for values in (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD)
+        image.new_tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD)
     )
     return (image * clip_std + clip_mean - mae_mean) / mae_std
 

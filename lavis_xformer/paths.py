@@ -48,8 +48,7 @@ def project_path(path: str) -> Path:
         return shipped
     known = sorted(str(file.relative_to(projects.parent)) for file in projects.rglob("*.yaml"))
     raise UserError(
-        f"--cfg-path {path}: there is no such file here ({Path.cwd()}). "
-        f"Shipped with lavis_xformer: {', '.join(known)}"
+        f"--cfg-path {path}: there is no such file here ({Path.cwd()}). Shipped with lavis_xformer: {', '.join(known)}"
     )
 
 

@@ -57,9 +57,7 @@ def build() -> Any:
             mock.patch(f"{hub}.ViTMAEDecoder.initialize_weights"),
             mock.patch("torch.linspace", lambda start, end, steps: torch.zeros(steps, device="cpu")),
         ):
-            config = towers.qformer_config(
-                BertConfig(), num_queries=32, vision_width=1408, cross_attention_freq=2
-            )
+            config = towers.qformer_config(BertConfig(), num_queries=32, vision_width=1408, cross_attention_freq=2)
             return XFormer(
                 visual_encoder=towers.eva_vit(img_size=224, **towers.EVA_CLIP_G),
                 mae=MaskedAutoencoder(model=ViTMAEForPreTraining(ViTMAEConfig(**MAE_HUGE))),

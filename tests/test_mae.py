@@ -22,9 +22,7 @@ def mae(tiny_mae_model: Any) -> MaskedAutoencoder:
     return MaskedAutoencoder(model=tiny_mae_model)
 
 
-def test_reconstruction_equals_transformers_for_the_same_noise(
-    mae: MaskedAutoencoder, tiny_mae_model: Any
-) -> None:
+def test_reconstruction_equals_transformers_for_the_same_noise(mae: MaskedAutoencoder, tiny_mae_model: Any) -> None:
     pixels, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 16)
     theirs = tiny_mae_model(pixels, noise=noise)
     seen = mae.encode(pixels, mask_ratio=0.5, noise=noise)
@@ -125,9 +123,7 @@ def meta_model() -> Any:
 @pytest.mark.parametrize(
     ("file", "normalised"), [("mae_pretrain_vit_x_full.pth", True), ("mae_visualize_vit_x.pth", False)]
 )
-def test_metas_files_give_transformers_model(
-    file: str, normalised: bool, meta_model: Any, tmp_path: Path
-) -> None:
+def test_metas_files_give_transformers_model(file: str, normalised: bool, meta_model: Any, tmp_path: Path) -> None:
     from lavis_xformer.models.towers import build_mae
 
     torch.save({"model": meta_state(meta_model)}, tmp_path / file)
@@ -139,9 +135,7 @@ def test_metas_files_give_transformers_model(
     seen = mae.encode(pixels, mask_ratio=0.5, noise=noise)
     prediction = mae.decode(seen.tokens, seen.ids_restore)
     assert torch.allclose(prediction, theirs.logits, atol=1e-5)
-    assert torch.allclose(
-        losses.reconstruction(prediction, mae.target(pixels), seen.mask), theirs.loss, atol=1e-5
-    )
+    assert torch.allclose(losses.reconstruction(prediction, mae.target(pixels), seen.mask), theirs.loss, atol=1e-5)
 
 
 def test_metas_file_of_unknown_kind_asks_which(meta_model: Any, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def render(folder: Path, records: Sequence[Record], picture: bytes) -> str:
 def _panels(steps: Sequence[Record], evals: Sequence[Record]) -> list[tuple[str, list[str]]]:
     present = _names([*steps, *evals])
     panels: list[tuple[str, list[str]]] = [(name, [name]) for name in present if name.startswith("loss")]
-    recalls = [name for name in ("i2t_r1", "t2i_r1") if name in present]
+    recalls: list[str] = [name for name in ("i2t_r1", "t2i_r1") if name in present]
     panels += [("ITM accuracy", ["itm_accuracy"])] if "itm_accuracy" in present else []
     panels += [("retrieval R@1, %", recalls)] if recalls else []
     speed = ("lr", "grad_norm", "images_per_s", "data_wait", "peak_memory_mb")
