@@ -133,7 +133,22 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
     cfg.model |= {"load_finetuned": False, "blip2_pretrained" if blip2 else "pretrained": str(checkpoint)}
     if not (blip2 or cfg.model.get("train_only")):
         cfg.model.blip2_pretrained = None  # the training began with it and has changed all of it
-    return cfg, _training(config) | (content.get("best") or {})
+    return cfg, _training(config) | _figures(checkpoint, content)
+
+
+def _figures(checkpoint: Path, content: dict[str, Any]) -> dict[str, float]:
+    """What the run measured with these weights, from the log beside the checkpoint; nothing where it has no such line.
+
+    The checkpoint itself is older than its evaluation.
+    """
+    from lavis_xformer.analysis.report import read_log
+
+    log = checkpoint.with_name("log.jsonl")
+    steps = content.get("position", {}).get("steps")
+    records = read_log(checkpoint.parent) if steps is not None and log.is_file() else []
+    measured = [record for record in records if record["kind"] == "eval" and record["step"] == steps]
+    names = {"kind", "epoch", "step"}
+    return {k: v for record in measured for k, v in record.items() if k not in names and isinstance(v, float)}
 
 
 def _training(config: dict[str, Any]) -> dict[str, Any]:

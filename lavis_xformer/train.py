@@ -98,7 +98,7 @@ def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
     print(f"\ncheckpoint  {show(newest)}\nlog         {show(folder / 'log.jsonl')}")
     print(f"curves      {show(picture)}\nreport      {show(page)}")
     if runner.options.next_command:
-        print(f"next        {runner.options.next_command}")
+        print(f"next        {runner.options.next_command.replace('{checkpoint}', show(newest))}")
 
 
 def print_corrupt(names: Sequence[str], most: int = 5) -> None:

@@ -39,6 +39,8 @@ def train(folder: Path, project: str, *options: str) -> Path:
     assert done.returncode == 0, done.stdout + done.stderr
     (best,) = (folder / "output" / "xformer" / Path(project).stem).glob("*/checkpoint_best.pth")
     assert str(best.parent) in done.stdout, "the last lines say where everything is"
+    if project == "pretrain.yaml":
+        assert f"model.fusion=dual model.pretrained={best.relative_to(folder)}" in done.stdout, "and what comes next"
     return best
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,13 @@ def trained(stage2_config: Any) -> XFormerOPT:
 
 @pytest.fixture
 def checkpoint(trained: XFormerOPT, stage2_config: Any, tmp_path: Path) -> Path:
-    """A checkpoint as the runner writes it."""
+    """A checkpoint as the runner writes it, after two epochs of two steps, and the log beside it."""
     config = {**OmegaConf.to_container(stage2_config), "run": {"task": "xformer_stage2"}, "datasets": {}}
-    torch.save({"model": runner_state(trained), "config": config, "best": {"answers": 61.5}}, tmp_path / "run.pth")
+    content = {"model": runner_state(trained), "config": config, "position": {"steps": 4}, "best": {"answers": 50.5}}
+    torch.save(content, tmp_path / "run.pth")
+    records = [{"kind": "step", "step": 2}]
+    records += [{"kind": "eval", "split": "val", "step": n, "answers": r} for n, r in ((2, 50.5), (4, 61.5), (6, 70.5))]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, records)))
     return tmp_path / "run.pth"
 
 
@@ -49,7 +54,9 @@ def test_a_folder_gives_the_model_back_bit_for_bit(
     folder = (tmp_path / "first").rename(tmp_path / "moved")
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.yaml", "README.md"}
     card = (folder / "README.md").read_text()
-    assert "61.5" in card
+    assert "61.5" in card, "what was measured with these weights"
+    assert "50.5" not in card
+    assert "70.5" not in card
     assert "task xformer_stage2" in card
 
     model, vis, text = lavis_xformer.from_folder(folder)

@@ -38,7 +38,7 @@ class RunOptions:
             which have no length, need a number. Map-style datasets go on where the epoch before left off. LAVIS's
             ``runner_iter`` calls it ``iters_per_inner_epoch``, which is read too.
         loader_timeout: seconds to wait for a batch before a data worker is taken for dead; 0 waits.
-        next_command: a command to suggest when the run has ended.
+        next_command: a command to suggest when the run has ended; ``{checkpoint}`` stands for the best one's path.
     """
 
     amp: str = "no"
