@@ -44,14 +44,14 @@ def test_probe_reads_what_is_there_and_nothing_else():
 
 
 def test_labels_are_classes_or_none():
-    exam = make_exam("probe-test-of-tests", seed=0, count=200)
+    exam = make_exam("probe-test-of-tests", seed=0, count=500)
     for name, task in TASKS.items():
         known = exam.labels[name][exam.labels[name] != NONE]
         assert len(known) > 40
         assert known.min() >= 0
         assert known.max() < task.classes
     assert ((exam.points > 0) & (exam.points < 1)).all()
-    assert exam.images.shape == (200, 3, 64, 64)
+    assert exam.images.shape == (500, 3, 64, 64)
 
 
 def test_mae_tokens_are_those_of_transformers_without_masking():
