@@ -204,6 +204,7 @@ def _card(model: Any, cfg: Any, checkpoint: Path, weights: dict[str, Any], facts
         "",
         "```python",
         "import lavis_xformer",
+        "",
         'model, vis, txt = lavis_xformer.from_folder("this folder")',
         "```",
         "",
