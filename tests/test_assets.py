@@ -52,11 +52,13 @@ def test_a_card_may_be_edited(shelf):
     resolve("assets://tiny/clip", root=shelf)
 
 
-@pytest.mark.parametrize("part", ["bert", "clip", "mae", "opt"])
+@pytest.mark.parametrize("part", ["bert", "clip", "mae", "opt", "stage1", "stage2"])
 def test_every_shipped_part_is_whole(part):
-    assert (resolve(f"assets://mini/{part}") / "config.json").is_file()
+    assert any((resolve(f"assets://mini/{part}") / name).is_file() for name in ("config.json", "config.yaml"))
 
 
 def test_shipped_weights_stay_small():
-    weights = list((ROOT / "mini").glob("*/*.safetensors"))
-    assert 0 < sum(path.stat().st_size for path in weights) <= 12_000_000
+    sizes = {path.parent.name: path.stat().st_size for path in (ROOT / "mini").glob("*/*.safetensors")}
+    stages = sum(sizes.pop(name) for name in ("stage1", "stage2"))
+    assert 0 < sum(sizes.values()) <= 12_000_000
+    assert 0 < stages <= 6_000_000
