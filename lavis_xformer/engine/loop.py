@@ -164,7 +164,7 @@ class EpochLoop:
         One transfer from the device and one reduction of a small vector per step.
         """
         names = list(terms)
-        values = torch.stack([terms[name] for name in names]).double().cpu()
+        values = torch.stack([terms[name] for name in names]).cpu().double()
         checked = [i for i, n in enumerate(names) if n != "grad_norm" or not self.stepper.scaler]
         bad = not bool(torch.isfinite(values[checked]).all())
         flags = torch.tensor([bad, self.interruption.signum, self._save_is_due()]).double()
