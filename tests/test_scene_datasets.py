@@ -123,6 +123,28 @@ def test_questions_collate_into_lavis_vqa_batches():
     assert train.answer_list == ANSWERS
 
 
+def test_a_dialogue_has_all_questions_of_its_scene():
+    dialogue = ["splits.train.dialogue=true", "splits.train.questions_per_image=6"]
+    train = build("xformer_scenes_vqa", *dialogue)["train"]
+    assert len(train) == 12
+    batch = next(iter(DataLoader(train, 4, collate_fn=train.collater)))
+    assert batch["image_id"].tolist() == [0, 1, 2, 3]
+    assert batch["n_answers"].tolist() == [1] * 4
+    for index, asked, said in zip(range(4), batch["text_input"], batch["answer"], strict=True):
+        assert len(set(asked)) == len(asked) == len(said)
+        assert 1 <= len(asked) <= 6
+        count = str(len(make_scene(0, "train", index).objects))
+        told = dict(zip(asked, said, strict=True))
+        counted = [a for q, a in told.items() if re.search("many objects|number of objects", q)]
+        assert set(counted) <= {count}
+        assert set(said) <= set(ANSWERS)
+    more = build("xformer_scenes_vqa", *dialogue, "splits.train.details_per_image=2")["train"]
+    wanted = [sum(bool(re.match("what is the (?!number)", q)) for q in row["question"]) for row in more.annotation]
+    assert max(wanted) == 2
+    few = build("xformer_scenes_vqa", "kinds=[relation]", "splits.train.dialogue=true")["train"]
+    assert any(row["image_id"] >= 12 for row in few.annotation), "another scene stands in where nothing can be asked"
+
+
 def test_chosen_kinds_only():
     train = build("xformer_scenes_vqa", "kinds=[count,relation]")["train"]
     assert Counter(row["kind"] for row in train.annotation) == {"count": 48, "relation": 48}
@@ -139,6 +161,7 @@ def test_chosen_kinds_only():
         ("xformer_scenes", "seed=-1", "seed is -1"),
         ("xformer_scenes", "vis_processor.eval=null", "vis_processor has no 'eval'"),
         ("xformer_scenes_vqa", "kinds=[counts]", "did you mean 'count'"),
+        ("xformer_scenes_vqa", "splits.val.dialogue=true", "splits.val.dialogue: only 'train'"),
     ],
 )
 def test_mistakes_name_the_key_and_the_remedy(name, change, message):

@@ -183,7 +183,7 @@ def test_ranking_takes_the_answer_of_least_loss(kind: str, make_stage2: Any, bat
         losses = []
         for answer in answers:
             one = {"image": image[None], "text_input": [question], "answer": [answer]}
-            tokens = model.language.predict(torch.zeros(1, 1, 32), ["a"], [f" {answer}"])[1] != language.NO_TARGET
+            tokens = model.language.predict(torch.zeros(1, 1, 32), [[("a", f" {answer}")]])[1] != language.NO_TARGET
             losses.append(model(one)["loss"].item() * int(tokens.sum()))  # the sum over the answer's tokens
         expected.append(answers[losses.index(min(losses))])
     ranked = model.predict_answers(samples, inference_method="rank", answer_list=answers)
@@ -196,10 +196,10 @@ def test_ranking_reads_those_that_begin_likeliest(make_stage2: Any, batch: dict[
     options = {"inference_method": "rank", "answer_list": ["two", "three", "left", "red"], "num_ans_candidates": 1}
     (begun,) = model.predict_answers({**batch, "image": batch["image"][:1], "text_input": "how many ?"}, **options)
     visual = model.projection(model.encode_queries(batch["image"][:1]))
-    asked = [model.vqa_prompt.replace("{}", "how many ?")]
+    asked = model.vqa_prompt.replace("{}", "how many ?")
     first = {}
     for answer in options["answer_list"]:
-        logits, labels = model.language.predict(visual, asked, [f" {answer}"])
+        logits, labels = model.language.predict(visual, [[(asked, f" {answer}")]])
         first[answer] = logits[0, labels[0] != language.NO_TARGET][0][labels[0][labels[0] != language.NO_TARGET][0]]
     assert first[begun] == max(first.values())
 
@@ -301,7 +301,7 @@ def test_batch_of_one(kind: str, make_stage2: Any, batch: dict[str, Any]) -> Non
 
 def test_the_question_bears_no_loss_and_the_answer_does(make_stage2: Any, batch: dict[str, Any]) -> None:
     model = make_stage2("opt", vqa_prompt="Question: {} Answer:").eval()
-    ids, mask, labels = model.language.encode(["Question: a? Answer:", "Q"], [" red", " two stars"])
+    ids, mask, labels = model.language.encode([[("Question: a? Answer:", " red")], [("Q", " two stars")]])
     for row, text in enumerate([" red\n", " two stars\n"]):
         assert model.language.tokenizer.decode(labels[row][labels[row] != -100]) == text
         assert (mask[row] == (ids[row] != 1)).all()
@@ -328,6 +328,39 @@ def test_answers_of_lavis_vqa_datasets_are_weighted(make_stage2: Any, batch: dic
     assert torch.allclose(loss, total / counted, atol=1e-5)
     with pytest.raises(UserError, match="3 answers to 2 questions"):
         model({**samples, "n_answers": torch.tensor([1, 1])})
+
+
+def test_a_dialogue_reads_its_image_and_earlier_turns_once(make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2("opt", init="normal", vqa_prompt="Question: {} Answer:").eval()
+    one = {"image": batch["image"][:1], "text_input": [["how many?", "left?"]], "answer": [["two", "red star"]]}
+    tokenizer = model.language.tokenizer
+    turns = [("Question: how many? Answer:", " two"), ("Question: left? Answer:", " red")]
+    ids, _, labels = model.language.encode([turns])
+    assert tokenizer.decode(ids[0]) == "</s>Question: how many? Answer: two\nQuestion: left? Answer: red\n"
+    assert tokenizer.decode(labels[0][labels[0] != -100]) == " two\n red\n"
+    first, second = (len(tokenizer(f" {answer}\n", add_special_tokens=False).input_ids) for answer in one["answer"][0])
+    alone = model({**one, "text_input": ["how many?"], "answer": ["two"]})["loss"]
+    told = "how many? Answer: two\nQuestion: left?"
+    after = model({**one, "text_input": [told], "answer": ["red star"]})["loss"]
+    assert torch.allclose(model(one)["loss"], (first * alone + second * after) / (first + second), atol=1e-5)
+
+
+def test_t5_answers_every_turn_of_a_dialogue_by_itself(make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2("t5", init="normal").eval()
+    mixed = {"text_input": [["how many?", "left?"], "where?"], "answer": [["two", "red star"], "left"]}
+    apart = {"text_input": ["how many?", "left?", "where?"], "answer": ["two", "red star", "left"]}
+    images, weights = batch["image"][[0, 0, 1]], {"weight": torch.tensor([0.5, 2.0])}
+    assert torch.allclose(
+        model({"image": batch["image"][:2], **mixed, **weights})["loss"],
+        model({"image": images, **apart, "weight": torch.tensor([0.5, 0.5, 2.0])})["loss"],
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("answer", ["two", ["two"], []])
+def test_a_dialogue_needs_an_answer_to_every_question(answer: Any, make_stage2: Any, batch: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="a list of questions needs a list of as many answers"):
+        make_stage2("opt")({"image": batch["image"][:1], "text_input": [["a?", "b?"]], "answer": [answer]})
 
 
 def test_a_long_question_keeps_its_answer(make_stage2: Any, batch: dict[str, Any]) -> None:
@@ -457,5 +490,5 @@ def test_weights_stored_in_half_precision_run_on_a_cpu(
     stored = type(model.language).from_source(str(tmp_path))
     assert stored.model.dtype == torch.float16
     visual = torch.zeros(1, 2, stored.width)
-    assert torch.isfinite(stored.loss(visual, ["a"], ["star"]))
+    assert torch.isfinite(stored.loss(visual, [[("a", "star")]]))
     assert stored.model.dtype == torch.float32

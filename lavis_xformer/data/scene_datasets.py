@@ -28,11 +28,12 @@ from lavis_xformer.data.scenes import (
     ask,
     captions,
     make_scene,
+    questions,
     render,
     scene_rng,
 )
-from lavis_xformer.data.scenes.qa import find_kind
-from lavis_xformer.data.scenes.text import find_level
+from lavis_xformer.data.scenes.qa import details_asked, find_kind
+from lavis_xformer.data.scenes.text import find_level, shuffled
 from lavis_xformer.data.scenes.world import find_preset
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.paths import config_path
@@ -41,6 +42,7 @@ Processor = Callable[[Any], Any]
 Sample = dict[str, Any]
 
 SPLITS = ("train", "val", "test")
+DIALOGUE = "dialogue"  # the kind of a sample with several questions
 _scene = lru_cache(maxsize=64)(make_scene)  # a sample asks for its scene twice
 _MANY_SCENES = 1000  # how many scenes may not allow a kind of question before one gives up
 
@@ -240,15 +242,50 @@ class SceneQuestionDataset(SceneDataset):
             ``image`` (B, C, S, S), ``text_input``, ``answer`` (all answers), ``weight`` and ``n_answers`` as
             in LAVIS's VQADataset; ``answers`` (a list per question), ``kind`` and the numbers besides.
         """
-        lists = ("answers", "weights")
+        lists = ("text_input", "answers", "weights")
         batch = default_collate([{k: v for k, v in s.items() if k not in lists} for s in samples])
         return {
             **batch,
+            "text_input": [sample["text_input"] for sample in samples],
             "answers": [sample["answers"] for sample in samples],
             "answer": [answer for sample in samples for answer in sample["answers"]],
             "weight": torch.tensor([weight for sample in samples for weight in sample["weights"]]),
             "n_answers": torch.tensor([len(sample["answers"]) for sample in samples]),
         }
+
+
+class SceneDialogueDataset(SceneQuestionDataset):
+    """One sample per scene, for training: all its questions in a row, so that the image is encoded once."""
+
+    def __init__(self, *, details_per_image: int = 0, **questions: Any) -> None:
+        """Prepare the dialogues.
+
+        Args:
+            details_per_image: how many objects to ask all about, besides.
+            questions: the arguments of :class:`SceneQuestionDataset`.
+        """
+        super().__init__(**questions)
+        self.details_per_image = details_per_image
+        self.annotation = LazyRows(self.source.scenes, self._annotate)
+
+    def _annotate(self, number: int) -> Sample:
+        for index in range(number, number + _MANY_SCENES * self.source.scenes, self.source.scenes):
+            rng = scene_rng(self.source.seed, self.source.split, index, 3)
+            scene = self.source.scene(index)
+            asked = questions(scene, rng, self.kinds, n=self.questions_per_image)
+            if asked:
+                asked = shuffled(rng, asked + details_asked(scene, rng, self.details_per_image))
+                texts = [question.text for question in asked]
+                answers = [[question.answer for question in asked]]
+                return self.row(number, index, question_id=number, question=texts, answer=answers, kind=DIALOGUE)
+        raise UserError(f"kinds: no scene of preset '{self.source.preset}' allows a question of {list(self.kinds)}")
+
+    def __getitem__(self, number: int) -> Sample:
+        """Return what :class:`SceneQuestionDataset` does, ``text_input`` and the one of ``answers`` being lists."""
+        row = self.annotation[number]
+        asked = [self.text_processor(question) for question in row["question"]]
+        extra = {key: row[key] for key in ("question_id", "kind")}
+        return {**self.sample(row, ""), "text_input": asked, "answers": row["answer"], "weights": [1.0], **extra}
 
 
 class _SceneBuilder(BaseDatasetBuilder):
@@ -325,14 +362,20 @@ class SceneQuestionBuilder(_SceneBuilder):
 
     DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": config_path("datasets/scenes_vqa.yaml")}
     train_dataset_cls = eval_dataset_cls = SceneQuestionDataset
-    split_keys = ("questions_per_image",)
+    split_keys = ("questions_per_image", "dialogue", "details_per_image")
 
     def _dataset(self, name: str, part: Mapping[str, Any], shared: Sample) -> SceneDataset:
         kinds = tuple(self.config.get("kinds") or QUESTION_KINDS)
         for kind in kinds:
             find_kind(kind)
         each = _whole("questions_per_image", part.get("questions_per_image", 1), least=1)
-        return SceneQuestionDataset(kinds=kinds, questions_per_image=each, **shared)
+        asked = {"kinds": kinds, "questions_per_image": each, **shared}
+        if not part.get("dialogue", False):
+            return SceneQuestionDataset(**asked)
+        if name != "train":
+            raise UserError(f"splits.{name}.dialogue: only 'train' may ask several questions at once")
+        more = _whole("details_per_image", part.get("details_per_image", 0), least=0)
+        return SceneDialogueDataset(details_per_image=more, **asked)
 
 
 def _whole(key: str, value: Any, *, least: int) -> int:

@@ -25,11 +25,11 @@ from lavis_xformer.data.scenes import (
     ask,
     coarse_caption,
     description,
-    details,
     make_scene,
     questions,
     render,
 )
+from lavis_xformer.data.scenes.qa import details_asked
 from lavis_xformer.mini.language import Document, Turn
 
 PRESET = "standard"
@@ -107,20 +107,10 @@ def _documents(split: str, seed: int, start: int, stop: int) -> list[Document]:
         asked = questions(shown, rng, n=2 if blind else 10)
         turns = [Turn(q.kind, q.text, q.answer) for q in asked]
         if not blind:
-            turns += _requests(shown, rng)
+            turns += [Turn(q.kind, q.text, q.answer) for q in details_asked(shown, rng, 3)]
         order = rng.permutation(len(turns))
         found.append(Document("" if blind else description(shown), tuple(turns[int(i)] for i in order)))
     return found
-
-
-def _requests(shown: Scene, rng: np.random.Generator, most: int = 3) -> list[Turn]:
-    """Ask for all that is known of some objects that a name singles out; for training only."""
-    named = [(item.name, item) for item in shown.singles()]
-    largest = shown.largest()
-    if largest and len(shown.objects) > 1:
-        named.append(("largest object", largest))
-    chosen = (named[int(i)] for i in rng.permutation(len(named))[:most])
-    return [Turn("details", f"what is the {name}?", details(item)) for name, item in chosen]
 
 
 def _examination(split: str, seed: int, start: int, stop: int) -> list[Document]:

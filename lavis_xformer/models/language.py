@@ -27,6 +27,7 @@ from lavis_xformer.models.frozen import freeze
 from lavis_xformer.models.towers import offline_error
 
 NO_TARGET = -100  # cross-entropy's label of tokens that don't count
+Dialogue = Sequence[tuple[str, str]]  # prompts, each with the target that follows it
 L = TypeVar("L", bound="LanguageModel")
 
 
@@ -118,16 +119,15 @@ class LanguageModel(ABC):
         """Load its tokenizer."""
 
     @abstractmethod
-    def predict(self, visual: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def predict(self, visual: Tensor, dialogues: Sequence[Dialogue]) -> tuple[Tensor, Tensor]:
         """Predict each token of the targets from image, prompt and the tokens before it.
 
         Args:
             visual: (B, Q, L).
-            prompts: B strings; "" for none.
-            targets: B strings.
+            dialogues: B of them, each of one or more prompts ("" for none) with their targets.
 
         Returns:
-            Logits (B, T, V) and tokens (B, T), :data:`NO_TARGET` where a token is none of the target's.
+            Logits (B, T, V) and tokens (B, T), :data:`NO_TARGET` where a token is none of a target's.
         """
 
     @abstractmethod
@@ -155,11 +155,9 @@ class LanguageModel(ABC):
             ids = self.continue_(visual, prompts, **options)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    def loss(
-        self, visual: Tensor, prompts: Sequence[str], targets: Sequence[str], weights: Tensor | None = None
-    ) -> Tensor:
+    def loss(self, visual: Tensor, dialogues: Sequence[Dialogue], weights: Tensor | None = None) -> Tensor:
         """Loss of the targets after image and prompt; for the arguments see :meth:`predict`, :func:`language_loss`."""
-        return language_loss(*self.predict(visual, prompts, targets), weights)
+        return language_loss(*self.predict(visual, dialogues), weights)
 
     @torch.no_grad()
     def rank(self, visual: Tensor, prompts: Sequence[str], answers: Sequence[str], *, candidates: int) -> list[str]:
@@ -175,7 +173,7 @@ class LanguageModel(ABC):
             B answers, each the one whose tokens have the greatest likelihood together.
         """
         starts = [self.tokenizer(answer, add_special_tokens=False).input_ids[0] for answer in answers]
-        logits, labels = self.predict(visual, prompts, [answers[0]] * len(prompts))
+        logits, labels = self.predict(visual, [[(prompt, answers[0])] for prompt in prompts])
         begin = (labels != NO_TARGET).int().argmax(dim=1)  # (B,)
         first = logits.take_along_dim(begin[:, None, None], dim=1)[:, 0]  # (B, V)
         likeliest = first[:, starts].topk(min(candidates, len(answers))).indices  # (B, candidates)
@@ -183,7 +181,7 @@ class LanguageModel(ABC):
         for image, prompt, indices in zip(visual, prompts, likeliest.tolist(), strict=True):
             texts = [answers[index] for index in indices]
             images = image.expand(len(texts), -1, -1)
-            losses = token_losses(*self.predict(images, [prompt] * len(texts), texts)).sum(dim=1)
+            losses = token_losses(*self.predict(images, [[(prompt, text)] for text in texts])).sum(dim=1)
             chosen.append(texts[int(losses.argmin())])
         return chosen
 
@@ -223,7 +221,7 @@ class CachedOPT(OPTForCausalLM):
 
 
 class OptLanguage(LanguageModel):
-    """OPT: image, ``</s>``, prompt, target and a line break, as in BLIP-2."""
+    """OPT: image, ``</s>``, prompt, target and a line break, as in BLIP-2; more prompts and targets may follow."""
 
     kind = "opt"
     DEFAULT_PRECISION: ClassVar[Precision] = "fp16"
@@ -245,23 +243,28 @@ class OptLanguage(LanguageModel):
         """Load GPT-2's tokenizer, as LAVIS does."""
         return AutoTokenizer.from_pretrained(path, use_fast=False)
 
-    def predict(self, visual: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def predict(self, visual: Tensor, dialogues: Sequence[Dialogue]) -> tuple[Tensor, Tensor]:
         """See :class:`LanguageModel`; without a prompt the start token counts as a target, as in BLIP-2."""
-        ids, mask, labels = (part.to(visual.device) for part in self.encode(prompts, targets))  # (B, T)
+        ids, mask, labels = (part.to(visual.device) for part in self.encode(dialogues))  # (B, T)
         self._check_length(visual.shape[1] + ids.shape[1])
         with self.running():
             embeds, attention = self.embed(visual, ids, mask)
             logits = self.model(inputs_embeds=embeds, attention_mask=attention, use_cache=False).logits
         return logits[:, visual.shape[1] - 1 : -1], labels
 
-    def encode(self, prompts: Sequence[str], targets: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    def encode(self, dialogues: Sequence[Dialogue]) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids, attention mask and labels (B, T), padded on the right."""
         rows, labels = [], []
-        for prompt, target in zip(prompts, targets, strict=True):
-            asked = self.tokenizer(prompt).input_ids  # </s> first
-            said = self.tokenizer(f"{target}\n", add_special_tokens=False).input_ids[: self.max_txt_len - 1]
-            rows.append(torch.tensor(asked + said))
-            labels.append(torch.tensor(([NO_TARGET] * len(asked) if prompt else asked) + said))
+        for dialogue in dialogues:
+            ids: list[int] = []
+            wanted: list[int] = []
+            for prompt, target in dialogue:
+                asked = self.tokenizer(prompt, add_special_tokens=not ids).input_ids  # </s> first
+                said = self.tokenizer(f"{target}\n", add_special_tokens=False).input_ids[: self.max_txt_len - 1]
+                ids += asked + said
+                wanted += ([NO_TARGET] * len(asked) if prompt else asked) + said
+            rows.append(torch.tensor(ids))
+            labels.append(torch.tensor(wanted))
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
         return ids, mask, pad_sequence(labels, batch_first=True, padding_value=NO_TARGET)
@@ -287,7 +290,7 @@ class OptLanguage(LanguageModel):
 
 
 class T5Language(LanguageModel):
-    """FlanT5: the encoder reads image and prompt, the decoder says the target."""
+    """FlanT5: the encoder reads image and prompt, the decoder says the target; every turn of a dialogue by itself."""
 
     kind = "t5"
     DEFAULT_PRECISION: ClassVar[Precision] = "bf16"  # FlanT5 overflows in fp16
@@ -307,8 +310,11 @@ class T5Language(LanguageModel):
         """Load T5's tokenizer."""
         return T5TokenizerFast.from_pretrained(path)
 
-    def predict(self, visual: Tensor, prompts: Sequence[str], targets: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """See :class:`LanguageModel`."""
+    def predict(self, visual: Tensor, dialogues: Sequence[Dialogue]) -> tuple[Tensor, Tensor]:
+        """See :class:`LanguageModel`; a row for each turn, of all dialogues one after the other."""
+        prompts, targets = zip(*(turn for dialogue in dialogues for turn in dialogue), strict=True)
+        turns = torch.tensor([len(dialogue) for dialogue in dialogues], device=visual.device)
+        visual = visual.repeat_interleave(turns, dim=0)  # (turns, Q, L)
         asked = self._tokenize(prompts, visual)
         said = self._tokenize(targets, visual, truncation=True, max_length=self.max_txt_len)
         labels = said.input_ids.masked_fill(said.attention_mask == 0, NO_TARGET)  # (B, T)
@@ -322,6 +328,12 @@ class T5Language(LanguageModel):
                 use_cache=False,
             ).logits  # (B, T, V)
         return logits, labels
+
+    def loss(self, visual: Tensor, dialogues: Sequence[Dialogue], weights: Tensor | None = None) -> Tensor:
+        """See :class:`LanguageModel`; every turn has its dialogue's weight."""
+        if weights is not None:
+            weights = torch.cat([w.expand(len(turns)) for w, turns in zip(weights, dialogues, strict=True)])
+        return super().loss(visual, dialogues, weights)
 
     def continue_(self, visual: Tensor, prompts: Sequence[str], **options: Any) -> Tensor:
         """See :class:`LanguageModel`."""

@@ -21,16 +21,15 @@ from typing_extensions import Self
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models.checkpoints import load_pretrained
 from lavis_xformer.models.generation import GenerativeModel, ask, one_per_image
-from lavis_xformer.models.language import LanguageModel, OptLanguage, T5Language
+from lavis_xformer.models.language import Dialogue, LanguageModel, OptLanguage, T5Language
 
 LOSSES = ("lm", "rec")
 
 
 class Texts(NamedTuple):
-    """What the language model is asked and should say, A of each."""
+    """What the language model is asked and should say: A dialogues, most of them of one turn."""
 
-    prompts: Sequence[str]
-    targets: Sequence[str]
+    dialogues: Sequence[Dialogue]
     weights: Tensor | None = None  #: (A,)
     images: Tensor | None = None  #: (A,) the image of each text; None where it is one for each
 
@@ -92,7 +91,9 @@ class XFormerStage2(GenerativeModel):
                 * ``text_input``: B captions;
                 * ``text_input`` and ``text_output``: B prompts and what to say after them, as LAVIS's ``Blip2T5``;
                 * ``text_input``: B questions, with ``answer`` (A strings), ``n_answers`` (B,) and ``weight`` (A,) as
-                  LAVIS's VQA datasets have them; or with ``answer``, B strings. The answer to "" is a caption.
+                  LAVIS's VQA datasets have them; or with ``answer``, B strings. The answer to "" is a caption. Where
+                  a question is a list of several, so is its answer: a dialogue, in which image and earlier turns are
+                  read once.
             noise: (B, N), decides which patches MAE doesn't see; drawn where it is None.
             generator: decides where ``prefix_lm`` splits captions.
 
@@ -109,7 +110,7 @@ class XFormerStage2(GenerativeModel):
         prefix = self.projection(z)  # (B, Q, L)
         if texts.images is not None:
             prefix = prefix[texts.images]  # (A, Q, L)
-        terms = {"lm": self.language.loss(prefix, texts.prompts, texts.targets, texts.weights)}
+        terms = {"lm": self.language.loss(prefix, texts.dialogues, texts.weights)}
         if self.reconstructs:
             seen = self.encode_image(samples["image"], mask_ratio=self.mask_ratio, noise=noise)
             _, aligned = self.fusion.refine(zq, seen.mae_tokens)  # M'
@@ -120,38 +121,53 @@ class XFormerStage2(GenerativeModel):
     def _texts(self, samples: dict[str, Any], generator: torch.Generator | None) -> Texts:
         """Prompts, which bear no loss, and targets of a batch."""
         count = len(samples["image"])
+        if "answer" in samples:
+            return self._answers(samples)
         texts = one_per_image(samples.get("text_input"), count, name="samples['text_input']")
         if "text_output" in samples:
-            return Texts(texts, one_per_image(samples["text_output"], count, name="samples['text_output']"))
-        if "answer" in samples:
-            return self._answers(texts, samples)
+            said = one_per_image(samples["text_output"], count, name="samples['text_output']")
+            return Texts([[turn] for turn in zip(texts, said, strict=True)])
         captions = [continuation(self.prompt, text) for text in texts]
         if self.prefix_lm and self.training:
-            halves = [split(self.prompt, caption, generator) for caption in captions]
-            return Texts([begun for begun, _ in halves], [rest for _, rest in halves])
-        return Texts([self.prompt] * count, captions)
+            return Texts([[split(self.prompt, caption, generator)] for caption in captions])
+        return Texts([[(self.prompt, caption)] for caption in captions])
 
-    def _answers(self, questions: list[str], samples: dict[str, Any]) -> Texts:
+    def _answers(self, samples: dict[str, Any]) -> Texts:
+        count, questions = len(samples["image"]), samples.get("text_input")
+        if not (isinstance(questions, list) and any(isinstance(question, list) for question in questions)):
+            questions = one_per_image(questions, count, name="samples['text_input']")
         each = samples.get("n_answers")
         each = torch.ones(len(questions), dtype=torch.long) if each is None else each.cpu()
         answers = samples["answer"]
-        if len(each) != len(questions) or int(each.sum()) != len(answers):
+        if not len(each) == len(questions) == count or int(each.sum()) != len(answers):
             raise UserError(
-                f"samples['answer'] has {len(answers)} answers to {len(questions)} questions; samples['n_answers'] "
-                "must say how many belong to each"
+                f"samples['answer'] has {len(answers)} answers to {len(questions)} questions about {count} images; "
+                "samples['n_answers'] must say how many belong to each"
             )
         images = torch.arange(len(questions)).repeat_interleave(each)  # (A,)
         weights = samples.get("weight")
         asked = [questions[i] for i in images.tolist()]
         return Texts(
-            prompts=[ask(self.vqa_prompt, question) if question else self.prompt for question in asked],
-            targets=[
-                f" {answer}" if question else continuation(self.prompt, answer)
-                for question, answer in zip(asked, answers, strict=True)
-            ],
+            dialogues=[self._dialogue(*turns) for turns in zip(asked, answers, strict=True)],
             weights=None if weights is None else weights.to(self.device),
             images=images.to(self.device),
         )
+
+    def _dialogue(self, questions: str | Sequence[str], answers: str | Sequence[str]) -> Dialogue:
+        """Question and answer, or several of each, as prompts and targets."""
+        if isinstance(questions, str) and isinstance(answers, str):
+            questions, answers = [questions], [answers]
+        if isinstance(questions, str) or isinstance(answers, str) or len(questions) != len(answers) or not answers:
+            raise UserError(
+                f"samples['answer']: {answers!r:.80} does not answer {questions!r:.80}; a list of questions needs a "
+                "list of as many answers"
+            )
+        return [
+            (ask(self.vqa_prompt, question), f" {answer}")
+            if question
+            else (self.prompt, continuation(self.prompt, answer))
+            for question, answer in zip(questions, answers, strict=True)
+        ]
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> Self:

@@ -13,7 +13,7 @@ from itertools import combinations
 
 from numpy.random import Generator
 
-from lavis_xformer.data.scenes.text import pick, shuffled
+from lavis_xformer.data.scenes.text import details, pick, shuffled
 from lavis_xformer.data.scenes.words import (
     COLOURS,
     COLUMNS,
@@ -248,6 +248,15 @@ def questions(
         if n is None or len(found) >= wanted:
             break
     return list(found.values())
+
+
+def details_asked(scene: Scene, rng: Generator, n: int) -> list[Question]:
+    """Ask for all that is known of up to ``n`` objects which a name singles out; for training only."""
+    named = [(item.name, item) for item in scene.singles()]
+    largest = scene.largest()
+    if largest and len(scene.objects) > 1:
+        named.append(("largest object", largest))
+    return [Question("details", f"what is the {name}?", details(item)) for name, item in shuffled(rng, named)[:n]]
 
 
 def majority_share(asked: Iterable[Question]) -> dict[str, tuple[str, float]]:
