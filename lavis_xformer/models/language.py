@@ -256,14 +256,14 @@ class OptLanguage(LanguageModel):
         """Token ids, attention mask and labels (B, T), padded on the right."""
         rows, labels = [], []
         for dialogue in dialogues:
-            ids: list[int] = []
+            row: list[int] = []
             wanted: list[int] = []
             for prompt, target in dialogue:
-                asked = self.tokenizer(prompt, add_special_tokens=not ids).input_ids  # </s> first
+                asked = self.tokenizer(prompt, add_special_tokens=not row).input_ids  # </s> first
                 said = self.tokenizer(f"{target}\n", add_special_tokens=False).input_ids[: self.max_txt_len - 1]
-                ids += asked + said
+                row += asked + said
                 wanted += ([NO_TARGET] * len(asked) if prompt else asked) + said
-            rows.append(torch.tensor(ids))
+            rows.append(torch.tensor(row))
             labels.append(torch.tensor(wanted))
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
