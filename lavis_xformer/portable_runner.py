@@ -86,8 +86,9 @@ class PortableRunner(RunnerBase):
 
     @property
     def amp(self) -> str:
-        """Mixed precision in use: none on CPU."""
-        return self.options.amp if self.device.type == "cuda" else "no"
+        """Mixed precision in use: a CPU has no fp16."""
+        devices = {"fp16": ("cuda",), "bf16": ("cuda", "cpu")}.get(self.options.amp, ())
+        return self.options.amp if self.device.type in devices else "no"
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import toy_training
 from torch import nn
 
 from lavis_xformer.engine.step import Stepper
@@ -108,3 +109,21 @@ def test_gradient_checkpointing_changes_no_number():
     for left, right in zip(gradients, again, strict=True):
         assert (left is None) == (right is None)
         assert left is None or torch.equal(left, right)
+
+
+@pytest.mark.parametrize(("asked", "used"), [("bf16", "bf16"), ("fp16", "no"), (True, "no"), (False, "no")])
+def test_a_cpu_has_bf16_only(asked, used, tmp_path):
+    runner = toy_training.make_runner(tmp_path, amp=asked, max_epoch=1)
+    assert runner.amp == used
+    assert runner.scaler is None
+    runner.train()
+
+
+def test_on_a_cpu_frozen_parts_compute_as_the_run_and_stay_fp32(make_xformer, batch):
+    model = make_xformer("dual").eval()
+    full = model.encode_image(batch["image"])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = model.encode_image(batch["image"])
+    assert not torch.equal(full.mae.tokens, mixed.mae.tokens)
+    torch.testing.assert_close(full.mae.tokens, mixed.mae.tokens, rtol=0.1, atol=0.1)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -18,7 +18,7 @@ class RunOptions:
     """Typed and checked values of the runner's own keys; LAVIS's keys are read by ``RunnerBase``.
 
     Attributes:
-        amp: mixed precision on a GPU: ``bf16``, ``fp16`` (``True`` means fp16, as in LAVIS), ``no``.
+        amp: mixed precision: ``bf16``, on a GPU ``fp16`` (``True`` means fp16, as in LAVIS), ``no``.
         max_grad_norm: clip the gradient to this 2-norm; 0 does not clip.
         skip_nonfinite: how many steps with a loss or gradient that is not finite may be skipped in
             the whole run; the next one stops it.

@@ -180,7 +180,7 @@ class XFormerBase(Blip2Base):
         for module in tower.modules():
             if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.dtype != dtype:
                 module.to(dtype)
-        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
+        return own_autocast(self.device, dtype)
 
     def reconstruction_loss(self, aligned: Tensor | None, tokens: Tokens) -> Tensor:
         """M' (B, Nm, Dm) through MAE's frozen decoder must still give the masked patches."""
@@ -334,8 +334,15 @@ def _build_mae(cfg: DictConfig, visual_encoder: Any, *, fusion: str) -> MaskedAu
 
 
 def compute_dtype(device: torch.device, precision: Precision) -> torch.dtype:
-    """What a frozen part computes in: its precision on a GPU, fp32 anywhere else."""
+    """What the weights of a frozen part are kept in: its precision on a GPU, fp32 anywhere else."""
     return DTYPES[precision] if device.type == "cuda" else torch.float32
+
+
+def own_autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Compute in the precision of a frozen part's weights, whatever is on outside; on a CPU, in that of the run."""
+    if dtype == torch.float32 and device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def _ones(tokens: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, PretrainedConfig, T5Config, T5ForConditi
 
 from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.models.base import DTYPES, Precision, compute_dtype
+from lavis_xformer.models.base import DTYPES, Precision, compute_dtype, own_autocast
 from lavis_xformer.models.frozen import freeze
 from lavis_xformer.models.towers import offline_error
 
@@ -194,13 +194,13 @@ class LanguageModel(ABC):
     def running(self) -> Iterator[None]:
         """Bring the weights to their precision on this device, and run under autocast there.
 
-        Whatever autocast is on outside, the model computes in its own precision.
+        Whatever autocast is on outside, the model computes in its own precision on a GPU.
         """
         device = self.model.device
         dtype = compute_dtype(device, self.precision)
         if any(parameter.dtype != dtype for parameter in self.model.parameters()):
             self.model.to(dtype)
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with own_autocast(device, dtype):
             yield
 
     def embed(self, visual: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
