@@ -143,7 +143,7 @@ def test_inputs_are_the_whole_configuration_assets_code_and_versions(tmp_path: P
     options = {"model.fusion": "none", "datasets.xformer_scenes.splits.val.annotations": [str(questions)]}
     found = inputs.inputs_of(config, options)
     assert found["model.fusion"] == '"none"'
-    assert found["model.num_query_token"] == "8", "of the model's default YAML"
+    assert found["model.num_query_token"] == "32", "of the model's default YAML"
     assert any(key.startswith("datasets.xformer_scenes.build_info") or ".preset" in key for key in found)
     assert {"code", "python", "torch", "salesforce-lavis"} <= found.keys()
     assert {"model.vit_model (sha256)", "model.mae_model (sha256)", "model.bert (sha256)"} <= found.keys()
