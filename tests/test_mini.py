@@ -22,7 +22,7 @@ from lavis_xformer.data.scenes import vocabulary
 from lavis_xformer.errors import UserError
 from lavis_xformer.mini import build, pool
 from lavis_xformer.mini.augment import colour_jitter, random_crop
-from lavis_xformer.mini.language import Document, Turn, accuracy, encode, opt_config
+from lavis_xformer.mini.language import Document, Turn, accuracy, encode, next_token_loss, opt_config
 from lavis_xformer.mini.mae import mae_config, mae_loss
 from lavis_xformer.mini.t5 import examine, pair, t5_config, t5_loss
 from lavis_xformer.mini.training import Schedule, fit, generator
@@ -158,11 +158,47 @@ def test_resumed_training_equals_uninterrupted(tmp_path):
 def test_answers_count_only_where_every_token_is_right(smoke):
     tokenizer = AutoTokenizer.from_pretrained(smoke / "opt", use_fast=False)
     asked = [Document("2 red circle.", (Turn("count", "how many circles?", "2"),))]
-    tokens, answers = encode(asked, tokenizer)
-    assert tokenizer.decode(tokens[0][answers[0]].tolist()) == " 2\n"
+    text = encode(asked, tokenizer)
+    assert tokenizer.decode(text.tokens[0][text.answers[0]].tolist()) == " 2\n"
     torch.manual_seed(0)
     model = OPTForCausalLM(opt_config(len(tokenizer))).eval()
     assert accuracy(model, tokenizer, asked) == {"count": 0.0, "mean": 0.0}
+
+
+def test_a_note_is_read_in_the_place_of_one_token(smoke):
+    tokenizer = AutoTokenizer.from_pretrained(smoke / "opt", use_fast=False)
+    torch.manual_seed(0)
+    model = OPTForCausalLM(opt_config(len(tokenizer))).eval()
+    notes = ("red circle: small dotted", "three objects on a plain ground")
+    asked = Document("", (Turn("count", "how many circles?", "2"),), notes)
+    text = encode([asked, Document("a red star")], tokenizer)
+    loss, hits, wanted = next_token_loss(model, text.take(torch.tensor([0, 1]), torch.device("cpu")))
+
+    words = model.get_input_embeddings()
+    ids = [tokenizer(note, add_special_tokens=False, return_tensors="pt").input_ids[0] for note in notes]
+    read = torch.stack([words(note).sum(0) / len(note) ** 0.5 for note in ids])
+    after = tokenizer("Question: how many circles? Answer: 2\n", return_tensors="pt").input_ids[0]  # </s> first
+    logits = model(inputs_embeds=torch.cat([read, words(after)])[None]).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits[len(notes) : -1], after[1:], reduction="none")
+    torch.testing.assert_close(loss[0, 2 : 1 + len(after)], expected)
+    assert (loss[0, 2 + len(after) :] == 0).all(), "padding"
+    assert loss[0, 0] == 0, "the second note is not to be foreseen"
+    assert tokenizer.decode(after[1:][wanted[0, 2 : 1 + len(after)]]) == " 2\n"
+    plain = tokenizer("a red star\n", return_tensors="pt").input_ids
+    logits = model(input_ids=plain).logits[0, :-1]
+    expected = torch.nn.functional.cross_entropy(logits, plain[0, 1:], reduction="none")
+    torch.testing.assert_close(loss[1, : len(expected)], expected)
+    assert hits.shape == loss.shape
+
+
+def test_notes_say_what_the_description_says():
+    for document, noted in zip(pool.documents("t", seed=0, count=64), pool.noted("t", seed=0, count=64), strict=True):
+        if noted.notes and noted.turns:
+            assert document.turns == noted.turns
+            for note in noted.notes:
+                assert note in document.text
+    kinds = [(bool(d.notes), bool(d.text), bool(d.turns)) for d in pool.noted("t", seed=0, count=256)]
+    assert {(True, False, True), (True, True, False), (False, True, True), (False, False, True)} <= set(kinds)
 
 
 def test_schedule_warms_up_and_decays():

@@ -42,11 +42,12 @@ class Recipe:
     clip: Schedule
     mae: Schedule
     opt: Schedule
+    notes: Schedule
     t5: Schedule
 
     def longer(self, factor: float) -> Recipe:
         """The same with so many times the steps."""
-        schedules = {part: getattr(self, part) for part in ("clip", "mae", "opt", "t5")}
+        schedules = {part: getattr(self, part) for part in ("clip", "mae", "opt", "notes", "t5")}
         return replace(self, **{k: replace(v, steps=round(factor * v.steps)) for k, v in schedules.items()})
 
 
@@ -59,6 +60,7 @@ RECIPES = {
         clip=Schedule(steps=4, batch=16, lr=1e-3),
         mae=Schedule(steps=4, batch=16, lr=1e-3),
         opt=Schedule(steps=4, batch=8, lr=1e-3),
+        notes=Schedule(steps=4, batch=8, lr=1e-3),
         t5=Schedule(steps=4, batch=8, lr=1e-3),
     ),
     "quick": Recipe(
@@ -69,6 +71,7 @@ RECIPES = {
         clip=Schedule(steps=500, batch=128, lr=1e-3),
         mae=Schedule(steps=700, batch=256, lr=1e-3),
         opt=Schedule(steps=3000, batch=13, lr=3e-3),
+        notes=Schedule(steps=2000, batch=16, lr=1e-3),
         t5=Schedule(steps=3000, batch=64, lr=3e-3),
     ),
     "full": Recipe(
@@ -79,6 +82,7 @@ RECIPES = {
         clip=Schedule(steps=10_000, batch=128, lr=1e-3, horizon=20_000, cooldown=0.4),
         mae=Schedule(steps=10_000, batch=256, lr=1.5e-3, horizon=20_000, cooldown=0.25),
         opt=Schedule(steps=15_600, batch=13, lr=3e-3),
+        notes=Schedule(steps=4000, batch=16, lr=1.5e-3),
         t5=Schedule(steps=15_600, batch=64, lr=3e-3),
     ),
 }
@@ -157,7 +161,7 @@ def build_mae(job: Job) -> None:
 
 
 def build_opt(job: Job) -> None:
-    """Language model and its tokenizer."""
+    """Language model and its tokenizer: first on texts, then on texts and notes."""
     torch.manual_seed(job.seed)
     recipe = job.recipe
     documents = pool.documents(pool.TRAIN, seed=job.seed, count=recipe.documents)
@@ -166,19 +170,23 @@ def build_opt(job: Job) -> None:
     model = OPTForCausalLM(opt_config(len(tokenizer)))
     prepare(model)
     model.to(job.device)
-    tokens, answers = encode(documents, tokenizer)
-    loss = language_loss(model, tokens, answers, batch=recipe.opt.batch)
-    seconds = job.fit("opt", model, loss)
+    seconds = job.fit("opt", model, language_loss(model, encode(documents, tokenizer), batch=recipe.opt.batch))
+    documents = pool.noted(pool.TRAIN, seed=job.seed, count=recipe.documents)
+    loss = language_loss(model, encode(documents, tokenizer), batch=recipe.notes.batch, noise=0.1)
+    seconds += job.fit("notes", model, loss)
+    noted = pool.examination(pool.HELD_OUT, seed=job.seed, count=recipe.heldout, as_notes=True)
     asked = pool.examination(pool.HELD_OUT, seed=job.seed, count=recipe.heldout)
     blind = [replace(document, text="") for document in asked]
     captions = [text for text in pool.documents(pool.HELD_OUT, seed=job.seed, count=recipe.heldout) if not text.turns]
     figures = {"perplexity of captions": perplexity(model, tokenizer, captions)}
     figures |= {f"answers {k} %": v for k, v in accuracy(model, tokenizer, asked).items()}
+    figures |= {f"from notes {k} %": v for k, v in accuracy(model, tokenizer, noted).items()}
     figures |= {f"blind {k} %": v for k, v in accuracy(model, tokenizer, blind).items()}
     state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied
     config = model.config.to_dict() | {"architectures": ["OPTForCausalLM"]}
     save_weights(job.out / "opt", state, config)
-    job.finish("opt", f"{recipe.documents} texts of scenes ({pool.PRESET})", seconds, figures)
+    data = f"{recipe.documents} texts of scenes ({pool.PRESET}), then {recipe.notes.steps} steps with notes among them"
+    job.finish("opt", data, seconds, figures)
 
 
 def build_t5(job: Job) -> None:

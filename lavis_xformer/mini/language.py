@@ -1,15 +1,17 @@
 """Mini OPT: a causal language model that knows the scenes' language and has never seen an image.
 
 It reads captions, and descriptions followed by questions and answers, so that in stage 2 an answer is wrong because
-the image was not understood, not because the sentence was not.
+the image was not understood, not because the sentence was not. Then it learns to read notes, each in the place of
+one token: a large language model takes such a prefix by itself, a small one that has only seen words does not.
 
-B: batch, T: tokens, V: vocabulary.
+B: batch, T: tokens, S: places, D: width, V: vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +32,11 @@ class Turn:
 
 @dataclass(frozen=True)
 class Document:
-    """What the model reads: text, then questions with answers about it; either may be empty."""
+    """What the model reads: notes, text, then questions with answers about it; any may be empty."""
 
     text: str
     turns: tuple[Turn, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def parts(self) -> list[tuple[str, bool]]:
         """The document in order, each part with whether it is to be learned: an answer, or a whole caption."""
@@ -88,13 +91,21 @@ def prepare(model: OPTForCausalLM) -> None:
         attention.out_proj.weight.copy_(attention.v_proj.weight.T)
 
 
-def encode(documents: Sequence[Document], tokenizer: GPT2Tokenizer, *, length: int = 512) -> tuple[Tensor, Tensor]:
-    """Tokenise documents, ``</s>`` first.
+class Encoded(NamedTuple):
+    """Documents as tokens (N, T), padded on the right."""
 
-    Returns:
-        Token ids (N, T) int16, ``<pad>`` on the right, and whether each token belongs to an answer (N, T); one
-        longer than ``length`` is cut.
-    """
+    tokens: Tensor  #: int16
+    answers: Tensor  #: whether each token belongs to an answer
+    places: Tensor  #: int16, where each token is read; those of a note share a place
+
+    def take(self, rows: Tensor, device: torch.device) -> Encoded:
+        """Some documents, as wide as the longest of them, on a device."""
+        width = int((self.places[rows] < self.tokens.shape[1]).sum(1).max())
+        return Encoded(*(part[rows, :width].to(device) for part in self))
+
+
+def encode(documents: Sequence[Document], tokenizer: GPT2Tokenizer, *, length: int = 512) -> Encoded:
+    """Tokenise documents: notes, then ``</s>``, text and questions; one longer than ``length`` is cut."""
     pieces: dict[str, list[int]] = {}
 
     def ids(text: str) -> list[int]:
@@ -102,38 +113,65 @@ def encode(documents: Sequence[Document], tokenizer: GPT2Tokenizer, *, length: i
             pieces[text] = tokenizer(text, add_special_tokens=False).input_ids
         return pieces[text]
 
-    rows, marks = [], []
+    rows, marks, places = [], [], []
     for document in documents:
-        row, mark = [tokenizer.bos_token_id], [False]
+        row: list[int] = []
+        place: list[int] = []
+        for number, note in enumerate(document.notes):
+            row += ids(note)
+            place += [number] * len(ids(note))
+        read = len(row)
+        row, mark = [*row, tokenizer.bos_token_id], [False] * (read + 1)
         for text, answer in document.parts():
-            words = ids(text)
-            row += words
-            mark += [answer] * len(words)
+            row += ids(text)
+            mark += [answer] * len(ids(text))
+        place += range(len(document.notes), len(document.notes) + len(row) - read)
         rows.append(torch.tensor(row[:length], dtype=torch.int16))
         marks.append(torch.tensor(mark[:length]))
+        places.append(torch.tensor(place[:length], dtype=torch.int16))
     pad = torch.nn.utils.rnn.pad_sequence
     tokens = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
-    return tokens, pad(marks, batch_first=True)
+    return Encoded(tokens, pad(marks, batch_first=True), pad(places, batch_first=True, padding_value=tokens.shape[1]))
 
 
-def next_token_loss(model: OPTForCausalLM, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def next_token_loss(
+    model: OPTForCausalLM, text: Encoded, *, noise: float = 0.0, rng: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of each next token and whether it is the most likely one.
+
+    A note is read as the sum of its words' embeddings over the root of their number, which keeps their size.
 
     Args:
         model: causal language model.
-        tokens: (B, T) long, right-padded.
+        text: what :meth:`Encoded.take` gives.
+        noise: on the notes, as a share of their size.
+        rng: draws it.
 
     Returns:
-        Loss (B, T - 1), zero on padding, and correctness (B, T - 1).
+        Loss (B, S - 1), zero on padding and notes; correctness and whether it belongs to an answer, (B, S - 1) each.
     """
     pad = model.config.pad_token_id
-    logits = model(input_ids=tokens, attention_mask=(tokens != pad).long()).logits[:, :-1]
-    target = tokens[:, 1:]
+    tokens, real = text.tokens.long(), text.tokens != pad  # (B, T)
+    places = text.places.long().masked_fill(~real, int(text.places[real].max()))  # padding adds nothing anywhere
+    size = (len(tokens), int(places.max()) + 1)
+
+    def spread(values: Tensor) -> Tensor:
+        return values.new_zeros(size).scatter_add_(1, places, values * real)
+
+    number, words = spread(real.long()), model.get_input_embeddings()(tokens) * real[..., None]  # (B, S), (B, T, D)
+    index = places[..., None].expand_as(words)
+    read = words.new_zeros(*size, words.shape[-1]).scatter_add_(1, index, words)  # (B, S, D)
+    read = read / number.clamp(min=1).sqrt()[..., None]
+    if noise:
+        drawn = torch.randn(read.shape, generator=rng).to(read) * read.detach().square().mean(-1, keepdim=True).sqrt()
+        read = read + noise * drawn * (number > 1)[..., None]
+    logits = model(inputs_embeds=read, attention_mask=(number > 0).long()).logits[:, :-1]
+    target = spread(tokens).masked_fill(number != 1, pad)[:, 1:]
     loss = F.cross_entropy(logits.float().transpose(1, 2), target, ignore_index=pad, reduction="none")
-    return loss, logits.argmax(-1) == target
+    return loss, logits.argmax(-1) == target, spread(text.answers.long())[:, 1:] == 1
 
 
-def language_loss(model: OPTForCausalLM, tokens: Tensor, answers: Tensor, *, batch: int) -> StepLoss:
+def language_loss(model: OPTForCausalLM, texts: Encoded, *, batch: int, noise: float = 0.0) -> StepLoss:
     """One step: mean cross-entropy in which a token to be learned counts 21 times as much as any other.
 
     What a scene holds and what is asked can't be foreseen, so their loss is noise that would drown the answers.
@@ -141,12 +179,12 @@ def language_loss(model: OPTForCausalLM, tokens: Tensor, answers: Tensor, *, bat
 
     Args:
         model: what to train.
-        tokens: (N, T) int16 from :func:`encode`.
-        answers: (N, T) from :func:`encode`.
+        texts: from :func:`encode`.
         batch: documents of mean length per step; more where they are shorter. They are drawn among similar lengths.
+        noise: on the notes, see :func:`next_token_loss`.
     """
     device = next(model.parameters()).device
-    lengths = (tokens != model.config.pad_token_id).sum(1)
+    lengths = (texts.tokens != model.config.pad_token_id).sum(1)
     order = lengths.argsort(stable=True)
     bucket = min(len(order), 300)
     budget = batch * float(lengths.float().mean())
@@ -156,11 +194,8 @@ def language_loss(model: OPTForCausalLM, tokens: Tensor, answers: Tensor, *, bat
         start = int(torch.randint(known - bucket + 1, (), generator=rng))
         number = max(4, int(budget / int(lengths[order[start + bucket - 1]])))
         rows = order[start + torch.randint(bucket, (number,), generator=rng)]
-        width = int(lengths[rows].max())
-        ids = tokens[rows, :width].long().to(device)
-        wanted = answers[rows, 1:width].to(device)
-        loss, _ = next_token_loss(model, ids)
-        weight = wanted + 0.05 * (ids[:, 1:] != model.config.pad_token_id)
+        loss, _, wanted = next_token_loss(model, texts.take(rows, device), noise=noise, rng=rng)
+        weight = wanted + 0.05 * (loss > 0)
         return (loss * weight).sum() / weight.sum()
 
     return step
@@ -176,13 +211,13 @@ def accuracy(model: OPTForCausalLM, tokenizer: GPT2Tokenizer, documents: Sequenc
     Returns:
         ``{kind: percent}`` and ``mean`` over kinds.
     """
-    tokens, answers = encode(documents, tokenizer)
+    texts = encode(documents, tokenizer)
     device = next(model.parameters()).device
     right: dict[str, list[bool]] = {}
-    for rows in torch.arange(len(tokens)).split(100):
+    for rows in torch.arange(len(documents)).split(100):
         with autocast(device):
-            _, hits = next_token_loss(model, tokens[rows].long().to(device))
-        solved = (hits.cpu() | ~answers[rows, 1:]).all(1).tolist()
+            _, hits, wanted = next_token_loss(model, texts.take(rows, device))
+        solved = (hits | ~wanted).all(1).tolist()
         for row, good in zip(rows.tolist(), solved, strict=True):
             right.setdefault(documents[row].turns[0].kind, []).append(good)
     shares = {kind: 100 * sum(hits) / len(hits) for kind, hits in sorted(right.items())}
@@ -192,13 +227,12 @@ def accuracy(model: OPTForCausalLM, tokenizer: GPT2Tokenizer, documents: Sequenc
 @torch.no_grad()
 def perplexity(model: OPTForCausalLM, tokenizer: GPT2Tokenizer, documents: Sequence[Document]) -> float:
     """Perplexity per token over documents."""
-    tokens, _ = encode(documents, tokenizer)
+    texts = encode(documents, tokenizer)
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    for rows in torch.arange(len(tokens)).split(100):
-        ids = tokens[rows].long().to(device)
+    for rows in torch.arange(len(documents)).split(100):
         with autocast(device):
-            loss, _ = next_token_loss(model, ids)
+            loss, _, _ = next_token_loss(model, texts.take(rows, device))
         total += loss.sum().item()
-        count += int((ids[:, 1:] != model.config.pad_token_id).sum())
+        count += int((loss > 0).sum())
     return float(torch.tensor(total / count).exp())

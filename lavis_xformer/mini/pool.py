@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -30,6 +31,7 @@ from lavis_xformer.data.scenes import (
     render,
 )
 from lavis_xformer.data.scenes.qa import details_asked
+from lavis_xformer.data.scenes.text import notes, pick, shuffled
 from lavis_xformer.mini.language import Document, Turn
 
 PRESET = "standard"
@@ -89,9 +91,18 @@ def documents(split: str, *, seed: int, count: int) -> list[Document]:
     return [document for chunk in chunks for document in chunk]
 
 
-def examination(split: str, *, seed: int, count: int) -> list[Document]:
+def noted(split: str, *, seed: int, count: int) -> list[Document]:
+    """The documents of :func:`documents`, half of the descriptions as notes and a quarter of these with a caption.
+
+    The notes come in any order, and the numbers of the groups are missing every other time: then one has to count.
+    """
+    chunks = in_parallel(partial(_noted, split, seed), count)
+    return [document for chunk in chunks for document in chunk]
+
+
+def examination(split: str, *, seed: int, count: int, as_notes: bool = False) -> list[Document]:
     """Descriptions of ``count`` scenes, each with one question; the kinds take turns where a scene allows them."""
-    chunks = in_parallel(partial(_examination, split, seed), count)
+    chunks = in_parallel(partial(_examination, split, seed, as_notes), count)
     return [document for chunk in chunks for document in chunk]
 
 
@@ -113,11 +124,32 @@ def _documents(split: str, seed: int, start: int, stop: int) -> list[Document]:
     return found
 
 
-def _examination(split: str, seed: int, start: int, stop: int) -> list[Document]:
+def _noted(split: str, seed: int, start: int, stop: int) -> list[Document]:
+    found = []
+    for index, document in enumerate(_documents(split, seed, start, stop), start):
+        if index % 8 < 2 or index % 2:
+            found.append(document)
+            continue
+        shown, rng = scene(split, seed, index, PRESET if index // 8 % 2 else "easy")
+        noted = _notes(shown, rng, numbers=rng.random() < 0.5)
+        if rng.random() < 0.25:
+            found.append(Document(pick(rng, list(LEVELS.values()))(shown, rng), notes=noted))
+        else:
+            found.append(replace(document, text="", notes=noted))
+    return found
+
+
+def _notes(shown: Scene, rng: np.random.Generator, *, numbers: bool) -> tuple[str, ...]:
+    things, tally = notes(shown)
+    return tuple(shuffled(rng, things + (tally if numbers else [])))
+
+
+def _examination(split: str, seed: int, as_notes: bool, start: int, stop: int) -> list[Document]:
     found = []
     for index in range(start, stop):
         shown, rng = scene(split, seed, index)
         q = ask(shown, rng, QUESTION_KINDS[index % len(QUESTION_KINDS)])
         if q is not None:
-            found.append(Document(description(shown), (Turn(q.kind, q.text, q.answer),)))
+            told = () if not as_notes else _notes(shown, rng, numbers=False)
+            found.append(Document("" if as_notes else description(shown), (Turn(q.kind, q.text, q.answer),), told))
     return found

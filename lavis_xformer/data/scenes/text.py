@@ -142,12 +142,15 @@ def details(item: SceneObject) -> str:
     return f"{item.size} {item.mark}{facing}, {item.cell}"
 
 
-def description(scene: Scene) -> str:
-    """Describe a scene so completely that every question about it can be answered from the text alone.
+def notes(scene: Scene) -> tuple[list[str], list[str]]:
+    """Write all there is to say of a scene as notes.
 
-    A table in words, in which whatever is asked is looked up by its name. The ground; the number of each group; from
-    left to right every object with its details and, where colour and shape name several objects singly, the
-    order of each among those from the left and from the top; last the largest object where one is clearly larger.
+    Whatever is asked is looked up in one of them by its name.
+
+    Returns:
+        The ground, then every object from left to right with its details and, where colour and shape name several
+        objects singly, the order of each among those from the left and from the top, then the largest object where
+        one is clearly larger; and, by itself, the number of each group.
     """
     singles, largest = scene.singles(), scene.largest()
     across = sorted(singles, key=lambda item: item.x)
@@ -158,11 +161,16 @@ def description(scene: Scene) -> str:
         ranks = f", {across.index(item) + 1} {down.index(item) + 1}" if ordered else ""
         return f"{item.name}: {details(item)}{ranks}"
 
-    sentences = [
+    things = [
         f"{with_article(scene.ground.name)} ground",
-        ", ".join(f"{name} {count}" for name, count in _tally(scene).items()),
         *(told(item) for item in sorted(scene.objects, key=lambda item: item.x)),
     ]
     if largest and len(scene.objects) > 1:
-        sentences.append(f"largest object: {details(largest)}, {largest.name}")
-    return ". ".join(sentences) + "."
+        things.append(f"largest object: {details(largest)}, {largest.name}")
+    return things, [f"{name} {count}" for name, count in _tally(scene).items()]
+
+
+def description(scene: Scene) -> str:
+    """Describe a scene so completely that every question about it can be answered from the text alone."""
+    (ground, *things), numbers = notes(scene)
+    return ". ".join([ground, ", ".join(numbers), *things]) + "."
