@@ -68,9 +68,9 @@ def test_stage_1_gives_features_and_matches(exported: dict[str, Path], pictures:
     image = torch.stack([vis["eval"](picture) for picture in pictures])
     captions = [text["eval"](caption) for caption in ("a red star", "two blue cats")]
     features = model.extract_features({"image": image, "text_input": captions}, mode="image")
-    assert features.image_embeds.shape == (2, 8, 96)
+    assert features.image_embeds.shape == (2, 32, 96)
     assert model.extract_features({"text_input": captions}, mode="text").text_embeds_proj.shape[::2] == (2, 64)
-    assert model.extract_features({"image": image, "text_input": captions}).multimodal_embeds.shape == (2, 8, 96)
+    assert model.extract_features({"image": image, "text_input": captions}).multimodal_embeds.shape == (2, 32, 96)
     tokens = model.tokenize(captions)
     with torch.no_grad():
         _, image_tokens = model.forward_image(image)
@@ -96,7 +96,7 @@ def test_stage_2_captions_and_answers(way: str, exported: dict[str, Path], pictu
     assert len(model.predict_answers(asked)) == 2
     ranked = model.predict_answers(asked, inference_method="rank", answer_list=["1", "2", "a cat"])
     assert set(ranked) <= {"1", "2", "a cat"}
-    assert model.extract_features(samples).image_embeds.shape == (2, 8, 96)
+    assert model.extract_features(samples).image_embeds.shape == (2, 32, 96)
 
 
 def test_t5_goes_the_same_way(exported: dict[str, Path], pictures: list[Image.Image], tmp_path: Path) -> None:
