@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lavis_xformer.models.base import DTYPES, Precision, compute_dtype
+from lavis_xformer.models.frozen import DTYPES, Precision, compute_dtype
 from lavis_xformer.models.stage2 import XFormerOPT
 
 DEVICES = [

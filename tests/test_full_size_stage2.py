@@ -26,7 +26,7 @@ from transformers import (
 
 from lavis_xformer.models import base, towers
 from lavis_xformer.models import language as language_module
-from lavis_xformer.models.base import Precision
+from lavis_xformer.models.frozen import Precision
 from lavis_xformer.models.fusion import FUSIONS
 from lavis_xformer.models.language import CachedOPT, LanguageModel, OptLanguage, T5Language
 from lavis_xformer.models.mae import MaskedAutoencoder

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import default_collate
 
-from lavis_xformer.data import processors, scene_datasets  # noqa: F401  (they register themselves)
+from lavis_xformer.data import registry as _  # noqa: F401  (all builders register themselves)
 from lavis_xformer.data.scenes import ANSWERS, QUESTION_KINDS, captions, make_scene, render
 from lavis_xformer.errors import UserError
 from lavis_xformer.images import CLIP_MEAN, CLIP_STD

@@ -23,6 +23,7 @@ import lavis_xformer
 from lavis_xformer.errors import UserError
 from lavis_xformer.images import clip_to_mae
 from lavis_xformer.models import base, language
+from lavis_xformer.models.frozen import DTYPES
 from lavis_xformer.models.fusion import FUSIONS
 from lavis_xformer.models.generation import SPACY_MODEL, lemmatize
 from lavis_xformer.models.stage2 import continuation, split
@@ -467,13 +468,13 @@ def test_half_precision_never_mixes_dtypes(
     model = make_stage2(kind, init="normal")
     reference = model(batch)["loss"].item()
     for module in (base, language):
-        monkeypatch.setattr(module, "compute_dtype", lambda device, name: base.DTYPES[precision])
+        monkeypatch.setattr(module, "compute_dtype", lambda device, name: DTYPES[precision])
     for outside in (False, True):  # as the runner does with run.amp
-        with torch.autocast("cpu", dtype=base.DTYPES[precision], enabled=outside):
+        with torch.autocast("cpu", dtype=DTYPES[precision], enabled=outside):
             loss = model(batch)["loss"]
         assert loss.item() == pytest.approx(reference, rel=0.05)
         loss.backward()
-    assert model.language.model.dtype == base.DTYPES[precision]
+    assert model.language.model.dtype == DTYPES[precision]
     assert {p.grad.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert len(model.generate(batch, num_beams=2, max_length=4)) == 4
     monkeypatch.undo()

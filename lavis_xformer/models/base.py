@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +27,13 @@ from lavis_xformer.distributed import world_size
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.images import unpack
 from lavis_xformer.models import towers
-from lavis_xformer.models.frozen import freeze, is_frozen
+from lavis_xformer.models.frozen import DTYPES, Precision, compute_dtype, freeze, is_frozen, own_autocast
 from lavis_xformer.models.fusion import FUSIONS, Fusion
 from lavis_xformer.models.mae import MaeFeatures, MaskedAutoencoder, random_mask
 from lavis_xformer.paths import config_path
 
-Precision = Literal["fp32", "fp16", "bf16"]
 NOTHING = r"(?!)"  # the regular expression that no name matches
 MAE_SOURCES = ("mae", "random", "clip")  # what M is: MAE's tokens; those of an untrained MAE; CLIP's
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Tokens(NamedTuple):
@@ -331,18 +329,6 @@ def _build_mae(cfg: DictConfig, visual_encoder: Any, *, fusion: str) -> MaskedAu
         image_size=cfg.get("mae_image_size"),
         trained=source == "mae",
     )
-
-
-def compute_dtype(device: torch.device, precision: Precision) -> torch.dtype:
-    """What the weights of a frozen part are kept in: its precision on a GPU, fp32 anywhere else."""
-    return DTYPES[precision] if device.type == "cuda" else torch.float32
-
-
-def own_autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Compute in the precision of a frozen part's weights, whatever is on outside; on a CPU, in that of the run."""
-    if dtype == torch.float32 and device.type == "cpu":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def _ones(tokens: Tensor) -> Tensor:

@@ -1,13 +1,17 @@
-"""Freeze a module for good: no gradients, always in eval mode."""
+"""Freeze a module for good (no gradients, always in eval mode), and the precision that it computes in."""
 
 from __future__ import annotations
 
+import contextlib
 from types import MethodType
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
+import torch
 from torch import nn
 
 M = TypeVar("M", bound=nn.Module)
+Precision = Literal["fp32", "fp16", "bf16"]
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def _stay_in_eval_mode(module: nn.Module, mode: bool = True) -> nn.Module:
@@ -35,3 +39,15 @@ def freeze(module: M) -> M:
 def is_frozen(module: nn.Module) -> bool:
     """Whether no parameter of the module is trained."""
     return not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def compute_dtype(device: torch.device, precision: Precision) -> torch.dtype:
+    """What the weights of a frozen part are kept in: its precision on a GPU, fp32 anywhere else."""
+    return DTYPES[precision] if device.type == "cuda" else torch.float32
+
+
+def own_autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
+    """Compute in the precision of a frozen part's weights, whatever is on outside; on a CPU, in that of the run."""
+    if dtype == torch.float32 and device.type == "cpu":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

@@ -22,8 +22,7 @@ from transformers import AutoTokenizer, PretrainedConfig, T5Config, T5ForConditi
 
 from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.models.base import DTYPES, Precision, compute_dtype, own_autocast
-from lavis_xformer.models.frozen import freeze
+from lavis_xformer.models.frozen import DTYPES, Precision, compute_dtype, freeze, own_autocast
 from lavis_xformer.models.towers import offline_error
 
 NO_TARGET = -100  # cross-entropy's label of tokens that don't count

@@ -1,0 +1,148 @@
+"""LAVIS builder ``xformer_scenes_vqa``: questions about rendered scenes, one by one or as dialogues.
+
+Samples have the keys of LAVIS's VQA datasets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from lavis.common.registry import registry
+from torch.utils.data.dataloader import default_collate
+
+from lavis_xformer.data.scene_datasets import LazyRows, Sample, SceneBuilder, SceneDataset, whole
+from lavis_xformer.data.scenes import ANSWERS, QUESTION_KINDS, Question, ask, questions, scene_rng
+from lavis_xformer.data.scenes.qa import details_asked, find_kind
+from lavis_xformer.data.scenes.text import shuffled
+from lavis_xformer.errors import UserError
+from lavis_xformer.paths import config_path
+
+DIALOGUE = "dialogue"  # the kind of a sample with several questions
+_MANY_SCENES = 1000  # how many scenes may not allow a kind of question before one gives up
+
+
+class SceneQuestionDataset(SceneDataset):
+    """One sample per question; the kinds take turns, so each is asked equally often.
+
+    Where a scene does not allow the kind whose turn it is, the next scene beyond the split's last that does is
+    asked about instead: questions stay balanced and no other split is touched.
+    """
+
+    answer_list = ANSWERS
+    coco_fmt_qust_file = coco_fmt_anno_file = None  # what LAVIS's VQA task looks for
+
+    def __init__(self, *, kinds: Sequence[str], questions_per_image: int, **shared: Any) -> None:
+        """Prepare the questions.
+
+        Args:
+            kinds: kinds of questions, see :data:`lavis_xformer.data.scenes.QUESTION_KINDS`.
+            questions_per_image: questions about every scene.
+            shared: the arguments of :class:`SceneDataset`.
+        """
+        super().__init__(**shared)
+        self.kinds, self.questions_per_image = tuple(kinds), questions_per_image
+        self.annotation = LazyRows(self.source.scenes * questions_per_image, self._annotate)
+
+    def _ask(self, number: int) -> tuple[int, Question]:
+        """Return a scene's index and a question about it."""
+        kind = self.kinds[number % len(self.kinds)]
+        first = number // self.questions_per_image
+        for index in range(first, first + _MANY_SCENES * self.source.scenes, self.source.scenes):
+            rng = scene_rng(self.source.seed, self.source.split, index, 2, number)
+            question = ask(self.source.scene(index), rng, kind)
+            if question is not None:
+                return index, question
+        raise UserError(f"kinds: no scene of preset '{self.source.preset}' allows a question of kind '{kind}'")
+
+    def _annotate(self, number: int) -> Sample:
+        index, asked = self._ask(number)
+        return self.row(
+            number,
+            index,
+            question_id=number,
+            question=asked.text,
+            answer=[asked.answer],
+            kind=asked.kind,
+        )
+
+    def __getitem__(self, number: int) -> Sample:
+        """Return image, text_input (the question), answers, weights, kind, question_id and the numbers."""
+        row = self.annotation[number]
+        extra = {key: row[key] for key in ("question_id", "kind")}
+        return {**self.sample(row, row["question"]), "answers": row["answer"], "weights": [1.0], **extra}
+
+    def collater(self, samples: Sequence[Sample]) -> Sample:
+        """Join samples into LAVIS's VQA batch: every question's answers one after the other.
+
+        Returns:
+            ``image`` (B, C, S, S), ``text_input``, ``answer`` (all answers), ``weight`` and ``n_answers`` as
+            in LAVIS's VQADataset; ``answers`` (a list per question), ``kind`` and the numbers besides.
+        """
+        lists = ("text_input", "answers", "weights")
+        batch = default_collate([{k: v for k, v in s.items() if k not in lists} for s in samples])
+        return {
+            **batch,
+            "text_input": [sample["text_input"] for sample in samples],
+            "answers": [sample["answers"] for sample in samples],
+            "answer": [answer for sample in samples for answer in sample["answers"]],
+            "weight": torch.tensor([weight for sample in samples for weight in sample["weights"]]),
+            "n_answers": torch.tensor([len(sample["answers"]) for sample in samples]),
+        }
+
+
+class SceneDialogueDataset(SceneQuestionDataset):
+    """One sample per scene, for training: all its questions in a row, so that the image is encoded once."""
+
+    def __init__(self, *, details_per_image: int = 0, **questions: Any) -> None:
+        """Prepare the dialogues.
+
+        Args:
+            details_per_image: how many objects to ask all about, besides.
+            questions: the arguments of :class:`SceneQuestionDataset`.
+        """
+        super().__init__(**questions)
+        self.details_per_image = details_per_image
+        self.annotation = LazyRows(self.source.scenes, self._annotate)
+
+    def _annotate(self, number: int) -> Sample:
+        for index in range(number, number + _MANY_SCENES * self.source.scenes, self.source.scenes):
+            rng = scene_rng(self.source.seed, self.source.split, index, 3)
+            scene = self.source.scene(index)
+            asked = questions(scene, rng, self.kinds, n=self.questions_per_image)
+            if asked:
+                asked = shuffled(rng, asked + details_asked(scene, rng, self.details_per_image))
+                texts = [question.text for question in asked]
+                answers = [[question.answer for question in asked]]
+                return self.row(number, index, question_id=number, question=texts, answer=answers, kind=DIALOGUE)
+        raise UserError(f"kinds: no scene of preset '{self.source.preset}' allows a question of {list(self.kinds)}")
+
+    def __getitem__(self, number: int) -> Sample:
+        """Return what :class:`SceneQuestionDataset` does, ``text_input`` and the one of ``answers`` being lists."""
+        row = self.annotation[number]
+        asked = [self.text_processor(question) for question in row["question"]]
+        extra = {key: row[key] for key in ("question_id", "kind")}
+        return {**self.sample(row, ""), "text_input": asked, "answers": row["answer"], "weights": [1.0], **extra}
+
+
+@registry.register_builder("xformer_scenes_vqa")
+class SceneQuestionBuilder(SceneBuilder):
+    """Scenes with questions and answers."""
+
+    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": config_path("datasets/scenes_vqa.yaml")}
+    train_dataset_cls = eval_dataset_cls = SceneQuestionDataset
+    split_keys = ("questions_per_image", "dialogue", "details_per_image")
+
+    def _dataset(self, name: str, part: Mapping[str, Any], shared: Sample) -> SceneDataset:
+        kinds = tuple(self.config.get("kinds") or QUESTION_KINDS)
+        for kind in kinds:
+            find_kind(kind)
+        each = whole("questions_per_image", part.get("questions_per_image", 1), least=1)
+        asked = {"kinds": kinds, "questions_per_image": each, **shared}
+        if not part.get("dialogue", False):
+            return SceneQuestionDataset(**asked)
+        if name != "train":
+            raise UserError(f"splits.{name}.dialogue: only 'train' may ask several questions at once")
+        more = whole("details_per_image", part.get("details_per_image", 0), least=0)
+        return SceneDialogueDataset(details_per_image=more, **asked)
