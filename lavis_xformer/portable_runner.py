@@ -27,6 +27,7 @@ from lavis_xformer.engine.options import RunOptions
 from lavis_xformer.engine.sampling import check_ratios, eval_loader, split_by, train_loader
 from lavis_xformer.engine.streams import EpochLoader, JoinedLoader, ShardStream, StreamLoader
 from lavis_xformer.errors import UserError
+from lavis_xformer.models.frozen import computes_bf16
 
 
 class PortableRunner(RunnerBase):
@@ -87,8 +88,11 @@ class PortableRunner(RunnerBase):
     @property
     def amp(self) -> str:
         """Mixed precision in use: a CPU has no fp16."""
-        devices = {"fp16": ("cuda",), "bf16": ("cuda", "cpu")}.get(self.options.amp, ())
-        return self.options.amp if self.device.type in devices else "no"
+        wanted = self.options.amp
+        if wanted == "auto":
+            return "bf16" if computes_bf16(self.device) else "no"
+        devices = {"fp16": ("cuda",), "bf16": ("cuda", "cpu")}.get(wanted, ())
+        return wanted if self.device.type in devices else "no"
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:

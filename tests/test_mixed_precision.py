@@ -119,6 +119,12 @@ def test_a_cpu_has_bf16_only(asked, used, tmp_path):
     runner.train()
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_auto_takes_what_the_hardware_computes(able, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
+    assert toy_training.make_runner(tmp_path, amp="auto").amp == ("bf16" if able else "no")
+
+
 def test_on_a_cpu_frozen_parts_compute_as_the_run_and_stay_fp32(make_xformer, batch):
     model = make_xformer("dual").eval()
     full = model.encode_image(batch["image"])

@@ -8,7 +8,7 @@ from typing import Any
 
 from lavis_xformer.errors import UserError
 
-AMP_MODES = {"False": "no", "no": "no", "True": "fp16", "fp16": "fp16", "bf16": "bf16"}
+AMP_MODES = {"False": "no", "no": "no", "True": "fp16", "fp16": "fp16", "bf16": "bf16", "auto": "auto"}
 RESUME_MODES = {"False": "no", "no": "no", "auto": "auto"}
 ON_CORRUPT = {"": "", "skip": "skip", "raise": "raise"}
 
@@ -18,7 +18,8 @@ class RunOptions:
     """Typed and checked values of the runner's own keys; LAVIS's keys are read by ``RunnerBase``.
 
     Attributes:
-        amp: mixed precision: ``bf16``, on a GPU ``fp16`` (``True`` means fp16, as in LAVIS), ``no``.
+        amp: mixed precision: ``bf16``, on a GPU ``fp16`` (``True`` means fp16, as in LAVIS), ``no``; ``auto``:
+            bf16 where the hardware computes it itself.
         max_grad_norm: clip the gradient to this 2-norm; 0 does not clip.
         skip_nonfinite: how many steps with a loss or gradient that is not finite may be skipped in
             the whole run; the next one stops it.

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lavis_xformer.models.frozen import computes_bf16
+
 StepLoss = Callable[[torch.Generator, float], Tensor]
 """Loss of one step, from its source of randomness and the share of the steps already done."""
 
@@ -63,8 +65,7 @@ def generator(seed: int, step: int) -> torch.Generator:
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """bfloat16 where the hardware multiplies it (several times faster), else nothing."""
-    fast = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=bool(fast))
+    return torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device))
 
 
 def fit(
