@@ -25,9 +25,9 @@ from lavis_xformer.distributed import world_size
 from lavis_xformer.engine import rng
 from lavis_xformer.engine.options import RunOptions
 from lavis_xformer.engine.sampling import check_ratios, eval_loader, split_by, train_loader
+from lavis_xformer.engine.step import computes_bf16
 from lavis_xformer.engine.streams import EpochLoader, JoinedLoader, ShardStream, StreamLoader
 from lavis_xformer.errors import UserError
-from lavis_xformer.models.frozen import computes_bf16
 
 
 class PortableRunner(RunnerBase):

@@ -13,6 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 Terms = dict[str, Tensor]
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies in bfloat16 itself, several times faster than in fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+
+
 class Stepper:
     """Computes gradients of a window of batches and applies them.
 

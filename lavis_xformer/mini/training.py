@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lavis_xformer.models.frozen import computes_bf16
+from lavis_xformer.engine.step import computes_bf16
 
 StepLoss = Callable[[torch.Generator, float], Tensor]
 """Loss of one step, from its source of randomness and the share of the steps already done."""

@@ -51,10 +51,3 @@ def own_autocast(device: torch.device, dtype: torch.dtype) -> contextlib.Abstrac
     if dtype == torch.float32 and device.type == "cpu":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def computes_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies in bfloat16 itself, several times faster than in fp32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
