@@ -18,12 +18,7 @@ from lavis.datasets.datasets.base_dataset import BaseDataset
 from numpy.typing import NDArray
 from PIL import Image
 
-from lavis_xformer.data.scenes import (
-    Scene,
-    captions,
-    make_scene,
-    render,
-)
+from lavis_xformer.data.scenes import Scene, captions, make_scene, render
 from lavis_xformer.data.scenes.text import find_level
 from lavis_xformer.data.scenes.world import find_preset
 from lavis_xformer.errors import UserError, nearest

@@ -5,11 +5,12 @@ Samples have the keys of LAVIS's VQA datasets.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from lavis.common.registry import registry
+from numpy.random import Generator
 from torch.utils.data.dataloader import default_collate
 
 from lavis_xformer.data.scene_datasets import LazyRows, Sample, SceneBuilder, SceneDataset, whole
@@ -19,6 +20,7 @@ from lavis_xformer.data.scenes.text import shuffled
 from lavis_xformer.errors import UserError
 from lavis_xformer.paths import config_path
 
+Asked = TypeVar("Asked")  # a question, or several
 DIALOGUE = "dialogue"  # the kind of a sample with several questions
 _MANY_SCENES = 1000  # how many scenes may not allow a kind of question before one gives up
 
@@ -45,19 +47,24 @@ class SceneQuestionDataset(SceneDataset):
         self.kinds, self.questions_per_image = tuple(kinds), questions_per_image
         self.annotation = LazyRows(self.source.scenes * questions_per_image, self._annotate)
 
-    def _ask(self, number: int) -> tuple[int, Question]:
-        """Return a scene's index and a question about it."""
-        kind = self.kinds[number % len(self.kinds)]
-        first = number // self.questions_per_image
-        for index in range(first, first + _MANY_SCENES * self.source.scenes, self.source.scenes):
-            rng = scene_rng(self.source.seed, self.source.split, index, 2, number)
-            question = ask(self.source.scene(index), rng, kind)
-            if question is not None:
-                return index, question
-        raise UserError(f"kinds: no scene of preset '{self.source.preset}' allows a question of kind '{kind}'")
+    def _rng(self, index: int, *purpose: int) -> Generator:
+        return scene_rng(self.source.seed, self.source.split, index, *purpose)
+
+    def _first(self, index: int, make: Callable[[int], Asked | None], kinds: Sequence[str]) -> tuple[int, Asked]:
+        """Ask about a scene or, where nothing can be asked about it, about one that stands in; returns whose it is."""
+        scenes = self.source.scenes
+        for stand_in in range(index, index + _MANY_SCENES * scenes, scenes):
+            if asked := make(stand_in):
+                return stand_in, asked
+        raise UserError(f"kinds: no scene of preset '{self.source.preset}' allows a question of {list(kinds)}")
 
     def _annotate(self, number: int) -> Sample:
-        index, asked = self._ask(number)
+        kind = self.kinds[number % len(self.kinds)]
+
+        def make(index: int) -> Question | None:
+            return ask(self.source.scene(index), self._rng(index, 2, number), kind)
+
+        index, asked = self._first(number // self.questions_per_image, make, [kind])
         return self.row(
             number,
             index,
@@ -106,17 +113,16 @@ class SceneDialogueDataset(SceneQuestionDataset):
         self.details_per_image = details_per_image
         self.annotation = LazyRows(self.source.scenes, self._annotate)
 
+    def _questions(self, index: int) -> list[Question]:
+        scene, rng = self.source.scene(index), self._rng(index, 3)
+        asked = questions(scene, rng, self.kinds, n=self.questions_per_image)
+        return asked and shuffled(rng, asked + details_asked(scene, rng, self.details_per_image))
+
     def _annotate(self, number: int) -> Sample:
-        for index in range(number, number + _MANY_SCENES * self.source.scenes, self.source.scenes):
-            rng = scene_rng(self.source.seed, self.source.split, index, 3)
-            scene = self.source.scene(index)
-            asked = questions(scene, rng, self.kinds, n=self.questions_per_image)
-            if asked:
-                asked = shuffled(rng, asked + details_asked(scene, rng, self.details_per_image))
-                texts = [question.text for question in asked]
-                answers = [[question.answer for question in asked]]
-                return self.row(number, index, question_id=number, question=texts, answer=answers, kind=DIALOGUE)
-        raise UserError(f"kinds: no scene of preset '{self.source.preset}' allows a question of {list(self.kinds)}")
+        index, asked = self._first(number, self._questions, self.kinds)
+        texts = [question.text for question in asked]
+        answers = [[question.answer for question in asked]]
+        return self.row(number, index, question_id=number, question=texts, answer=answers, kind=DIALOGUE)
 
     def __getitem__(self, number: int) -> Sample:
         """Return what :class:`SceneQuestionDataset` does, ``text_input`` and the one of ``answers`` being lists."""

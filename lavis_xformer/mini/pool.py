@@ -150,6 +150,7 @@ def _examination(split: str, seed: int, as_notes: bool, start: int, stop: int) -
         shown, rng = scene(split, seed, index)
         q = ask(shown, rng, QUESTION_KINDS[index % len(QUESTION_KINDS)])
         if q is not None:
-            told = () if not as_notes else _notes(shown, rng, numbers=False)
-            found.append(Document("" if as_notes else description(shown), (Turn(q.kind, q.text, q.answer),), told))
+            turns = (Turn(q.kind, q.text, q.answer),)
+            told = _notes(shown, rng, numbers=False) if as_notes else ()
+            found.append(Document("" if as_notes else description(shown), turns, told))
     return found

@@ -120,9 +120,9 @@ class XFormerStage2(GenerativeModel):
 
     def _texts(self, samples: dict[str, Any], generator: torch.Generator | None) -> Texts:
         """Prompts, which bear no loss, and targets of a batch."""
-        count = len(samples["image"])
-        if "answer" in samples:
+        if "answer" in samples and "text_output" not in samples:
             return self._answers(samples)
+        count = len(samples["image"])
         texts = one_per_image(samples.get("text_input"), count, name="samples['text_input']")
         if "text_output" in samples:
             said = one_per_image(samples["text_output"], count, name="samples['text_output']")
@@ -157,7 +157,7 @@ class XFormerStage2(GenerativeModel):
         """Question and answer, or several of each, as prompts and targets."""
         if isinstance(questions, str) and isinstance(answers, str):
             questions, answers = [questions], [answers]
-        if isinstance(questions, str) or isinstance(answers, str) or len(questions) != len(answers) or not answers:
+        elif isinstance(questions, str) or isinstance(answers, str) or not len(questions) == len(answers) > 0:
             raise UserError(
                 f"samples['answer']: {answers!r:.80} does not answer {questions!r:.80}; a list of questions needs a "
                 "list of as many answers"
