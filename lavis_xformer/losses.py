@@ -25,9 +25,11 @@ def similarity(image_feats: Tensor, text_feats: Tensor) -> Tensor:
         text_feats: (G, E), L2-normalised.
 
     Returns:
-        (B, G), the maximum over the queries.
+        (B, G) float32, the maximum over the queries: computed so under autocast too, because bfloat16's steps near 1,
+        divided by the temperature, would be 0.06 wide.
     """
-    return torch.einsum("bqe,ge->bgq", image_feats, text_feats).amax(-1)
+    with torch.autocast(image_feats.device.type, enabled=False):
+        return torch.einsum("bqe,ge->bgq", image_feats.float(), text_feats.float()).amax(-1)
 
 
 def itc(sim_i2t: Tensor, sim_t2i: Tensor, targets: Tensor) -> Tensor:

@@ -31,6 +31,16 @@ def test_similarity_ignores_the_order_of_the_queries(features: tuple[torch.Tenso
     assert torch.allclose(losses.similarity(image, text), losses.similarity(image.flip(1), text))
 
 
+def test_similarity_keeps_its_precision_under_autocast(features: tuple[torch.Tensor, torch.Tensor]) -> None:
+    image, text = features
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = losses.similarity(image, text)
+        low = losses.similarity(image.bfloat16(), text.bfloat16())
+    assert torch.equal(mixed, losses.similarity(image, text))
+    assert low.dtype == torch.float32
+    assert torch.allclose(low, losses.similarity(image.bfloat16().float(), text.bfloat16().float()), atol=1e-6)
+
+
 def test_itc_equals_a_naive_loop_in_value_and_gradient(features: tuple[torch.Tensor, torch.Tensor]) -> None:
     image, text = features
     sim = losses.similarity(image, text) / 0.07

@@ -125,9 +125,9 @@ class XFormer(FeatureModel):
 
     def _itc(self, z: Tensor, text: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Z' (B, Q, D) against text, over all processes; also both similarities (B, G)."""
-        image_feats = F.normalize(self.vision_proj(z), dim=-1)  # (B, Q, E)
+        image_feats = F.normalize(self.vision_proj(z).float(), dim=-1)  # (B, Q, E)
         hidden = self.encode_text(text.input_ids, text.attention_mask)  # (B, T, D)
-        text_feats = F.normalize(self.text_proj(hidden[:, 0]), dim=-1)  # (B, E)
+        text_feats = F.normalize(self.text_proj(hidden[:, 0]).float(), dim=-1)  # (B, E)
         sim_i2t = losses.similarity(image_feats, gather(text_feats)) / self.temp  # (B, G)
         sim_t2i = losses.similarity(gather(image_feats), text_feats).t() / self.temp  # (B, G)
         targets = own_rows(len(z), z.device)
