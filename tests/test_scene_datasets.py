@@ -141,8 +141,20 @@ def test_a_dialogue_has_all_questions_of_its_scene():
     more = build("xformer_scenes_vqa", *dialogue, "splits.train.details_per_image=2")["train"]
     wanted = [sum(bool(re.match("what is the (?!number)", q)) for q in row["question"]) for row in more.annotation]
     assert max(wanted) == 2
+    listed = build("xformer_scenes_vqa", *dialogue, "splits.train.inventory=true")["train"].annotation[3]
+    said = listed["answer"][0][-1].split(". ")
+    scene = make_scene(0, "train", 3)
+    assert listed["question"][-1] == "what objects are there?"
+    assert [text.split(": ")[0][:-4] for text in said] == [o.name for o in sorted(scene.objects, key=lambda o: o.x)]
     few = build("xformer_scenes_vqa", "kinds=[relation]", "splits.train.dialogue=true")["train"]
     assert any(row["image_id"] >= 12 for row in few.annotation), "another scene stands in where nothing can be asked"
+
+
+def test_several_presets_take_turns():
+    splits = build("xformer_scenes", "preset=[easy,standard]")
+    for index, row in enumerate(splits["train"].annotation[::5]):
+        preset = ("easy", "standard")[index % 2]
+        assert row["caption"] == captions(make_scene(0, "train", index, preset), "medium", 1)[0]
 
 
 def test_chosen_kinds_only():
@@ -154,6 +166,8 @@ def test_chosen_kinds_only():
     ("name", "change", "message"),
     [
         ("xformer_scenes", "preset=standart", "did you mean 'standard'"),
+        ("xformer_scenes", "preset=[easy,standart]", "did you mean 'standard'"),
+        ("xformer_scenes", "preset=[]", "no scene preset named ''"),
         ("xformer_scenes", "splits.train.captions=medum", "did you mean 'medium'"),
         ("xformer_scenes", "splits.train.scene=3", "splits.train: unknown key 'scene'.*'scenes'"),
         ("xformer_scenes", "splits.valid.scenes=3", "no split named 'valid'.*'val'"),

@@ -38,20 +38,20 @@ class SceneSource:
     Attributes:
         seed: of the world.
         split: whose scenes.
-        preset: difficulty, see :data:`lavis_xformer.data.scenes.PRESETS`.
+        presets: difficulties, see :data:`lavis_xformer.data.scenes.PRESETS`; where there are several, they take turns.
         scenes: how many.
         image_size: side of a picture in pixels.
     """
 
     seed: int
     split: str
-    preset: str
+    presets: tuple[str, ...]
     scenes: int
     image_size: int
 
     def scene(self, index: int) -> Scene:
         """Draw a scene."""
-        return _scene(self.seed, self.split, index, self.preset)
+        return _scene(self.seed, self.split, index, self.presets[index % len(self.presets)])
 
     def paint(self, index: int) -> NDArray[np.uint8]:
         """Paint a scene: (image_size, image_size, 3)."""
@@ -199,13 +199,15 @@ class SceneBuilder(BaseDatasetBuilder):
         for key in part:
             if key not in known:
                 raise UserError(f"splits.{name}: unknown key {key!r}: {nearest(key, known)}")
-        find_preset(self.config.preset)
+        presets = [self.config.preset] if isinstance(self.config.preset, str) else list(self.config.preset) or [""]
+        for preset in presets:
+            find_preset(preset)
         mode = "train" if name == "train" else "eval"
         shared = {
             "source": SceneSource(
                 seed=whole("seed", self.config.get("seed"), least=0),
                 split=name,
-                preset=self.config.preset,
+                presets=tuple(presets),
                 scenes=part["scenes"],
                 image_size=whole("image_size", self.config.get("image_size"), least=8),
             ),

@@ -15,7 +15,7 @@ from torch.utils.data.dataloader import default_collate
 
 from lavis_xformer.data.scene_datasets import LazyRows, Sample, SceneBuilder, SceneDataset, whole
 from lavis_xformer.data.scenes import ANSWERS, QUESTION_KINDS, Question, ask, questions, scene_rng
-from lavis_xformer.data.scenes.qa import details_asked, find_kind
+from lavis_xformer.data.scenes.qa import details_asked, find_kind, inventory_asked
 from lavis_xformer.data.scenes.text import shuffled
 from lavis_xformer.errors import UserError
 from lavis_xformer.paths import config_path
@@ -56,7 +56,8 @@ class SceneQuestionDataset(SceneDataset):
         for stand_in in range(index, index + _MANY_SCENES * scenes, scenes):
             if asked := make(stand_in):
                 return stand_in, asked
-        raise UserError(f"kinds: no scene of preset '{self.source.preset}' allows a question of {list(kinds)}")
+        presets = " or ".join(self.source.presets)
+        raise UserError(f"kinds: no scene of preset {presets} allows a question of {list(kinds)}")
 
     def _annotate(self, number: int) -> Sample:
         kind = self.kinds[number % len(self.kinds)]
@@ -102,21 +103,25 @@ class SceneQuestionDataset(SceneDataset):
 class SceneDialogueDataset(SceneQuestionDataset):
     """One sample per scene, for training: all its questions in a row, so that the image is encoded once."""
 
-    def __init__(self, *, details_per_image: int = 0, **questions: Any) -> None:
+    def __init__(self, *, details_per_image: int = 0, inventory: bool = False, **questions: Any) -> None:
         """Prepare the dialogues.
 
         Args:
             details_per_image: how many objects to ask all about, besides.
+            inventory: ask for all of all objects at the end.
             questions: the arguments of :class:`SceneQuestionDataset`.
         """
         super().__init__(**questions)
-        self.details_per_image = details_per_image
+        self.details_per_image, self.inventory = details_per_image, inventory
         self.annotation = LazyRows(self.source.scenes, self._annotate)
 
     def _questions(self, index: int) -> list[Question]:
         scene, rng = self.source.scene(index), self._rng(index, 3)
         asked = questions(scene, rng, self.kinds, n=self.questions_per_image)
-        return asked and shuffled(rng, asked + details_asked(scene, rng, self.details_per_image))
+        if not asked:
+            return []
+        last = [inventory_asked(scene)] if self.inventory else []
+        return shuffled(rng, asked + details_asked(scene, rng, self.details_per_image)) + last
 
     def _annotate(self, number: int) -> Sample:
         index, asked = self._first(number, self._questions, self.kinds)
@@ -138,7 +143,7 @@ class SceneQuestionBuilder(SceneBuilder):
 
     DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": config_path("datasets/scenes_vqa.yaml")}
     train_dataset_cls = eval_dataset_cls = SceneQuestionDataset
-    split_keys = ("questions_per_image", "dialogue", "details_per_image")
+    split_keys = ("questions_per_image", "dialogue", "details_per_image", "inventory")
 
     def _dataset(self, name: str, part: Mapping[str, Any], shared: Sample) -> SceneDataset:
         kinds = tuple(self.config.get("kinds") or QUESTION_KINDS)
@@ -151,4 +156,4 @@ class SceneQuestionBuilder(SceneBuilder):
         if name != "train":
             raise UserError(f"splits.{name}.dialogue: only 'train' may ask several questions at once")
         more = whole("details_per_image", part.get("details_per_image", 0), least=0)
-        return SceneDialogueDataset(details_per_image=more, **asked)
+        return SceneDialogueDataset(details_per_image=more, inventory=bool(part.get("inventory", False)), **asked)

@@ -77,7 +77,7 @@ RECIPES = {
     "full": Recipe(
         scenes=60_000,
         wordings=4,
-        documents=40_000,
+        documents=60_000,
         heldout=1000,
         clip=Schedule(steps=10_000, batch=128, lr=1e-3, horizon=20_000, cooldown=0.4),
         mae=Schedule(steps=10_000, batch=256, lr=1.5e-3, horizon=20_000, cooldown=0.25),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -27,16 +26,17 @@ from lavis_xformer.data.scenes import (
     coarse_caption,
     description,
     make_scene,
-    questions,
     render,
 )
-from lavis_xformer.data.scenes.qa import details_asked
+from lavis_xformer.data.scenes.qa import Question, details_asked, inventory_asked
 from lavis_xformer.data.scenes.text import notes, pick, shuffled
 from lavis_xformer.mini.language import Document, Turn
 
 PRESET = "standard"
 TRAIN, HELD_OUT = "pretrain", "pretrain-heldout"
 CHUNK = 500
+ASKED = (*QUESTION_KINDS, "attribute", "attribute", "count_group", "relation", "relation")
+"""What a text asks: kinds of many forms, or of two objects to be looked up, more than once."""
 
 T = TypeVar("T")
 
@@ -83,9 +83,9 @@ def _coarse(split: str, seed: int, wordings: int, start: int, stop: int) -> list
 def documents(split: str, *, seed: int, count: int) -> list[Document]:
     """What the language model reads.
 
-    Of every eight texts one is a caption, one a pair of questions without a description, and six are descriptions
-    with ten questions and up to three requests to tell all of an object, which teach to look it up: their answers
-    are longer. Every other scene is an easy one: short texts teach faster.
+    Of every eight texts one is a caption, one a pair of questions without a description, and six are descriptions with
+    the questions of :data:`ASKED` and up to three requests to tell all of an object, which teach to look it up: their
+    answers are longer. Every other scene is an easy one: short texts teach faster.
     """
     chunks = in_parallel(partial(_documents, split, seed), count)
     return [document for chunk in chunks for document in chunk]
@@ -95,6 +95,7 @@ def noted(split: str, *, seed: int, count: int) -> list[Document]:
     """The documents of :func:`documents`, half of the descriptions as notes and a quarter of these with a caption.
 
     The notes come in any order, and the numbers of the groups are missing every other time: then one has to count.
+    Half of the questions end with the one for all objects, in order.
     """
     chunks = in_parallel(partial(_noted, split, seed), count)
     return [document for chunk in chunks for document in chunk]
@@ -115,12 +116,11 @@ def _documents(split: str, seed: int, start: int, stop: int) -> list[Document]:
             found.append(Document(level(shown, rng)))
             continue
         blind = index % 8 == 1
-        asked = questions(shown, rng, n=2 if blind else 10)
-        turns = [Turn(q.kind, q.text, q.answer) for q in asked]
-        if not blind:
-            turns += [Turn(q.kind, q.text, q.answer) for q in details_asked(shown, rng, 3)]
-        order = rng.permutation(len(turns))
-        found.append(Document("" if blind else description(shown), tuple(turns[int(i)] for i in order)))
+        drawn = [q for kind in ASKED if (q := ask(shown, rng, kind))]
+        asked = list({q.text: q for q in drawn}.values())
+        asked = shuffled(rng, asked)[:2] if blind else asked + details_asked(shown, rng, 3)
+        turns = tuple(_turn(question) for question in shuffled(rng, asked))
+        found.append(Document("" if blind else description(shown), turns))
     return found
 
 
@@ -135,8 +135,13 @@ def _noted(split: str, seed: int, start: int, stop: int) -> list[Document]:
         if rng.random() < 0.25:
             found.append(Document(pick(rng, list(LEVELS.values()))(shown, rng), notes=noted))
         else:
-            found.append(replace(document, text="", notes=noted))
+            last = (_turn(inventory_asked(shown)),) if rng.random() < 0.5 else ()
+            found.append(Document("", document.turns + last, noted))
     return found
+
+
+def _turn(question: Question) -> Turn:
+    return Turn(question.kind, question.text, question.answer)
 
 
 def _notes(shown: Scene, rng: np.random.Generator, *, numbers: bool) -> tuple[str, ...]:
@@ -150,7 +155,6 @@ def _examination(split: str, seed: int, as_notes: bool, start: int, stop: int) -
         shown, rng = scene(split, seed, index)
         q = ask(shown, rng, QUESTION_KINDS[index % len(QUESTION_KINDS)])
         if q is not None:
-            turns = (Turn(q.kind, q.text, q.answer),)
             told = _notes(shown, rng, numbers=False) if as_notes else ()
-            found.append(Document("" if as_notes else description(shown), turns, told))
+            found.append(Document("" if as_notes else description(shown), (_turn(q),), told))
     return found

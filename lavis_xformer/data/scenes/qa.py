@@ -13,7 +13,7 @@ from itertools import combinations
 
 from numpy.random import Generator
 
-from lavis_xformer.data.scenes.text import details, pick, shuffled
+from lavis_xformer.data.scenes.text import details, inventory, pick, shuffled
 from lavis_xformer.data.scenes.words import (
     COLOURS,
     COLUMNS,
@@ -257,6 +257,11 @@ def details_asked(scene: Scene, rng: Generator, n: int) -> list[Question]:
     if largest and len(scene.objects) > 1:
         named.append(("largest object", largest))
     return [Question("details", f"what is the {name}?", details(item)) for name, item in shuffled(rng, named)[:n]]
+
+
+def inventory_asked(scene: Scene) -> Question:
+    """Ask for all that is known of all objects; for training only."""
+    return Question("inventory", "what objects are there?", ". ".join(inventory(scene)))
 
 
 def majority_share(asked: Iterable[Question]) -> dict[str, tuple[str, float]]:
