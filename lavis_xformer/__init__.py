@@ -26,6 +26,7 @@ _REGISTERING = (
     "lavis_xformer.stage2_task",
     "lavis_xformer.benchmark_task",
     "lavis_xformer.vqa_tasks",
+    "lavis_xformer.caption_tasks",
     "lavis_xformer.schedules",
     "lavis_xformer.runner",
 )

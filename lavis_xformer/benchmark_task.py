@@ -11,7 +11,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,53 +23,13 @@ from lavis_xformer import launch, scoring
 from lavis_xformer.distributed import is_main
 from lavis_xformer.engine import jobs
 from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.protocols import Protocol, protocol_of
 from lavis_xformer.tasks import own_batches
 
 logger = logging.getLogger(__name__)
 
 SCORERS = ("strict", "gvt_official", "pope_official")
 SHOWN = ("mae", "rmse", "f1", "yes_ratio", "pair_accuracy")  # what some scores have beside accuracy
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How a question is put.
-
-    Attributes:
-        name: of the protocol.
-        prompt: ``{}`` stands for the question.
-        num_beams: 1 means greedy.
-        length_penalty: of beam search; None leaves it to the model (``model.vqa_length_penalty``).
-        max_len: most tokens of an answer.
-        min_len: fewest.
-    """
-
-    name: str
-    prompt: str
-    num_beams: int = 5
-    length_penalty: float | None = None
-    max_len: int = 10
-    min_len: int = 1
-
-
-#: BLIP-2's paper (arXiv 2301.12597, appendix), and what LAVIS's YAMLs and tasks do, who never pass a length penalty
-PROTOCOLS = {
-    "paper": Protocol("paper", "Question: {} Answer:", length_penalty=-1.0),
-    "lavis": Protocol("lavis", "Question: {} Short answer:"),
-}
-
-
-def protocol_of(run: Any) -> Protocol:
-    """Return the protocol that ``run.protocol`` names, with what else the run says of it.
-
-    Raises:
-        UserError: there is no such protocol.
-    """
-    name = run.get("protocol", "paper")
-    if name not in PROTOCOLS:
-        raise UserError(f"run.protocol: '{name}': {nearest(str(name), PROTOCOLS)}")
-    changes = {key: run[key] for key in ("prompt", "num_beams", "max_len", "min_len") if run.get(key) is not None}
-    return replace(PROTOCOLS[name], **changes)
 
 
 class Item(NamedTuple):

@@ -9,46 +9,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from lavis.common.registry import registry
 from lavis.common.vqa_tools.vqa import VQA
 from lavis.common.vqa_tools.vqa_eval import VQAEval
 from lavis.tasks.vqa import GQATask, VQATask
 
-from lavis_xformer import assets
-from lavis_xformer.benchmark_task import Protocol, protocol_of
 from lavis_xformer.distributed import is_main
-from lavis_xformer.engine import jobs
 from lavis_xformer.errors import UserError
+from lavis_xformer.protocols import Row, WithProtocol
 
-Row = dict[str, Any]
 TYPES = ("structural", "semantic")
 
 
-class WithProtocol:
-    """Before a task of LAVIS: asks by ``run.protocol`` and writes down how."""
+class AsksByProtocol(WithProtocol):
+    """The protocol of questions."""
 
-    CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset({"protocol"})
-    protocol: Protocol
-    config: dict[str, Any]
     dataset: Any
-
-    @classmethod
-    def setup_task(cls, cfg: Any) -> Any:
-        """Read what LAVIS reads, then ``run.protocol`` and what the run changes of it.
-
-        Raises:
-            UserError: there is no such protocol.
-        """
-        task = super().setup_task(cfg)  # type: ignore[misc]
-        task.protocol, task.config = protocol_of(cfg.run_cfg), cfg.to_dict()
-        for name in ("prompt", "num_beams", "max_len", "min_len"):
-            setattr(task, name, getattr(task.protocol, name))
-        return task
 
     def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
         """Give the model the protocol's length penalty, which LAVIS's tasks never pass; keep the dataset."""
@@ -57,26 +37,9 @@ class WithProtocol:
         if self.protocol.length_penalty is not None:
             model.vqa_length_penalty = self.protocol.length_penalty
 
-    def write(self, split: str, figures: Mapping[str, float], answers: Sequence[Row]) -> None:
-        """Write ``result/<split>_<dataset>.json``."""
-        name = next(iter(self.config["datasets"]))
-        files = self.config["datasets"][name].get("build_info", {}).get("annotations", {}).get(split, {})
-        report = {
-            "benchmark": name,
-            "split": split,
-            "protocol": asdict(self.protocol),
-            "scorer": "lavis",
-            "question_sha256": {file: assets.sha256(Path(file)) for file in _files(files.get("storage"))},
-            "figures": dict(figures),
-            "answers": list(answers),
-            "config": self.config,
-            "versions": jobs.versions(),
-        }
-        jobs.write_json(Path(registry.get_path("result_dir")) / f"{split}_{name}.json", report)
-
 
 @registry.register_task("xformer_vqa")
-class XFormerVQATask(WithProtocol, VQATask):
+class XFormerVQATask(AsksByProtocol, VQATask):
     """VQAv2 and OK-VQA: overall and by type of answer (``number``!)."""
 
     def _report_metrics(self, result_file: str, split: str) -> dict[str, float]:
@@ -90,7 +53,8 @@ class XFormerVQATask(WithProtocol, VQATask):
         accuracy = scorer.accuracy
         figures = {"agg_metrics": accuracy["overall"], "accuracy": accuracy["overall"]}
         figures |= {f"accuracy_{kind}": value for kind, value in accuracy["perAnswerType"].items()}
-        self.write(split, figures, [self._answer(questions, said, scorer, number) for number in scorer.evalQA])
+        answers = [self._answer(questions, said, scorer, number) for number in scorer.evalQA]
+        self.write(split, figures, scorer="lavis", said=answers)
         return figures
 
     def _answer(self, questions: Any, said: Any, scorer: Any, number: int) -> Row:
@@ -108,14 +72,14 @@ class XFormerVQATask(WithProtocol, VQATask):
 
 
 @registry.register_task("xformer_gqa")
-class XFormerGQATask(WithProtocol, GQATask):
+class XFormerGQATask(AsksByProtocol, GQATask):
     """GQA: overall, by structural type (query, verify, choose, logical, compare) and by semantic type.
 
     The types stand in GQA's own question files; where the file that LAVIS reads lacks them, ``run.question_types``
     names one that has them (``testdev_balanced_questions.json``: ``{question id: {"types": {...}}}``).
     """
 
-    CONFIG_KEYS = WithProtocol.CONFIG_KEYS | {"question_types"}
+    CONFIG_KEYS = AsksByProtocol.CONFIG_KEYS | {"question_types"}
 
     def _report_metrics(self, result_file: str, split: str) -> dict[str, float] | None:
         """Score as LAVIS, and by type."""
@@ -147,7 +111,7 @@ class XFormerGQATask(WithProtocol, GQATask):
                 }
             )
         figures = gqa_figures(answers)
-        self.write(split, figures, answers)
+        self.write(split, figures, scorer="lavis", said=answers)
         return figures
 
     def _types(self, rows: Mapping[str, Row]) -> dict[str, Row]:
@@ -176,8 +140,3 @@ def gqa_figures(answers: Iterable[Row]) -> dict[str, float]:
         figures[f"accuracy{end}"] = 100 * sum(answer["correct"] for answer in members) / len(members)
         figures |= {f"majority{end}": 100 * most / len(members), f"n{end}": len(members)}
     return {"agg_metrics": figures["accuracy"], **figures}
-
-
-def _files(storage: Any) -> list[str]:
-    files = [storage] if isinstance(storage, str) else storage or []
-    return [file for file in files if Path(file).is_file()]

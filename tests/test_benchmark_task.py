@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lavis_xformer import benchmark_task
-from lavis_xformer.benchmark_task import PROTOCOLS, BenchmarkTask, fingerprint, items
+from lavis_xformer.benchmark_task import BenchmarkTask, fingerprint, items
 from lavis_xformer.errors import UserError
+from lavis_xformer.protocols import PROTOCOLS
 
 
 class Questions:

@@ -1,0 +1,125 @@
+"""Protocols: how a model is asked for answers and captions, by name, and how that stands in every result file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lavis.common.registry import registry
+
+from lavis_xformer import assets
+from lavis_xformer.engine import jobs
+from lavis_xformer.errors import UserError, nearest
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a question is put, or a caption asked for.
+
+    Attributes:
+        name: of the protocol.
+        prompt: ``{}`` stands for the question.
+        num_beams: 1 means greedy.
+        length_penalty: of beam search; None leaves it to the model (``model.vqa_length_penalty``).
+        max_len: most tokens of an answer or caption.
+        min_len: fewest.
+    """
+
+    name: str
+    prompt: str
+    num_beams: int = 5
+    length_penalty: float | None = None
+    max_len: int = 10
+    min_len: int = 1
+
+
+#: BLIP-2's paper (arXiv 2301.12597, appendix), and what LAVIS's YAMLs and tasks do, who never pass a length penalty
+PROTOCOLS = {
+    "paper": Protocol("paper", "Question: {} Answer:", length_penalty=-1.0),
+    "lavis": Protocol("lavis", "Question: {} Short answer:"),
+}
+#: the same of captions, where both agree; the paper says prompt and beams, LAVIS's YAMLs the lengths
+CAPTION_PROTOCOLS = {
+    name: Protocol(name, "a photo of", length_penalty=1.0, max_len=30, min_len=8) for name in ("paper", "lavis")
+}
+#: stage 1 ranks by ITC, and so many of the best anew by ITM
+RETRIEVAL_PROTOCOLS = {name: {"name": name, "k_test": 128} for name in ("paper", "lavis")}
+
+
+def named(run: Any, protocols: Mapping[str, Any]) -> Any:
+    """Return the protocol that ``run.protocol`` names, ``paper`` where it says nothing.
+
+    Raises:
+        UserError: there is no such protocol.
+    """
+    name = run.get("protocol", "paper")
+    if name not in protocols:
+        raise UserError(f"run.protocol: '{name}': {nearest(str(name), protocols)}")
+    return protocols[name]
+
+
+def protocol_of(run: Any, protocols: Mapping[str, Protocol] = PROTOCOLS) -> Protocol:
+    """Return the protocol that ``run.protocol`` names, with what else the run says of it.
+
+    Raises:
+        UserError: there is no such protocol.
+    """
+    changes = {key: run[key] for key in ("prompt", "num_beams", "max_len", "min_len") if run.get(key) is not None}
+    return replace(named(run, protocols), **changes)
+
+
+class WithProtocol:
+    """Before a task of LAVIS: asks by ``run.protocol`` and writes down how."""
+
+    CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset({"protocol"})
+    PROTOCOLS: ClassVar[Mapping[str, Protocol]] = PROTOCOLS
+    protocol: Protocol
+    config: dict[str, Any]
+
+    @classmethod
+    def setup_task(cls, cfg: Any) -> Any:
+        """Read what LAVIS reads, then ``run.protocol`` and what the run changes of it.
+
+        Raises:
+            UserError: there is no such protocol.
+        """
+        task = super().setup_task(cfg)  # type: ignore[misc]
+        task.protocol, task.config = protocol_of(cfg.run_cfg, cls.PROTOCOLS), cfg.to_dict()
+        for name in ("prompt", "num_beams", "max_len", "min_len"):
+            setattr(task, name, getattr(task.protocol, name))
+        return task
+
+    def write(self, split: str, figures: Mapping[str, float], *, scorer: str, said: Sequence[Row]) -> None:
+        """Write ``result/<split>_<dataset>.json``, see :func:`write_result`."""
+        write_result(self.config, split, asdict(self.protocol), figures, scorer=scorer, answers=list(said))
+
+
+def write_result(config: Row, split: str, protocol: Row, figures: Mapping[str, float], **more: Any) -> None:
+    """Write ``result/<split>_<dataset>.json``: figures, protocol, sha256 of the question files, config and versions.
+
+    Args:
+        config: the run's.
+        split: which was asked about.
+        protocol: how.
+        figures: what came out.
+        more: further keys of the file.
+    """
+    name = next(iter(config["datasets"]))
+    files = config["datasets"][name].get("build_info", {}).get("annotations", {}).get(split) or {}
+    storage = files.get("storage") or []
+    paths = [storage] if isinstance(storage, str) else storage
+    report = {
+        "benchmark": name,
+        "split": split,
+        "protocol": protocol,
+        "question_sha256": {file: assets.sha256(Path(file)) for file in paths if Path(file).is_file()},
+        "figures": dict(figures),
+        **more,
+        "config": config,
+        "versions": jobs.versions(),
+    }
+    jobs.write_json(Path(registry.get_path("result_dir")) / f"{split}_{name}.json", report)
