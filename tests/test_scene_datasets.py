@@ -145,7 +145,7 @@ def test_a_dialogue_has_all_questions_of_its_scene():
     said = listed["answer"][0][-1].split(". ")
     scene = make_scene(0, "train", 3)
     assert listed["question"][-1] == "what objects are there?"
-    assert [text.split(": ")[0][:-4] for text in said] == [o.name for o in sorted(scene.objects, key=lambda o: o.x)]
+    assert [text.split(": ")[0] for text in said] == [o.name for o in sorted(scene.objects, key=lambda o: o.x)]
     few = build("xformer_scenes_vqa", "kinds=[relation]", "splits.train.dialogue=true")["train"]
     assert any(row["image_id"] >= 12 for row in few.annotation), "another scene stands in where nothing can be asked"
 

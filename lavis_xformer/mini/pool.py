@@ -26,6 +26,7 @@ from lavis_xformer.data.scenes import (
     coarse_caption,
     description,
     make_scene,
+    questions,
     render,
 )
 from lavis_xformer.data.scenes.qa import Question, details_asked, inventory_asked
@@ -36,7 +37,7 @@ PRESET = "standard"
 TRAIN, HELD_OUT = "pretrain", "pretrain-heldout"
 CHUNK = 500
 ASKED = (*QUESTION_KINDS, "attribute", "attribute", "count_group", "relation", "relation")
-"""What a text asks: kinds of many forms, or of two objects to be looked up, more than once."""
+"""What is asked where objects are listed: kinds of many forms, or of two objects to be looked up, more than once."""
 
 T = TypeVar("T")
 
@@ -83,21 +84,22 @@ def _coarse(split: str, seed: int, wordings: int, start: int, stop: int) -> list
 def documents(split: str, *, seed: int, count: int) -> list[Document]:
     """What the language model reads.
 
-    Of every eight texts one is a caption, one a pair of questions without a description, and six are descriptions with
-    the questions of :data:`ASKED` and up to three requests to tell all of an object, which teach to look it up: their
-    answers are longer. Every other scene is an easy one: short texts teach faster.
+    Of every eight texts one is a caption, one a pair of questions without a description, and six are descriptions
+    with ten questions and up to three requests to tell all of an object, which teach to look it up: their answers
+    are longer. Every other scene is an easy one: short texts teach faster.
     """
-    chunks = in_parallel(partial(_documents, split, seed), count)
+    chunks = in_parallel(partial(_documents, split, seed, False), count)
     return [document for chunk in chunks for document in chunk]
 
 
-def noted(split: str, *, seed: int, count: int) -> list[Document]:
+def noted(split: str, *, seed: int, count: int, listed: bool = False) -> list[Document]:
     """The documents of :func:`documents`, half of the descriptions as notes and a quarter of these with a caption.
 
     The notes come in any order, and the numbers of the groups are missing every other time: then one has to count.
-    Half of the questions end with the one for all objects, in order.
+    Where objects are ``listed``, the questions of :data:`ASKED` are asked, and every other one of the notes' last asks
+    for all objects, from left to right.
     """
-    chunks = in_parallel(partial(_noted, split, seed), count)
+    chunks = in_parallel(partial(_noted, split, seed, listed), count)
     return [document for chunk in chunks for document in chunk]
 
 
@@ -107,7 +109,7 @@ def examination(split: str, *, seed: int, count: int, as_notes: bool = False) ->
     return [document for chunk in chunks for document in chunk]
 
 
-def _documents(split: str, seed: int, start: int, stop: int) -> list[Document]:
+def _documents(split: str, seed: int, listed: bool, start: int, stop: int) -> list[Document]:
     found = []
     for index in range(start, stop):
         shown, rng = scene(split, seed, index, PRESET if index // 8 % 2 else "easy")
@@ -116,17 +118,19 @@ def _documents(split: str, seed: int, start: int, stop: int) -> list[Document]:
             found.append(Document(level(shown, rng)))
             continue
         blind = index % 8 == 1
-        drawn = [q for kind in ASKED if (q := ask(shown, rng, kind))]
-        asked = list({q.text: q for q in drawn}.values())
-        asked = shuffled(rng, asked)[:2] if blind else asked + details_asked(shown, rng, 3)
+        if blind:
+            asked = questions(shown, rng, n=2)
+        else:
+            asked = _distinct(shown, rng) if listed else questions(shown, rng, n=10)
+            asked += details_asked(shown, rng, 3)
         turns = tuple(_turn(question) for question in shuffled(rng, asked))
         found.append(Document("" if blind else description(shown), turns))
     return found
 
 
-def _noted(split: str, seed: int, start: int, stop: int) -> list[Document]:
+def _noted(split: str, seed: int, listed: bool, start: int, stop: int) -> list[Document]:
     found = []
-    for index, document in enumerate(_documents(split, seed, start, stop), start):
+    for index, document in enumerate(_documents(split, seed, listed, start, stop), start):
         if index % 8 < 2 or index % 2:
             found.append(document)
             continue
@@ -135,13 +139,18 @@ def _noted(split: str, seed: int, start: int, stop: int) -> list[Document]:
         if rng.random() < 0.25:
             found.append(Document(pick(rng, list(LEVELS.values()))(shown, rng), notes=noted))
         else:
-            last = (_turn(inventory_asked(shown)),) if rng.random() < 0.5 else ()
+            last = (_turn(inventory_asked(shown)),) if listed and rng.random() < 0.5 else ()
             found.append(Document("", document.turns + last, noted))
     return found
 
 
 def _turn(question: Question) -> Turn:
     return Turn(question.kind, question.text, question.answer)
+
+
+def _distinct(shown: Scene, rng: np.random.Generator) -> list[Question]:
+    drawn = [question for kind in ASKED if (question := ask(shown, rng, kind))]
+    return list({question.text: question for question in drawn}.values())
 
 
 def _notes(shown: Scene, rng: np.random.Generator, *, numbers: bool) -> tuple[str, ...]:

@@ -15,8 +15,6 @@ from lavis_xformer.errors import UserError, nearest
 
 Item = TypeVar("Item")
 
-BOARD = 9
-COLUMN_NAMES = "abcdefghi"
 OPENINGS = ("", "", "a picture of ", "an image with ")
 
 
@@ -144,30 +142,34 @@ def details(item: SceneObject) -> str:
     return f"{item.size} {item.mark}{facing}, {item.cell}"
 
 
-def square(item: SceneObject) -> str:
-    """Where an object's middle lies on a board of 9 x 9 squares: ``c 7`` is the third from the left, the seventh down.
-
-    A square is narrower than what separates objects of which a relation is told, so squares tell every relation.
-    """
-    return f"{COLUMN_NAMES[int(item.x * BOARD)]} {int(item.y * BOARD) + 1}"
-
-
 def inventory(scene: Scene) -> list[str]:
-    """All there is to say of every object, from left to right: ``red star c 7: small dotted facing up, left``."""
-    return [f"{item.name} {square(item)}: {details(item)}" for item in sorted(scene.objects, key=lambda item: item.x)]
+    """All there is to say of every object, from left to right: ``red star: small dotted facing up, left``."""
+    return [f"{item.name}: {details(item)}" for item in sorted(scene.objects, key=lambda item: item.x)]
 
 
 def notes(scene: Scene) -> tuple[list[str], list[str]]:
     """Write all there is to say of a scene as notes.
 
-    Whatever is asked is looked up in one of them by its name, a relation in two.
+    Whatever is asked is looked up in one of them by its name.
 
     Returns:
-        The ground, then the :func:`inventory`, then the largest object where one is clearly larger; and, by itself, the
-        number of each group.
+        The ground, then every object from left to right with its details and, where colour and shape name several
+        objects singly, the order of each among those from the left and from the top, then the largest object where
+        one is clearly larger; and, by itself, the number of each group.
     """
-    largest = scene.largest()
-    things = [f"{with_article(scene.ground.name)} ground", *inventory(scene)]
+    singles, largest = scene.singles(), scene.largest()
+    across = sorted(singles, key=lambda item: item.x)
+    down = sorted(singles, key=lambda item: item.y)
+
+    def told(item: SceneObject) -> str:
+        ordered = item in singles and len(singles) > 1
+        ranks = f", {across.index(item) + 1} {down.index(item) + 1}" if ordered else ""
+        return f"{item.name}: {details(item)}{ranks}"
+
+    things = [
+        f"{with_article(scene.ground.name)} ground",
+        *(told(item) for item in sorted(scene.objects, key=lambda item: item.x)),
+    ]
     if largest and len(scene.objects) > 1:
         things.append(f"largest object: {details(largest)}, {largest.name}")
     return things, [f"{name} {count}" for name, count in _tally(scene).items()]
