@@ -25,7 +25,7 @@ from lavis_xformer.mini.augment import colour_jitter, random_crop
 from lavis_xformer.mini.language import Document, Turn, accuracy, encode, next_token_loss, opt_config
 from lavis_xformer.mini.mae import mae_config, mae_loss
 from lavis_xformer.mini.t5 import examine, pair, t5_config, t5_loss
-from lavis_xformer.mini.training import Schedule, fit, generator
+from lavis_xformer.mini.training import Schedule, fit, generator, make_optimizers
 
 
 @pytest.fixture(scope="module")
@@ -139,13 +139,14 @@ def test_opt_tokenizer_gives_the_text_back(mini):
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
-def test_resumed_training_equals_uninterrupted(tmp_path):
+@pytest.mark.parametrize("muon", [0.0, 0.01])
+def test_resumed_training_equals_uninterrupted(tmp_path, muon):
     images = pool.images(pool.TRAIN, seed=3, count=16)
 
     def train(state, **options):
         torch.manual_seed(0)
         model = ViTMAEForPreTraining(mae_config())
-        schedule = Schedule(steps=4, batch=8, lr=1e-3)
+        schedule = Schedule(steps=4, batch=8, lr=1e-3, muon=muon)
         fit(model, mae_loss(model, images, batch=8), schedule=schedule, seed=1, state=tmp_path / state, **options)
         return model.state_dict()
 
@@ -189,6 +190,8 @@ def test_a_note_is_read_in_the_place_of_one_token(smoke):
     expected = torch.nn.functional.cross_entropy(logits, plain[0, 1:], reduction="none")
     torch.testing.assert_close(loss[1, : len(expected)], expected)
     assert hits.shape == loss.shape
+    cut = encode([asked], tokenizer, length=6)
+    assert cut.places[0].unique().tolist() == list(range(6)), "the rest does not fit"
 
 
 def test_lists_end_half_of_the_notes():
@@ -211,7 +214,8 @@ def test_notes_say_what_the_description_says():
     for document, noted in zip(pool.documents("t", seed=0, count=64), pool.noted("t", seed=0, count=64), strict=True):
         if noted.notes and noted.turns:
             assert document.turns == noted.turns
-            for note in noted.notes:
+            assert len(noted.notes) == pool.PLACES
+            for note in set(noted.notes) - {"nothing"}:
                 assert note in document.text
     kinds = [(bool(d.notes), bool(d.text), bool(d.turns)) for d in pool.noted("t", seed=0, count=256)]
     assert {(True, False, True), (True, True, False), (False, True, True), (False, False, True)} <= set(kinds)
@@ -224,6 +228,21 @@ def test_schedule_warms_up_and_decays():
     assert max(rates) == pytest.approx(1.0)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] < 0.02
+
+
+def test_muon_takes_the_matrices_that_are_no_embeddings():
+    model = OPTForCausalLM(opt_config(100))
+    muon, adamw = make_optimizers(model, Schedule(steps=4, batch=8, lr=1e-3, muon=0.02))
+    names = {id(p): name for name, p in model.named_parameters()}
+    taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
+    left = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert taken == {
+        name
+        for name in names.values()
+        if ".layers." in name and name.endswith(("proj.weight", "fc1.weight", "fc2.weight"))
+    }
+    assert left == set(names.values()) - taken
+    assert [group["initial_lr"] for group in muon.param_groups + adamw.param_groups] == [0.02, 1e-3, 1e-3]
 
 
 def test_a_training_brought_home_early_is_the_longer_one_until_it_cools_down() -> None:

@@ -62,7 +62,7 @@ RECIPES = {
         mae=Schedule(steps=4, batch=16, lr=1e-3),
         opt=Schedule(steps=4, batch=8, lr=1e-3),
         notes=Schedule(steps=4, batch=8, lr=1e-3),
-        lists=Schedule(steps=4, batch=8, lr=1e-3),
+        lists=Schedule(steps=4, batch=8, lr=1e-3, muon=0.01),
         t5=Schedule(steps=4, batch=8, lr=1e-3),
     ),
     "quick": Recipe(
@@ -74,7 +74,7 @@ RECIPES = {
         mae=Schedule(steps=700, batch=256, lr=1e-3),
         opt=Schedule(steps=3000, batch=13, lr=3e-3),
         notes=Schedule(steps=2000, batch=16, lr=1e-3),
-        lists=Schedule(steps=1000, batch=16, lr=1e-3),
+        lists=Schedule(steps=1000, batch=13, lr=1e-3, muon=0.01),
         t5=Schedule(steps=3000, batch=64, lr=3e-3),
     ),
     "full": Recipe(
@@ -86,7 +86,7 @@ RECIPES = {
         mae=Schedule(steps=10_000, batch=256, lr=1.5e-3, horizon=20_000, cooldown=0.25),
         opt=Schedule(steps=15_600, batch=13, lr=3e-3),
         notes=Schedule(steps=4000, batch=16, lr=1.5e-3),
-        lists=Schedule(steps=6000, batch=16, lr=1.5e-3),
+        lists=Schedule(steps=4000, batch=13, lr=1e-3, muon=0.01),
         t5=Schedule(steps=15_600, batch=64, lr=3e-3),
     ),
 }
@@ -169,18 +169,18 @@ def build_opt(job: Job) -> None:
     torch.manual_seed(job.seed)
     recipe = job.recipe
     documents = pool.documents(pool.TRAIN, seed=job.seed, count=recipe.documents)
-    texts = [text for document in documents[:20_000] for text, _ in document.parts()]
-    tokenizer = write_opt(job.out / "opt", texts)
+    spoken = [text for document in documents[:20_000] for text, _ in document.parts()]
+    tokenizer = write_opt(job.out / "opt", spoken)
     model = OPTForCausalLM(opt_config(len(tokenizer)))
     prepare(model)
     model.to(job.device)
     seconds = job.fit("opt", model, language_loss(model, encode(documents, tokenizer), batch=recipe.opt.batch))
-    for part, listed in (("notes", False), ("lists", True)):
-        documents = pool.noted(pool.TRAIN, seed=job.seed, count=recipe.documents, listed=listed)
-        loss = language_loss(model, encode(documents, tokenizer), batch=getattr(recipe, part).batch, noise=0.1)
+    for part, listed, first in (("notes", False, 0.3), ("lists", True, 1.0)):
+        texts = encode(pool.noted(pool.TRAIN, seed=job.seed, count=recipe.documents, listed=listed), tokenizer)
+        loss = language_loss(model, texts, batch=getattr(recipe, part).batch, noise=0.1, first=first)
         seconds += job.fit(part, model, loss)
-    noted = pool.examination(pool.HELD_OUT, seed=job.seed, count=recipe.heldout, as_notes=True)
-    asked = pool.examination(pool.HELD_OUT, seed=job.seed, count=recipe.heldout)
+    noted = pool.examination(pool.HELD_OUT, seed=job.seed, count=4 * recipe.heldout, as_notes=True)
+    asked = pool.examination(pool.HELD_OUT, seed=job.seed, count=4 * recipe.heldout)
     blind = [replace(document, text="") for document in asked]
     captions = [text for text in pool.documents(pool.HELD_OUT, seed=job.seed, count=recipe.heldout) if not text.turns]
     figures = {"perplexity of captions": perplexity(model, tokenizer, captions)}

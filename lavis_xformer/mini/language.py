@@ -105,7 +105,7 @@ class Encoded(NamedTuple):
 
 
 def encode(documents: Sequence[Document], tokenizer: GPT2Tokenizer, *, length: int = 512) -> Encoded:
-    """Tokenise documents: notes, then ``</s>``, text and questions; one longer than ``length`` is cut."""
+    """Tokenise documents: notes, then ``</s>``, text and questions; one of more than ``length`` places is cut."""
     pieces: dict[str, list[int]] = {}
 
     def ids(text: str) -> list[int]:
@@ -120,15 +120,15 @@ def encode(documents: Sequence[Document], tokenizer: GPT2Tokenizer, *, length: i
         for number, note in enumerate(document.notes):
             row += ids(note)
             place += [number] * len(ids(note))
-        read = len(row)
+        read, limit = len(row), len(row) + length - len(document.notes)
         row, mark = [*row, tokenizer.bos_token_id], [False] * (read + 1)
         for text, answer in document.parts():
             row += ids(text)
             mark += [answer] * len(ids(text))
         place += range(len(document.notes), len(document.notes) + len(row) - read)
-        rows.append(torch.tensor(row[:length], dtype=torch.int16))
-        marks.append(torch.tensor(mark[:length]))
-        places.append(torch.tensor(place[:length], dtype=torch.int16))
+        rows.append(torch.tensor(row[:limit], dtype=torch.int16))
+        marks.append(torch.tensor(mark[:limit]))
+        places.append(torch.tensor(place[:limit], dtype=torch.int16))
     pad = torch.nn.utils.rnn.pad_sequence
     tokens = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     return Encoded(tokens, pad(marks, batch_first=True), pad(places, batch_first=True, padding_value=tokens.shape[1]))
@@ -171,17 +171,20 @@ def next_token_loss(
     return loss, logits.argmax(-1) == target, spread(text.answers.long())[:, 1:] == 1
 
 
-def language_loss(model: OPTForCausalLM, texts: Encoded, *, batch: int, noise: float = 0.0) -> StepLoss:
+def language_loss(
+    model: OPTForCausalLM, texts: Encoded, *, batch: int, noise: float = 0.0, first: float = 0.3
+) -> StepLoss:
     """One step: mean cross-entropy in which a token to be learned counts 21 times as much as any other.
 
     What a scene holds and what is asked can't be foreseen, so their loss is noise that would drown the answers.
-    The shortest 30 % of the documents come first, all of them from half the training on.
+    The shortest documents come first.
 
     Args:
         model: what to train.
         texts: from :func:`encode`.
         batch: documents of mean length per step; more where they are shorter. They are drawn among similar lengths.
         noise: on the notes, see :func:`next_token_loss`.
+        first: share of the documents, the shortest, at the start; all of them 0.7 of the training later, at the latest.
     """
     device = next(model.parameters()).device
     lengths = (texts.tokens != model.config.pad_token_id).sum(1)
@@ -190,7 +193,7 @@ def language_loss(model: OPTForCausalLM, texts: Encoded, *, batch: int, noise: f
     budget = batch * float(lengths.float().mean())
 
     def step(rng: torch.Generator, progress: float) -> Tensor:
-        known = max(bucket, round(len(order) * min(1.0, 0.3 + 1.4 * progress)))
+        known = max(bucket, round(len(order) * min(1.0, first + 1.4 * progress)))
         start = int(torch.randint(known - bucket + 1, (), generator=rng))
         number = max(4, int(budget / int(lengths[order[start + bucket - 1]])))
         rows = order[start + torch.randint(bucket, (number,), generator=rng)]

@@ -39,6 +39,9 @@ CHUNK = 500
 ASKED = (*QUESTION_KINDS, "attribute", "attribute", "count_group", "relation", "relation")
 """What is asked where objects are listed: kinds of many forms, or of two objects to be looked up, more than once."""
 
+PLACES = 32
+"""How many notes there are, as places in an image's prefix; those with nothing to say, say so."""
+
 T = TypeVar("T")
 
 
@@ -155,7 +158,8 @@ def _distinct(shown: Scene, rng: np.random.Generator) -> list[Question]:
 
 def _notes(shown: Scene, rng: np.random.Generator, *, numbers: bool) -> tuple[str, ...]:
     things, tally = notes(shown)
-    return tuple(shuffled(rng, things + (tally if numbers else [])))
+    told = (things + (tally if numbers else []))[:PLACES]
+    return tuple(shuffled(rng, told + ["nothing"] * (PLACES - len(told))))
 
 
 def _examination(split: str, seed: int, as_notes: bool, start: int, stop: int) -> list[Document]:
