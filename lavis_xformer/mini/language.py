@@ -184,7 +184,7 @@ def language_loss(
         texts: from :func:`encode`.
         batch: documents of mean length per step; more where they are shorter. They are drawn among similar lengths.
         noise: on the notes, see :func:`next_token_loss`.
-        first: share of the documents, the shortest, at the start; all of them 0.7 of the training later, at the latest.
+        first: share of the documents, the shortest, that is drawn from at the start; it grows with the steps.
     """
     device = next(model.parameters()).device
     lengths = (texts.tokens != model.config.pad_token_id).sum(1)
