@@ -75,8 +75,8 @@ setup(
     python_requires=">=3.10,<3.12",
     install_requires=[
         "salesforce-lavis==1.0.2",
-        "torch>=2.6",
-        "torchvision>=0.21",
+        "torch>=2.9",  # has Muon
+        "torchvision>=0.24",
         "transformers>=4.25,<4.27",
         "timm==0.4.12",
         "omegaconf>=2.1",

@@ -23,6 +23,7 @@ from lavis_xformer import launch
 from lavis_xformer.data.guard import GuardedDataset, StreamGuard, guard, guards_in
 from lavis_xformer.distributed import world_size
 from lavis_xformer.engine import rng
+from lavis_xformer.engine.optimizers import MuonAdamW
 from lavis_xformer.engine.options import RunOptions
 from lavis_xformer.engine.sampling import check_ratios, eval_loader, split_by, train_loader
 from lavis_xformer.engine.step import computes_bf16
@@ -39,6 +40,7 @@ class PortableRunner(RunnerBase):
     _device: torch.device | None
     _model: Any
     _wrapped_model: Any
+    _optimizer: torch.optim.Optimizer | None
     _scaler: torch.amp.GradScaler | None
     _lr_sched: Any
     _dataloaders: dict[str, Any] | None
@@ -93,6 +95,20 @@ class PortableRunner(RunnerBase):
             return "bf16" if computes_bf16(self.device) else "no"
         devices = {"fp16": ("cuda",), "bf16": ("cuda", "cpu")}.get(wanted, ())
         return wanted if self.device.type in devices else "no"
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """LAVIS's AdamW, or Muon and AdamW where ``run.muon`` is set."""
+        run = self.config.run_cfg
+        if self._optimizer is None and self.options.muon:
+            self._optimizer = MuonAdamW(
+                self.model,
+                lr=float(run.init_lr),
+                weight_decay=float(run.weight_decay),
+                betas=(0.9, float(run.get("beta2", 0.999))),
+                pace=self.options.muon,
+            )
+        return super().optimizer
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:

@@ -25,7 +25,7 @@ from lavis_xformer.mini.augment import colour_jitter, random_crop
 from lavis_xformer.mini.language import Document, Turn, accuracy, encode, next_token_loss, opt_config
 from lavis_xformer.mini.mae import mae_config, mae_loss
 from lavis_xformer.mini.t5 import examine, pair, t5_config, t5_loss
-from lavis_xformer.mini.training import Schedule, fit, generator, make_optimizers
+from lavis_xformer.mini.training import Schedule, fit, generator
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_opt_tokenizer_gives_the_text_back(mini):
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
 
 
-@pytest.mark.parametrize("muon", [0.0, 0.01])
+@pytest.mark.parametrize("muon", [0.0, 4.0])
 def test_resumed_training_equals_uninterrupted(tmp_path, muon):
     images = pool.images(pool.TRAIN, seed=3, count=16)
 
@@ -228,21 +228,6 @@ def test_schedule_warms_up_and_decays():
     assert max(rates) == pytest.approx(1.0)
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] < 0.02
-
-
-def test_muon_takes_the_matrices_that_are_no_embeddings():
-    model = OPTForCausalLM(opt_config(100))
-    muon, adamw = make_optimizers(model, Schedule(steps=4, batch=8, lr=1e-3, muon=0.02))
-    names = {id(p): name for name, p in model.named_parameters()}
-    taken = {names[id(p)] for group in muon.param_groups for p in group["params"]}
-    left = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
-    assert taken == {
-        name
-        for name in names.values()
-        if ".layers." in name and name.endswith(("proj.weight", "fc1.weight", "fc2.weight"))
-    }
-    assert left == set(names.values()) - taken
-    assert [group["initial_lr"] for group in muon.param_groups + adamw.param_groups] == [0.02, 1e-3, 1e-3]
 
 
 def test_a_training_brought_home_early_is_the_longer_one_until_it_cools_down() -> None:

@@ -69,6 +69,26 @@ def test_resuming_within_an_epoch_gives_the_unbroken_weights(unbroken, tmp_path,
         assert summary["best"] == unbroken.summary["best"]
 
 
+def test_muon_resumes_too_and_refuses_the_state_of_adamw(unbroken, tmp_path):
+    whole = toy_training.make_runner(tmp_path, job_id="a", muon=3.0, save_every_steps=4, keep_last=0)
+    whole.train()
+    assert any(
+        not torch.equal(whole_value, unbroken_value)
+        for whole_value, unbroken_value in zip(weights(whole).values(), weights(unbroken).values(), strict=True)
+    )
+    path = str(whole.output_dir / "checkpoint_0_step4.pth")
+    again = toy_training.make_runner(tmp_path, job_id="b", muon=3.0, resume_ckpt_path=path)
+    again.train()
+    assert_same(weights(again), weights(whole))
+    other = toy_training.make_runner(tmp_path, job_id="c", resume_ckpt_path=path)
+    with pytest.raises(UserError, match=r"checkpoint_0_step4.*run\.muon"):
+        other.train()
+    path = str(unbroken.output_dir / "checkpoint_0.pth")
+    other = toy_training.make_runner(tmp_path, job_id="d", muon=3.0, resume_ckpt_path=path)
+    with pytest.raises(UserError, match=r"checkpoint_0.*run\.muon"):
+        other.train()
+
+
 def test_auto_resume_passes_over_a_torn_checkpoint(unbroken, tmp_path, caplog):
     first = toy_training.make_runner(tmp_path, resume="auto")
     first.train()

@@ -20,6 +20,8 @@ class RunOptions:
     Attributes:
         amp: mixed precision: ``bf16``, on a GPU ``fp16`` (``True`` means fp16, as in LAVIS), ``no``; ``auto``:
             bf16 where the hardware computes it itself.
+        muon: trains matrices that are no embeddings by Muon instead of AdamW, at so many times the learning rate; 0:
+            AdamW for all, as in LAVIS.
         max_grad_norm: clip the gradient to this 2-norm; 0 does not clip.
         skip_nonfinite: how many steps with a loss or gradient that is not finite may be skipped in
             the whole run; the next one stops it.
@@ -43,6 +45,7 @@ class RunOptions:
     """
 
     amp: str = "no"
+    muon: float = 0.0
     max_grad_norm: float = 0.0
     skip_nonfinite: int = 0
     save_every_steps: int = 0

@@ -107,8 +107,9 @@ class TrainingState:
     def _restore_optimizer(self, content: dict[str, Any], source: str) -> None:
         try:
             self.optimizer.load_state_dict(content["optimizer"])
-        except ValueError as error:
-            raise UserError(f"{source}: its optimiser is of another model: {error}") from error
+        except (KeyError, ValueError) as error:
+            reason = f"its optimiser is of another model, or run.muon of another kind: {error}"
+            raise UserError(f"{source}: {reason}") from error
         if self.scaler is not None and content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
 

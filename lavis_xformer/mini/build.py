@@ -62,7 +62,7 @@ RECIPES = {
         mae=Schedule(steps=4, batch=16, lr=1e-3),
         opt=Schedule(steps=4, batch=8, lr=1e-3),
         notes=Schedule(steps=4, batch=8, lr=1e-3),
-        lists=Schedule(steps=4, batch=8, lr=1e-3, muon=0.01),
+        lists=Schedule(steps=4, batch=8, lr=1e-3, muon=4.0),
         t5=Schedule(steps=4, batch=8, lr=1e-3),
     ),
     "quick": Recipe(
@@ -74,7 +74,7 @@ RECIPES = {
         mae=Schedule(steps=700, batch=256, lr=1e-3),
         opt=Schedule(steps=3000, batch=13, lr=3e-3),
         notes=Schedule(steps=2000, batch=16, lr=1e-3),
-        lists=Schedule(steps=1000, batch=13, lr=1e-3, muon=0.01),
+        lists=Schedule(steps=1000, batch=13, lr=1e-3, muon=4.0),
         t5=Schedule(steps=3000, batch=64, lr=3e-3),
     ),
     "full": Recipe(
@@ -86,7 +86,7 @@ RECIPES = {
         mae=Schedule(steps=10_000, batch=256, lr=1.5e-3, horizon=20_000, cooldown=0.25),
         opt=Schedule(steps=15_600, batch=13, lr=3e-3),
         notes=Schedule(steps=4000, batch=16, lr=1.5e-3),
-        lists=Schedule(steps=4000, batch=13, lr=1e-3, muon=0.01),
+        lists=Schedule(steps=4000, batch=13, lr=1e-3, muon=4.0),
         t5=Schedule(steps=15_600, batch=64, lr=3e-3),
     ),
 }

@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from lavis_xformer.engine.optimizers import MuonAdamW
 from lavis_xformer.engine.step import computes_bf16
 
 StepLoss = Callable[[torch.Generator, float], Tensor]
@@ -38,8 +39,7 @@ class Schedule:
         horizon: steps over which warm-up and cosine run, where that is longer than ``steps``.
         cooldown: share of the steps, at the end, in which the rate also falls in a line to 0; so a training that
             was planned longer can be brought home early.
-        muon: peak rate of Muon (Jordan et al. 2024) for the matrices that are no embeddings, which AdamW then leaves
-            alone; 0: AdamW for all.
+        muon: pace of Muon, see :class:`MuonAdamW`; 0: AdamW for all.
     """
 
     steps: int
@@ -52,7 +52,7 @@ class Schedule:
     muon: float = 0.0
 
     def rate(self, step: int) -> float:
-        """Learning rate of one step (0-based); Muon's rises and falls with it."""
+        """Learning rate of one step (0-based)."""
         horizon = max(self.horizon, self.steps)
         warm = max(1, round(self.warmup * horizon))
         if step < warm:
@@ -98,71 +98,58 @@ def fit(
     Returns:
         Seconds of training, over all sittings.
     """
-    optimizers = make_optimizers(module, schedule)
-    first, spent = _load(state, module, optimizers) if resume and state.is_file() else (0, 0.0)
+    optimizer = make_optimizer(module, schedule)
+    first, spent = _load(state, module, optimizer) if resume and state.is_file() else (0, 0.0)
     device = next(module.parameters()).device
     last = min(schedule.steps, stop_at or schedule.steps)
     begin = saved = time.monotonic()
     module.train()
     with tqdm(total=schedule.steps, initial=first, desc=title, mininterval=2) as bar:
         for step in range(first, last):
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * schedule.rate(step) / schedule.lr
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate(step)
             with autocast(device):
                 value = loss(generator(seed, step), step / schedule.steps)
-            _descend(value, module, optimizers)
+            _descend(value, module, optimizer)
             bar.update()
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{value.detach():.3f}", refresh=False)
             if time.monotonic() - saved > 60:
                 saved = time.monotonic()
-                _save(state, module, optimizers, step + 1, spent + saved - begin)
+                _save(state, module, optimizer, step + 1, spent + saved - begin)
     seconds = spent + time.monotonic() - begin
-    _save(state, module, optimizers, last, seconds)
+    _save(state, module, optimizer, last, seconds)
     module.eval()
     return seconds
 
 
-def _descend(loss: Tensor, module: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-    """One step of every optimiser, the gradient's norm clipped to 1."""
-    for optimizer in optimizers:
-        optimizer.zero_grad(set_to_none=True)
+def _descend(loss: Tensor, module: nn.Module, optimizer: Optimizer) -> None:
+    """One step, the gradient's norm clipped to 1."""
+    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
+    optimizer.step()
 
 
-def make_optimizers(module: nn.Module, schedule: Schedule) -> list[Optimizer]:
-    """AdamW with weight decay on matrices and none on biases, norms and tokens; Muon before it where it is wanted.
-
-    Every group has its peak rate as ``initial_lr``.
-    """
+def make_optimizer(module: nn.Module, schedule: Schedule) -> Optimizer:
+    """AdamW with weight decay on matrices and none on biases, norms and tokens, or Muon beside it."""
+    lr, decay, betas = schedule.lr, schedule.weight_decay, (0.9, 0.98)
+    if schedule.muon:
+        return MuonAdamW(module, lr=lr, weight_decay=decay, betas=betas, pace=schedule.muon)
     wanted = [p for p in module.parameters() if p.requires_grad]
-    tables = {id(p) for part in module.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
-    hidden = [p for p in wanted if p.ndim == 2 and id(p) not in tables] if schedule.muon else []
-    taken = {id(p) for p in hidden}
-    rest = [p for p in wanted if id(p) not in taken]
     groups = [
-        {"params": [p for p in rest if p.ndim == 2], "weight_decay": schedule.weight_decay},
-        {"params": [p for p in rest if p.ndim != 2], "weight_decay": 0.0},
+        {"params": [p for p in wanted if p.ndim == 2], "weight_decay": decay},
+        {"params": [p for p in wanted if p.ndim != 2], "weight_decay": 0.0},
     ]
-    optimizers: list[Optimizer] = [torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, 0.98))]
-    if hidden:
-        optimizers.insert(0, torch.optim.Muon(hidden, lr=schedule.muon, weight_decay=0.01))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-    return optimizers
+    return torch.optim.AdamW(groups, lr=lr, betas=betas)
 
 
-def _save(state: Path, module: nn.Module, optimizers: Sequence[Optimizer], step: int, seconds: float) -> None:
+def _save(state: Path, module: nn.Module, optimizer: Optimizer, step: int, seconds: float) -> None:
     state.parent.mkdir(parents=True, exist_ok=True)
     part = state.with_suffix(".part")
     values = {
         "module": module.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+        "optimizer": optimizer.state_dict(),
         "step": step,
         "seconds": seconds,
     }
@@ -170,9 +157,8 @@ def _save(state: Path, module: nn.Module, optimizers: Sequence[Optimizer], step:
     os.replace(part, state)
 
 
-def _load(state: Path, module: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[int, float]:
+def _load(state: Path, module: nn.Module, optimizer: Optimizer) -> tuple[int, float]:
     values = torch.load(state, map_location="cpu", weights_only=True)
     module.load_state_dict(values["module"])
-    for optimizer, saved in zip(optimizers, values["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
+    optimizer.load_state_dict(values["optimizer"])
     return values["step"], values["seconds"]
