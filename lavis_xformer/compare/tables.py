@@ -33,7 +33,10 @@ def markdown(found: Json) -> str:
     for stage in dict.fromkeys(name.split(".")[0] for of in variants.values() for name in of["figures"]):
         parts += [f"## {stage}: other figures", figures(variants, stage)]
     stages = list(dict.fromkeys(stage for of in variants.values() for stage in of["costs"]))
-    costs = [[name, _seeds(of), *(_cost(of["costs"].get(stage)) for stage in stages)] for name, of in variants.items()]
+    costs = [
+        [name, str(len(of["seeds"])), *(_cost(of["costs"].get(stage)) for stage in stages)]
+        for name, of in variants.items()
+    ]
     parts += [
         "## Costs",
         "Trained weights; mean wall time of a run in s; mean peak memory of its process in MiB.",
@@ -45,11 +48,12 @@ def markdown(found: Json) -> str:
 
 def accuracy(found: Json, variants: Mapping[str, Json], names: Sequence[str]) -> str:
     """Return a stage's accuracies: a row for every variant, then the majority's and the number of questions."""
-    rows = [
-        [f"{name} (no image)" if of["blind"] else name, _seeds(of), *(_cell(of["accuracy"].get(key)) for key in names)]
-        for name, of in variants.items()
-        if any(key in of["accuracy"] for key in names)
-    ]
+    rows = []
+    for name, of in variants.items():
+        given = [of["accuracy"].get(key) for key in names]
+        if seeds := {seed for value in given if value for seed in value["seeds"]}:
+            title = f"{name} (no image)" if of["blind"] else name
+            rows.append([title, str(len(seeds)), *(_cell(value) for value in given)])
     rows.append(["most frequent answer", "", *(f"{found['tasks'][name]['majority']:.1f}" for name in names)])
     asked = (f"{found['tasks'][name]['n']} of {found['tasks'][name]['images']}" for name in names)
     rows.append(["questions, of images", "", *asked])
@@ -85,10 +89,6 @@ def provenance(variants: Mapping[str, Json]) -> str:
     ]
     warning = "" if len({run.get("code") for run in runs.values()}) < 2 else " **The runs are of different code.**"
     return f"{len(runs)} runs. {'; '.join(told)}.{warning}"
-
-
-def _seeds(of: Json) -> str:
-    return str(len(of["seeds"]))
 
 
 def _short(names: Sequence[str]) -> list[str]:
