@@ -6,15 +6,17 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, NamedTuple
 
 from lavis_xformer.compare.plan import Plan
 
 Json = dict[str, Any]
-Points = list[tuple[int, float]]
+Points = list[tuple[float, float]]
 
 CHANCE = {"loss_itm": 0.6365}  # the entropy of one matching pair among three
 BARS = 5  # groups of bars side by side
+STRETCHES = 40  # points of a training's curve
 TERMS = ("loss_itc", "loss_itm", "loss_itg", "loss_rec", "loss_lm")  # the sums differ in what they add up
 
 
@@ -78,39 +80,65 @@ def draw_counts(variants: Mapping[str, Json], path: Path) -> Path:
     return save()
 
 
-def learning(plan: Plan) -> dict[tuple[str, str], dict[str, list[Points]]]:
-    """Return the validations of every finished training: (stage, term) -> variant -> points of each seed."""
-    found: dict[tuple[str, str], dict[str, list[Points]]] = defaultdict(lambda: defaultdict(list))
+class Curve(NamedTuple):
+    """A loss of one run against steps."""
+
+    training: Points  #: means over stretches of the steps
+    validation: Points
+
+
+def learning(plan: Plan) -> dict[tuple[str, str], dict[str, list[Curve]]]:
+    """Return the losses of every finished training: (stage, term) -> variant -> the curve of each seed."""
+    found: dict[tuple[str, str], dict[str, list[Curve]]] = defaultdict(lambda: defaultdict(list))
     unique = {cell.folder: cell for cell in reversed(plan.cells())}  # a shared run belongs to the first that names it
     for cell in reversed(unique.values()):
         if cell.finished and not cell.stage.evaluate:
-            for term, points in validations(cell.folder / "log.jsonl").items():
-                found[(cell.stage.name, term)][cell.variant].append(points)
+            for term, curve in losses(cell.folder / "log.jsonl").items():
+                found[(cell.stage.name, term)][cell.variant].append(curve)
     return dict(sorted(found.items(), key=lambda item: (item[0][0], TERMS.index(item[0][1]))))
 
 
-def validations(file: Path) -> dict[str, Points]:
-    """Return steps and values of every loss in a run's validations."""
+def losses(file: Path) -> dict[str, Curve]:
+    """Return every loss of a run's training and validations."""
     records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    records = [record for record in records if record["kind"] == "eval"]
-    terms = [term for term in TERMS if any(term in record for record in records)]
-    return {term: [(record["step"], record[term]) for record in records if term in record] for term in terms}
+    found = {}
+    for term in TERMS:
+        steps, evals = (
+            [(record["step"], record[term]) for record in records if record["kind"] == kind and term in record]
+            for kind in ("step", "eval")
+        )
+        if steps or evals:
+            found[term] = Curve(_thinned(steps), evals)
+    return found
 
 
-def draw_curves(curves: Mapping[tuple[str, str], Mapping[str, Sequence[Points]]], path: Path) -> Path:
-    """Draw every loss of the validations against steps, a colour for every variant and a line for every seed."""
+def _thinned(points: Points) -> Points:
+    """Means of both coordinates over up to :data:`STRETCHES` equal stretches."""
+    size = -(-len(points) // STRETCHES) or 1
+    stretches = [zip(*points[start : start + size], strict=True) for start in range(0, len(points), size)]
+    return [(fmean(steps), fmean(values)) for steps, values in stretches]
+
+
+def draw_curves(curves: Mapping[tuple[str, str], Mapping[str, Sequence[Curve]]], path: Path) -> Path:
+    """Draw every loss against steps, a colour for every variant, a line for every seed, its validations as dots."""
     panels, save = _axes(path, panels=len(curves))
     colours = {name: _colour(i) for i, name in enumerate(dict.fromkeys(n for of in curves.values() for n in of))}
     for axes, ((stage, term), variants) in zip(panels, curves.items(), strict=True):
         for name, runs in variants.items():
-            for number, points in enumerate(runs):
+            for number, curve in enumerate(runs):
                 label = name if number == 0 else None  # a legend entry for each variant, not for each run
-                axes.plot(*zip(*points, strict=True), "o-", ms=3, lw=1, color=colours[name], label=label)
+                axes.plot([], [], "o-", ms=3, lw=1, color=colours[name], label=label)
+                axes.plot(*_columns(curve.training), lw=1, alpha=0.8, color=colours[name])
+                axes.plot(*_columns(curve.validation), "o", ms=4, color=colours[name])
         if term in CHANCE:
             axes.axhline(CHANCE[term], color="black", lw=1, ls=(0, (2, 1)), label="chance")
-        axes.set_title(f"{stage}: {term} (validation)", fontsize=9)
+        axes.set_title(f"{stage}: {term} (dots: validation)", fontsize=9)
         axes.set_xlabel("step")
     return save()
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _colour(number: int) -> Any:
