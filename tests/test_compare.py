@@ -289,13 +289,13 @@ def test_tables_figures_and_json(plan: Plan) -> None:
     assert "different code" not in shown
     for name in ("bars", "counts", "curves"):
         assert (plan.output / "toy" / f"{name}.png").stat().st_size > 1000
-    assert figures.losses(plan.cells()[0].folder / "log.jsonl") == {"loss_itc": ([(5, 9.0)], [(5, 2.0)])}
+    assert figures.losses(plan.cells()[0].folder) == {"loss_itc": ([(5, 9.0)], [(5, 2.0)])}
 
 
 def test_a_training_s_curve_is_thinned_to_means(tmp_path: Path) -> None:
     rows = [{"kind": "step", "step": step, "loss_lm": float(step % 2)} for step in range(1, 161)]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    curve = figures.losses(tmp_path / "log.jsonl")["loss_lm"]
+    curve = figures.losses(tmp_path)["loss_lm"]
     assert len(curve.training) == figures.STRETCHES
     assert curve.training[0] == (2.5, 0.5)
     assert curve.training[-1] == (158.5, 0.5)

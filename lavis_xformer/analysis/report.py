@@ -96,7 +96,7 @@ def draw_curves(records: Sequence[Record], path: Path) -> None:
 
 def _draw_training(axes: Any, steps: Sequence[Record], name: str) -> None:
     """Draw each step thinly and a mean over neighbours; the learning rate is no noise to be smoothed."""
-    x, y = _series(steps, name)
+    x, y = series(steps, name)
     if not y:
         return
     if name == "lr":
@@ -110,12 +110,12 @@ def _draw_evaluation(axes: Any, evals: Sequence[Record], name: str, *, style: in
     """Draw what each split gave, and dashed what chance, or the frozen MAE alone, would."""
     for colour, split in enumerate(sorted({record["split"] for record in evals}), start=1 + style):
         own = [record for record in evals if record["split"] == split]
-        x, y = _series(own, name)
+        x, y = series(own, name)
         if not y:
             continue
         axes.plot(x, y, "o-", ms=3, lw=1.2, color=f"C{colour}", label=label or split)
         reference, meaning = REFERENCES.get(name, (f"chance_{name}", "chance"))
-        _, y = _series(own, reference)
+        _, y = series(own, reference)
         level = y[-1] if y else CHANCE_ITM if name == "itm_accuracy" else None
         if level is not None:
             named = meaning in axes.get_legend_handles_labels()[1]
@@ -178,7 +178,7 @@ def _names(records: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(names)
 
 
-def _series(records: Iterable[Record], name: str) -> tuple[list[int], list[float]]:
+def series(records: Iterable[Record], name: str) -> tuple[list[int], list[float]]:
     """Return steps and values of the records in which ``name`` is a number."""
     pairs = [(r["step"], r[name]) for r in records if isinstance(r.get(name), (int, float))]
     return [step for step, _ in pairs], [value for _, value in pairs]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from lavis_xformer.analysis.report import Record, read_log, series
 from lavis_xformer.compare.plan import Plan
 
 Json = dict[str, Any]
@@ -93,23 +93,21 @@ def learning(plan: Plan) -> dict[tuple[str, str], dict[str, list[Curve]]]:
     unique = {cell.folder: cell for cell in reversed(plan.cells())}  # a shared run belongs to the first that names it
     for cell in reversed(unique.values()):
         if cell.finished and not cell.stage.evaluate:
-            for term, curve in losses(cell.folder / "log.jsonl").items():
+            for term, curve in losses(cell.folder).items():
                 found[(cell.stage.name, term)][cell.variant].append(curve)
     return dict(sorted(found.items(), key=lambda item: (item[0][0], TERMS.index(item[0][1]))))
 
 
-def losses(file: Path) -> dict[str, Curve]:
-    """Return every loss of a run's training and validations."""
-    records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    found = {}
-    for term in TERMS:
-        steps, evals = (
-            [(record["step"], record[term]) for record in records if record["kind"] == kind and term in record]
-            for kind in ("step", "eval")
-        )
-        if steps or evals:
-            found[term] = Curve(_thinned(steps), evals)
-    return found
+def losses(folder: Path) -> dict[str, Curve]:
+    """Return every loss of a run's training and validations, from its log."""
+    records = read_log(folder)
+    steps, evals = ([record for record in records if record["kind"] == kind] for kind in ("step", "eval"))
+    curves = {term: Curve(_thinned(_points(steps, term)), _points(evals, term)) for term in TERMS}
+    return {term: curve for term, curve in curves.items() if any(curve)}
+
+
+def _points(records: Iterable[Record], term: str) -> Points:
+    return list(zip(*series(records, term), strict=True))
 
 
 def _thinned(points: Points) -> Points:

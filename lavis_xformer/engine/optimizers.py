@@ -44,12 +44,11 @@ class MuonAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures
         """Move the weights along their gradients."""
-        rates = [group["lr"] for group in self.muon.param_groups]
-        for group in self.muon.param_groups:
-            group["lr"] *= self.pace
+        (group,) = self.muon.param_groups
+        rate = group["lr"]
+        group["lr"] = self.pace * rate
         self.muon.step()
-        for group, rate in zip(self.muon.param_groups, rates, strict=True):
-            group["lr"] = rate
+        group["lr"] = rate
         self.adamw.step()
 
     def state_dict(self) -> dict[str, Any]:
