@@ -202,7 +202,7 @@ def check_imports(result: tuple[list[str], str]) -> Iterator[Finding]:
         return
     yield Finding("imports", "ok", "all needed packages can be imported, and registering works")
     if last["gpu"] is None:
-        yield Finding("GPU", "note", "none: runs use the CPU, in float32; run.amp: auto has bfloat16 where it computes that")
+        yield Finding("GPU", "note", "none: runs use the CPU, in float32 or, where run.amp allows, bfloat16")
     elif not last["bf16"]:
         yield Finding("GPU", "note", f"{last['gpu']}, no bf16: mixed precision uses fp16")
     else:
