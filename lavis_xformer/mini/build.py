@@ -43,12 +43,11 @@ class Recipe:
     mae: Schedule
     opt: Schedule
     notes: Schedule
-    lists: Schedule
     t5: Schedule
 
     def longer(self, factor: float) -> Recipe:
         """The same with so many times the steps."""
-        schedules = {part: getattr(self, part) for part in ("clip", "mae", "opt", "notes", "lists", "t5")}
+        schedules = {part: getattr(self, part) for part in ("clip", "mae", "opt", "notes", "t5")}
         return replace(self, **{k: replace(v, steps=round(factor * v.steps)) for k, v in schedules.items()})
 
 
@@ -61,8 +60,7 @@ RECIPES = {
         clip=Schedule(steps=4, batch=16, lr=1e-3),
         mae=Schedule(steps=4, batch=16, lr=1e-3),
         opt=Schedule(steps=4, batch=8, lr=1e-3),
-        notes=Schedule(steps=4, batch=8, lr=1e-3),
-        lists=Schedule(steps=4, batch=8, lr=1e-3, muon=4.0),
+        notes=Schedule(steps=4, batch=8, lr=1e-3, muon=2.0),
         t5=Schedule(steps=4, batch=8, lr=1e-3),
     ),
     "quick": Recipe(
@@ -73,8 +71,7 @@ RECIPES = {
         clip=Schedule(steps=500, batch=128, lr=1e-3),
         mae=Schedule(steps=700, batch=256, lr=1e-3),
         opt=Schedule(steps=3000, batch=13, lr=3e-3),
-        notes=Schedule(steps=2000, batch=16, lr=1e-3),
-        lists=Schedule(steps=1000, batch=13, lr=1e-3, muon=4.0),
+        notes=Schedule(steps=2000, batch=8, lr=1e-3, muon=2.0),
         t5=Schedule(steps=3000, batch=64, lr=3e-3),
     ),
     "full": Recipe(
@@ -85,8 +82,7 @@ RECIPES = {
         clip=Schedule(steps=10_000, batch=128, lr=1e-3, horizon=20_000, cooldown=0.4),
         mae=Schedule(steps=10_000, batch=256, lr=1.5e-3, horizon=20_000, cooldown=0.25),
         opt=Schedule(steps=15_600, batch=13, lr=3e-3),
-        notes=Schedule(steps=4000, batch=16, lr=1.5e-3),
-        lists=Schedule(steps=4000, batch=13, lr=1e-3, muon=4.0),
+        notes=Schedule(steps=8000, batch=8, lr=1e-3, muon=2.0),
         t5=Schedule(steps=15_600, batch=64, lr=3e-3),
     ),
 }
@@ -165,20 +161,18 @@ def build_mae(job: Job) -> None:
 
 
 def build_opt(job: Job) -> None:
-    """Language model and its tokenizer: first on texts, then on texts and notes, then with lists of all objects."""
+    """Language model and its tokenizer: first on texts, then on texts and notes."""
     torch.manual_seed(job.seed)
     recipe = job.recipe
     documents = pool.documents(pool.TRAIN, seed=job.seed, count=recipe.documents)
-    spoken = [text for document in documents[:20_000] for text, _ in document.parts()]
-    tokenizer = write_opt(job.out / "opt", spoken)
+    tokenizer = write_opt(job.out / "opt", (text for document in documents[:20_000] for text, _ in document.parts()))
     model = OPTForCausalLM(opt_config(len(tokenizer)))
     prepare(model)
     model.to(job.device)
     seconds = job.fit("opt", model, language_loss(model, encode(documents, tokenizer), batch=recipe.opt.batch))
-    for part, listed, first in (("notes", False, 0.3), ("lists", True, 1.0)):
-        texts = encode(pool.noted(pool.TRAIN, seed=job.seed, count=recipe.documents, listed=listed), tokenizer)
-        loss = language_loss(model, texts, batch=getattr(recipe, part).batch, noise=0.1, first=first)
-        seconds += job.fit(part, model, loss)
+    documents = pool.documents(pool.TRAIN, seed=job.seed, count=recipe.documents, noted=True)
+    loss = language_loss(model, encode(documents, tokenizer), batch=recipe.notes.batch, noise=0.1)
+    seconds += job.fit("notes", model, loss)
     noted = pool.examination(pool.HELD_OUT, seed=job.seed, count=4 * recipe.heldout, as_notes=True)
     asked = pool.examination(pool.HELD_OUT, seed=job.seed, count=4 * recipe.heldout)
     blind = [replace(document, text="") for document in asked]
@@ -190,10 +184,7 @@ def build_opt(job: Job) -> None:
     state = {k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied
     config = model.config.to_dict() | {"architectures": ["OPTForCausalLM"]}
     save_weights(job.out / "opt", state, config)
-    data = (
-        f"{recipe.documents} texts of scenes ({pool.PRESET}), then {recipe.notes.steps} steps with notes among them, "
-        f"then {recipe.lists.steps} with lists of all objects"
-    )
+    data = f"{recipe.documents} texts of scenes, then {recipe.notes.steps} steps with notes among them"
     job.finish("opt", data, seconds, figures)
 
 

@@ -118,8 +118,8 @@ def encode(documents: Sequence[Document], tokenizer: GPT2Tokenizer, *, length: i
         row: list[int] = []
         place: list[int] = []
         for number, note in enumerate(document.notes):
-            row += ids(note)
-            place += [number] * len(ids(note))
+            row += ids(f" {note}")
+            place += [number] * len(ids(f" {note}"))
         read, limit = len(row), len(row) + length - len(document.notes)
         row, mark = [*row, tokenizer.bos_token_id], [False] * (read + 1)
         for text, answer in document.parts():

@@ -8,7 +8,7 @@ N: scenes, K: wordings per scene, S: side of an image in pixels.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -29,15 +29,15 @@ from lavis_xformer.data.scenes import (
     questions,
     render,
 )
-from lavis_xformer.data.scenes.qa import Question, details_asked, inventory_asked
+from lavis_xformer.data.scenes.qa import Question, details_asked, inventory_asked, squares_asked
 from lavis_xformer.data.scenes.text import notes, pick, shuffled
 from lavis_xformer.mini.language import Document, Turn
 
 PRESET = "standard"
 TRAIN, HELD_OUT = "pretrain", "pretrain-heldout"
 CHUNK = 500
-ASKED = (*QUESTION_KINDS, "attribute", "attribute", "count_group", "relation", "relation")
-"""What is asked where objects are listed: kinds of many forms, or of two objects to be looked up, more than once."""
+ASKED = (*QUESTION_KINDS, *3 * ("attribute", "count_group", "relation"), "position")
+"""What is asked of a scene: kinds of many forms, or of two objects to be looked up, more than once."""
 
 PLACES = 32
 """How many notes there are, as places in an image's prefix; those with nothing to say, say so."""
@@ -84,25 +84,14 @@ def _coarse(split: str, seed: int, wordings: int, start: int, stop: int) -> list
     return texts
 
 
-def documents(split: str, *, seed: int, count: int) -> list[Document]:
+def documents(split: str, *, seed: int, count: int, noted: bool = False) -> list[Document]:
     """What the language model reads.
 
-    Of every eight texts one is a caption, one a pair of questions without a description, and six are descriptions
-    with ten questions and up to three requests to tell all of an object, which teach to look it up: their answers
-    are longer. Every other scene is an easy one: short texts teach faster.
+    Of every eight documents one is a caption, one a pair of questions about nothing, and six are questions about a
+    scene that is described by a text, or, where ``noted``, every other time by notes. Captions mostly come after notes
+    then. Every other scene is an easy one: short texts teach faster.
     """
-    chunks = in_parallel(partial(_documents, split, seed, False), count)
-    return [document for chunk in chunks for document in chunk]
-
-
-def noted(split: str, *, seed: int, count: int, listed: bool = False) -> list[Document]:
-    """The documents of :func:`documents`, half of the descriptions as notes and a quarter of these with a caption.
-
-    The notes come in any order, and the numbers of the groups are missing every other time: then one has to count.
-    Where objects are ``listed``, the questions of :data:`ASKED` are asked, and every other one of the notes' last asks
-    for all objects, from left to right.
-    """
-    chunks = in_parallel(partial(_noted, split, seed, listed), count)
+    chunks = in_parallel(partial(_documents, split, seed, noted), count)
     return [document for chunk in chunks for document in chunk]
 
 
@@ -112,51 +101,41 @@ def examination(split: str, *, seed: int, count: int, as_notes: bool = False) ->
     return [document for chunk in chunks for document in chunk]
 
 
-def _documents(split: str, seed: int, listed: bool, start: int, stop: int) -> list[Document]:
+def _documents(split: str, seed: int, noted: bool, start: int, stop: int) -> list[Document]:
     found = []
     for index in range(start, stop):
         shown, rng = scene(split, seed, index, PRESET if index // 8 % 2 else "easy")
-        if index % 8 == 0:
-            level = list(LEVELS.values())[index // 8 % len(LEVELS)]
-            found.append(Document(level(shown, rng)))
-            continue
-        blind = index % 8 == 1
-        if blind:
-            asked = questions(shown, rng, n=2)
+        turn = index % 8
+        told = _notes(shown, rng, numbers=rng.random() < 0.5) if noted else ()
+        if turn == 0:
+            level = pick(rng, list(LEVELS.values()))
+            found.append(Document(level(shown, rng), notes=told if rng.random() < 0.75 else ()))
+        elif turn == 1:
+            found.append(Document("", _turns(questions(shown, rng, n=2))))
+        elif told and turn % 2:
+            last = [inventory_asked(shown)] if rng.random() < 0.5 else []
+            found.append(Document("", _turns(_asked(shown, rng) + last), told))
         else:
-            asked = _distinct(shown, rng) if listed else questions(shown, rng, n=10)
-            asked += details_asked(shown, rng, 3)
-        turns = tuple(_turn(question) for question in shuffled(rng, asked))
-        found.append(Document("" if blind else description(shown), turns))
+            found.append(Document(description(shown), _turns(_asked(shown, rng))))
     return found
 
 
-def _noted(split: str, seed: int, listed: bool, start: int, stop: int) -> list[Document]:
-    found = []
-    for index, document in enumerate(_documents(split, seed, listed, start, stop), start):
-        if index % 8 < 2 or index % 2:
-            found.append(document)
-            continue
-        shown, rng = scene(split, seed, index, PRESET if index // 8 % 2 else "easy")
-        noted = _notes(shown, rng, numbers=rng.random() < 0.5)
-        if rng.random() < 0.25:
-            found.append(Document(pick(rng, list(LEVELS.values()))(shown, rng), notes=noted))
-        else:
-            last = (_turn(inventory_asked(shown)),) if listed and rng.random() < 0.5 else ()
-            found.append(Document("", document.turns + last, noted))
-    return found
+def _asked(shown: Scene, rng: np.random.Generator) -> list[Question]:
+    """Questions of :data:`ASKED`, for all of some objects, and for two squares, in any order.
 
-
-def _turn(question: Question) -> Turn:
-    return Turn(question.kind, question.text, question.answer)
-
-
-def _distinct(shown: Scene, rng: np.random.Generator) -> list[Question]:
+    The latter teach to look objects up: all of one is a longer answer, and two squares tell a relation.
+    """
     drawn = [question for kind in ASKED if (question := ask(shown, rng, kind))]
-    return list({question.text: question for question in drawn}.values())
+    distinct = list({question.text: question for question in drawn}.values())
+    return shuffled(rng, distinct + details_asked(shown, rng, 2) + squares_asked(shown, rng))
+
+
+def _turns(asked: Sequence[Question]) -> tuple[Turn, ...]:
+    return tuple(Turn(question.kind, question.text, question.answer) for question in asked)
 
 
 def _notes(shown: Scene, rng: np.random.Generator, *, numbers: bool) -> tuple[str, ...]:
+    """Notes in any order, with nothing in between; without the numbers of the groups one has to count."""
     things, tally = notes(shown)
     told = (things + (tally if numbers else []))[:PLACES]
     return tuple(shuffled(rng, told + ["nothing"] * (PLACES - len(told))))
@@ -169,5 +148,5 @@ def _examination(split: str, seed: int, as_notes: bool, start: int, stop: int) -
         q = ask(shown, rng, QUESTION_KINDS[index % len(QUESTION_KINDS)])
         if q is not None:
             told = _notes(shown, rng, numbers=False) if as_notes else ()
-            found.append(Document("" if as_notes else description(shown), (_turn(q),), told))
+            found.append(Document("" if as_notes else description(shown), _turns([q]), told))
     return found

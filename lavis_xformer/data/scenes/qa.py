@@ -13,7 +13,7 @@ from itertools import combinations
 
 from numpy.random import Generator
 
-from lavis_xformer.data.scenes.text import details, inventory, pick, shuffled
+from lavis_xformer.data.scenes.text import details, inventory, pick, shuffled, square
 from lavis_xformer.data.scenes.words import (
     COLOURS,
     COLUMNS,
@@ -257,6 +257,15 @@ def details_asked(scene: Scene, rng: Generator, n: int) -> list[Question]:
     if largest and len(scene.objects) > 1:
         named.append(("largest object", largest))
     return [Question("details", f"what is the {name}?", details(item)) for name, item in shuffled(rng, named)[:n]]
+
+
+def squares_asked(scene: Scene, rng: Generator) -> list[Question]:
+    """Ask on which squares two objects lie that names single out; for training a language model only."""
+    named = shuffled(rng, scene.singles())[:2]
+    if len(named) < 2:
+        return []
+    text = f"on which squares are the {named[0].name} and the {named[1].name}?"
+    return [Question("square", text, " ".join(map(square, named)))]
 
 
 def inventory_asked(scene: Scene) -> Question:

@@ -15,6 +15,8 @@ from lavis_xformer.errors import UserError, nearest
 
 Item = TypeVar("Item")
 
+BOARD = 9
+"""Columns and rows of the board on which descriptions place objects; what is clearly apart never shares one."""
 OPENINGS = ("", "", "a picture of ", "an image with ")
 
 
@@ -136,46 +138,51 @@ def _tally(scene: Scene) -> dict[str, int]:
     return {name: count for name, count in tally.items() if count}
 
 
+def square(item: SceneObject) -> str:
+    """Say in which column and row of a nine by nine board an object's centre lies: ``1/9`` at the bottom left."""
+    column, row = (min(int(BOARD * v), BOARD - 1) + 1 for v in (item.x, item.y))
+    return f"{column}/{row}"
+
+
 def details(item: SceneObject) -> str:
-    """Size, mark, facing and place of an object, always in this order: ``small dotted facing up, top left``."""
+    """Size, mark, facing, place and square of an object, in this order: ``small dotted facing up, top left, 2/3``."""
     facing = f" facing {item.facing}" if item.directed else ""
-    return f"{item.size} {item.mark}{facing}, {item.cell}"
+    return f"{item.size} {item.mark}{facing}, {item.cell}, {square(item)}"
 
 
 def inventory(scene: Scene) -> list[str]:
-    """All there is to say of every object, from left to right: ``red star: small dotted facing up, left``."""
+    """All there is to say of every object, from left to right: ``red star: small dotted facing up, left, 1/5``."""
     return [f"{item.name}: {details(item)}" for item in sorted(scene.objects, key=lambda item: item.x)]
 
 
 def notes(scene: Scene) -> tuple[list[str], list[str]]:
     """Write all there is to say of a scene as notes.
 
-    Whatever is asked is looked up in one of them by its name.
+    Whatever is asked is looked up in one of them by its name, or in two that are compared by their squares.
 
     Returns:
-        The ground, then every object from left to right with its details and, where colour and shape name several
-        objects singly, the order of each among those from the left and from the top, then the largest object where
-        one is clearly larger; and, by itself, the number of each group.
+        The ground, then the inventory, then the largest object where one is clearly larger; and, by itself, the number
+        of each group.
     """
-    singles, largest = scene.singles(), scene.largest()
-    across = sorted(singles, key=lambda item: item.x)
-    down = sorted(singles, key=lambda item: item.y)
-
-    def told(item: SceneObject) -> str:
-        ordered = item in singles and len(singles) > 1
-        ranks = f", {across.index(item) + 1} {down.index(item) + 1}" if ordered else ""
-        return f"{item.name}: {details(item)}{ranks}"
-
-    things = [
-        f"{with_article(scene.ground.name)} ground",
-        *(told(item) for item in sorted(scene.objects, key=lambda item: item.x)),
-    ]
+    things = [f"{with_article(scene.ground.name)} ground", *inventory(scene)]
+    largest = scene.largest()
     if largest and len(scene.objects) > 1:
         things.append(f"largest object: {details(largest)}, {largest.name}")
     return things, [f"{name} {count}" for name, count in _tally(scene).items()]
 
 
+def _single_names(scene: Scene) -> list[str]:
+    """Whose colour or shape no other object has, by that name alone: ``star: red``, ``red object: star``."""
+    told = []
+    for item in scene.objects:
+        if scene.count(shape=item.shape) == 1:
+            told.append(f"{item.shape}: {item.colour}")
+        if scene.count(colour=item.colour) == 1:
+            told.append(f"{item.colour} object: {item.shape}")
+    return told
+
+
 def description(scene: Scene) -> str:
     """Describe a scene so completely that every question about it can be answered from the text alone."""
     (ground, *things), numbers = notes(scene)
-    return ". ".join([ground, ", ".join(numbers), *things]) + "."
+    return ". ".join([ground, ", ".join(numbers), *things, *_single_names(scene)]) + "."
