@@ -143,7 +143,7 @@ def test_words_stay_in_the_vocabulary():
 
 
 def table(text):
-    """Parse a description: numbers by name, rows of (name, size, mark, facing or '', place, square, rest), and short names."""
+    """Parse a description: numbers by name, rows (name, size, mark, facing or "", place, square, rest), short names."""
     _, tally, *rows = text.rstrip(".").split(". ")
     numbers = {name: int(number) for name, number in (part.rsplit(" ", 1) for part in tally.split(", "))}
     pattern = r"([a-z ]+): (\w+) (\w+)(?: facing (\w+))?, ([a-z ]+), (\d/\d)(?:, (.+))?"

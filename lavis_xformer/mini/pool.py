@@ -36,7 +36,7 @@ from lavis_xformer.mini.language import Document, Turn
 PRESET = "standard"
 TRAIN, HELD_OUT = "pretrain", "pretrain-heldout"
 CHUNK = 500
-ASKED = (*QUESTION_KINDS, *3 * ("attribute", "count_group", "relation"), "position")
+ASKED = (*QUESTION_KINDS, *2 * ("attribute", "count_group"), *5 * ("relation",), "position")
 """What is asked of a scene: kinds of many forms, or of two objects to be looked up, more than once."""
 
 PLACES = 32
@@ -121,7 +121,7 @@ def _documents(split: str, seed: int, noted: bool, start: int, stop: int) -> lis
 
 
 def _asked(shown: Scene, rng: np.random.Generator) -> list[Question]:
-    """Questions of :data:`ASKED`, for all of some objects, and for two squares, in any order.
+    """Questions of :data:`ASKED`, for all of some objects, and for squares, in any order.
 
     The latter teach to look objects up: all of one is a longer answer, and two squares tell a relation.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 from numpy.random import Generator
 
@@ -260,12 +260,13 @@ def details_asked(scene: Scene, rng: Generator, n: int) -> list[Question]:
 
 
 def squares_asked(scene: Scene, rng: Generator) -> list[Question]:
-    """Ask on which squares two objects lie that names single out; for training a language model only."""
-    named = shuffled(rng, scene.singles())[:2]
-    if len(named) < 2:
-        return []
-    text = f"on which squares are the {named[0].name} and the {named[1].name}?"
-    return [Question("square", text, " ".join(map(square, named)))]
+    """Ask on which squares up to three named objects lie, one by one and in pairs; to train a language model only."""
+    named = shuffled(rng, scene.singles())[:3]
+    found = [(f"on which square is the {item.name}?", square(item)) for item in named]
+    for first, second in pairwise(named):
+        text = f"on which squares are the {first.name} and the {second.name}?"
+        found.append((text, f"{square(first)} {square(second)}"))
+    return [Question("square", *asked) for asked in found]
 
 
 def inventory_asked(scene: Scene) -> Question:
