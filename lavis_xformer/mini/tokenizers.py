@@ -43,6 +43,7 @@ def write_bert(folder: Path, words: Iterable[str]) -> BertTokenizer:
         max_position_embeddings=128,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        initializer_range=0.06,  # as far below 1 / root of the width as BERT's 0.02 is
     )
     _write_json(folder / "config.json", config.to_dict())
     return BertTokenizer.from_pretrained(folder)

@@ -297,6 +297,7 @@ class XFormerBase(Blip2Base):
             depth=cfg.get("fusion_depth", 1),
             self_attention=cfg.get("fusion_self_attention", True),
             init=cfg.get("fusion_init", "identity"),
+            std=qformer.config.initializer_range,
         )
         return {
             "visual_encoder": visual_encoder,

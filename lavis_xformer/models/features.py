@@ -47,10 +47,17 @@ class FeatureModel(XFormerBase):
         super().__init__(**parts)
         if itg_source not in ITG_SOURCES:
             raise UserError(f"model.itg_source: '{itg_source}'; {nearest(itg_source, ITG_SOURCES)}")
-        width = self.Qformer.config.hidden_size
-        heads = self.Qformer.config.num_attention_heads
+        sizes = self.Qformer.config
+        width = sizes.hidden_size
         self.itg_reader = (  # without self-attention, so that no word sees the next ones
-            CrossAttentionBlock(width=width, context_width=width, heads=heads, self_attention=False, init=itg_init)
+            CrossAttentionBlock(
+                width=width,
+                context_width=width,
+                heads=sizes.num_attention_heads,
+                self_attention=False,
+                init=itg_init,
+                std=sizes.initializer_range,
+            )
             if itg_source == "xformer"
             else None
         )

@@ -9,6 +9,7 @@ Nm / Dm: number and width of MAE's tokens M, L: queries of an attention, S: its 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Init = Literal["identity", "normal"]
-INIT_STD = 0.02  # BERT's
+BERT_STD = 0.02  # of the weights that BERT starts from
 
 
 class Attention(nn.Module):
@@ -64,6 +65,7 @@ class CrossAttentionBlock(nn.Module):
         heads: int,
         self_attention: bool = True,
         init: Init = "identity",
+        std: float = BERT_STD,
     ) -> None:
         """Make the layer.
 
@@ -73,6 +75,7 @@ class CrossAttentionBlock(nn.Module):
             heads: attention heads.
             self_attention: whether the stream attends to itself first.
             init: ``identity`` starts every output projection at zero, so that the layer returns its input.
+            std: standard deviation of the weights at the start.
         """
         super().__init__()
         self.self_norm = nn.LayerNorm(width) if self_attention else None
@@ -82,7 +85,7 @@ class CrossAttentionBlock(nn.Module):
         self.cross_attention = Attention(width=width, context_width=context_width, heads=heads)
         self.feed_forward_norm = nn.LayerNorm(width)
         self.feed_forward = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-        self.apply(_initialise)
+        self.apply(partial(_initialise, std=std))
         if init == "identity":
             for attention in (self.self_attention, self.cross_attention):
                 if attention is not None:
@@ -138,6 +141,7 @@ class DualCrossAttention(Fusion):
         depth: int = 1,
         self_attention: bool = True,
         init: Init = "identity",
+        std: float = BERT_STD,
         **sizes: object,
     ) -> None:
         """Make the two blocks.
@@ -151,6 +155,7 @@ class DualCrossAttention(Fusion):
             depth: layers in each of the two blocks.
             self_attention: whether each layer begins with self-attention.
             init: ``identity``: M' = M and Z' = Zq exactly at the start; or ``normal``.
+            std: standard deviation of the weights at the start, as of the Q-Former's.
             sizes: what other fusions need.
         """
         super().__init__()
@@ -163,6 +168,7 @@ class DualCrossAttention(Fusion):
                     heads=heads,
                     self_attention=self_attention,
                     init=block_init,
+                    std=std,
                 )
                 for _ in range(depth)
             )
@@ -171,8 +177,8 @@ class DualCrossAttention(Fusion):
         self.align_blocks = blocks(query_width, "normal")
         self.mae_out = nn.Linear(query_width, mae_width)
         self.enrich_blocks = blocks(mae_width, init)
-        _initialise(self.mae_in)
-        _initialise(self.mae_out)
+        _initialise(self.mae_in, std=std)
+        _initialise(self.mae_out, std=std)
         if init == "identity":
             _zero(self.mae_out)
 
@@ -199,12 +205,12 @@ class DualCrossAttention(Fusion):
 class Concat(Fusion):
     """The paper's ablation "concatenation": the Q-Former reads C and a projection of M side by side."""
 
-    def __init__(self, *, clip_width: int, mae_width: int, **sizes: object) -> None:
-        """Make the projection of M from ``mae_width`` (Dm) to ``clip_width`` (Dc)."""
+    def __init__(self, *, clip_width: int, mae_width: int, std: float = BERT_STD, **sizes: object) -> None:
+        """Make the projection of M from ``mae_width`` (Dm) to ``clip_width`` (Dc); ``std`` as in DualCrossAttention."""
         super().__init__()
         self.mae_norm = nn.LayerNorm(mae_width)
         self.mae_in = nn.Linear(mae_width, clip_width)
-        _initialise(self.mae_in)
+        _initialise(self.mae_in, std=std)
 
     def visual_tokens(self, clip: Tensor, mae: Tensor | None) -> Tensor:
         """(B, Nc, Dc) and (B, Nm, Dm) -> (B, Nc + Nm, Dc)."""
@@ -223,6 +229,7 @@ class EarlyCrossAttention(Fusion):
         depth: int = 1,
         self_attention: bool = True,
         init: Init = "identity",
+        std: float = BERT_STD,
         **sizes: object,
     ) -> None:
         """Make ``depth`` blocks of CLIP's width; the other arguments as in DualCrossAttention."""
@@ -234,6 +241,7 @@ class EarlyCrossAttention(Fusion):
                 heads=heads,
                 self_attention=self_attention,
                 init=init,
+                std=std,
             )
             for _ in range(depth)
         )
@@ -253,9 +261,9 @@ FUSIONS: dict[str, type[Fusion]] = {
 }
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialise(module: nn.Module, *, std: float) -> None:
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=INIT_STD)
+        nn.init.trunc_normal_(module.weight, std=std)
         nn.init.zeros_(module.bias)
 
 
