@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from lavis_xformer.models.fusion import FUSIONS, Attention, CrossAttentionBlock
+from lavis_xformer.models.stage1 import XFormer
 
 SIZES = {"query_width": 32, "clip_width": 20, "mae_width": 24, "heads": 4}
 
@@ -43,6 +49,27 @@ def test_normal_start_is_not_the_identity(tokens: tuple[torch.Tensor, ...]) -> N
     z, aligned = FUSIONS["dual"](**SIZES, init="normal").refine(queries, mae)
     assert not torch.allclose(z, queries)
     assert not torch.allclose(aligned, mae)
+
+
+@pytest.mark.parametrize("name", ["dual", "concat", "early"])
+@pytest.mark.parametrize("std", [0.02, 0.06])
+def test_weights_start_as_wide_as_asked(name: str, std: float) -> None:
+    fusion = FUSIONS[name](**SIZES, init="normal", std=std)
+    weights = torch.cat([p.flatten() for p in fusion.parameters() if p.ndim == 2])
+    assert weights.std().item() == pytest.approx(std, rel=0.1)
+
+
+def test_the_fusion_starts_as_wide_as_the_q_former(stage2_config: Any, tmp_path: Path) -> None:
+    cfg, wanted = stage2_config.model.copy(), 0.1
+    del cfg["opt_model"]
+    bert = shutil.copytree(cfg.bert, tmp_path / "bert")
+    sizes = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps(sizes | {"initializer_range": wanted}))
+    changes = {"bert": str(bert), "fusion": "dual", "fusion_init": "normal", "itg_source": "xformer"}
+    model = XFormer.from_config(cfg | changes)
+    for part in (model.fusion, model.itg_reader.cross_attention.query, model.Qformer.bert.encoder):
+        weights = torch.cat([p.flatten() for p in part.parameters() if p.ndim == 2])
+        assert weights.std().item() == pytest.approx(wanted, rel=0.1)
 
 
 def test_dual_reads_m_as_a_set_and_moves_m_prime_with_it(tokens: tuple[torch.Tensor, ...]) -> None:
