@@ -133,7 +133,7 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
     cfg.model |= {"load_finetuned": False, "blip2_pretrained" if blip2 else "pretrained": str(checkpoint)}
     if not (blip2 or cfg.model.get("train_only")):
         cfg.model.blip2_pretrained = None  # the training began with it and has changed all of it
-    return cfg, _training(config) | _figures(checkpoint, content)
+    return cfg, _training(content) | _figures(checkpoint, content)
 
 
 def _figures(checkpoint: Path, content: dict[str, Any]) -> dict[str, float]:
@@ -151,12 +151,18 @@ def _figures(checkpoint: Path, content: dict[str, Any]) -> dict[str, float]:
     return {k: v for record in measured for k, v in record.items() if k not in names and isinstance(v, float)}
 
 
-def _training(config: dict[str, Any]) -> dict[str, Any]:
-    """Data, length, batch, rate and seed of the run that wrote a checkpoint; nothing where it doesn't say."""
+def _training(content: dict[str, Any]) -> dict[str, Any]:
+    """Data, length, batch, rates and seed of the run that wrote a checkpoint; nothing where it doesn't say."""
+    config = content.get("config") or {}
     run, datasets = config.get("run", {}), config.get("datasets", {})
-    splits = {name: data.get("splits", {}).get("train") for name, data in datasets.items()}
-    keys = ("task", "max_epoch", "batch_size_train", "world_size", "accum_grad_iters", "init_lr", "seed")
+    if "rng" in content:
+        run = run | {"processes": len(content["rng"])}
+    keys = "task max_epoch batch_size_train processes accum_grad_iters init_lr muon seed".split()
     trained = ", ".join(f"{key} {run[key]}" for key in keys if key in run)
+    splits = {
+        name: {k: v for k, v in data.items() if k == "preset"} | (data.get("splits", {}).get("train") or {})
+        for name, data in datasets.items()
+    }
     data = ", ".join(f"{name} {json.dumps(split)}" if split else name for name, split in splits.items())
     return {name: value for name, value in (("trained on", data), ("training", trained)) if value}
 

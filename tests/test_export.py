@@ -30,8 +30,14 @@ def trained(stage2_config: Any) -> XFormerOPT:
 @pytest.fixture
 def checkpoint(trained: XFormerOPT, stage2_config: Any, tmp_path: Path) -> Path:
     """A checkpoint as the runner writes it, after two epochs of two steps, and the log beside it."""
-    config = {**OmegaConf.to_container(stage2_config), "run": {"task": "xformer_stage2"}, "datasets": {}}
-    content = {"model": runner_state(trained), "config": config, "position": {"steps": 4}, "best": {"answers": 50.5}}
+    said = {"run": {"task": "xformer_stage2"}, "datasets": {"scenes": {"preset": "easy", "splits": {"train": {"n": 8}}}}}
+    content = {
+        "model": runner_state(trained),
+        "config": {**OmegaConf.to_container(stage2_config), **said},
+        "position": {"steps": 4},
+        "best": {"answers": 50.5},
+        "rng": [{}, {}],  # of two processes
+    }
     torch.save(content, tmp_path / "run.pth")
     records = [{"kind": "step", "step": 2}]
     records += [{"kind": "eval", "split": "val", "step": n, "answers": r} for n, r in ((2, 50.5), (4, 61.5), (6, 70.5))]
@@ -57,7 +63,8 @@ def test_a_folder_gives_the_model_back_bit_for_bit(
     assert "61.5" in card, "what was measured with these weights"
     assert "50.5" not in card
     assert "70.5" not in card
-    assert "task xformer_stage2" in card
+    assert "task xformer_stage2, processes 2" in card
+    assert 'scenes {"preset": "easy", "n": 8}' in card
 
     model, vis, text = lavis_xformer.from_folder(folder)
     assert_equal(model, trained)
