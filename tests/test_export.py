@@ -30,7 +30,8 @@ def trained(stage2_config: Any) -> XFormerOPT:
 @pytest.fixture
 def checkpoint(trained: XFormerOPT, stage2_config: Any, tmp_path: Path) -> Path:
     """A checkpoint as the runner writes it, after two epochs of two steps, and the log beside it."""
-    said = {"run": {"task": "xformer_stage2"}, "datasets": {"scenes": {"preset": "easy", "splits": {"train": {"n": 8}}}}}
+    scenes = {"preset": "easy", "splits": {"train": {"n": 8}}}
+    said = {"run": {"task": "xformer_stage2"}, "datasets": {"scenes": scenes}}
     content = {
         "model": runner_state(trained),
         "config": {**OmegaConf.to_container(stage2_config), **said},
