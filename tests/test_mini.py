@@ -213,6 +213,16 @@ def test_notes_fill_an_image_s_places_and_list_every_object():
     assert 0.3 < lists / kinds.count((True, False, True)) < 0.7
 
 
+def test_notes_say_what_the_description_says_and_only_where_asked_for():
+    plain, noted = (pool.documents("t", seed=0, count=64, noted=noted) for noted in (False, True))
+    assert not [d for d in plain if d.notes or any(turn.kind == "inventory" for turn in d.turns)]
+    pairs = [(text.text, set(notes.notes)) for text, notes in zip(plain, noted, strict=True) if notes.turns]
+    pairs = [(text, notes - {"nothing"}) for text, notes in pairs if notes]
+    assert len(pairs) == 24
+    for text, notes in pairs:
+        assert all(note in text for note in notes)
+
+
 def test_the_words_of_an_object_s_note_say_all_without_their_order():
     told = [note for d in pool.documents("t", seed=0, count=2000, noted=True) for note in d.notes if "/" in note]
     assert len(set(told)) == len({tuple(sorted(re.findall(r"\w+/?", note))) for note in told}) > 1000

@@ -10,6 +10,7 @@ import argparse
 import json
 import shlex
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.mini import pool
 from lavis_xformer.mini.cards import Card, write_card
 from lavis_xformer.mini.clip import ClipConfig, MiniClip, clip_loss, retrieval, shipped_state
-from lavis_xformer.mini.language import accuracy, encode, language_loss, opt_config, perplexity, prepare
+from lavis_xformer.mini.language import Document, accuracy, encode, language_loss, opt_config, perplexity, prepare
 from lavis_xformer.mini.mae import mae_config, mae_loss, reconstruction
 from lavis_xformer.mini.t5 import examine, t5_config, t5_loss, write_t5
 from lavis_xformer.mini.tokenizers import write_bert, write_opt
@@ -165,7 +166,7 @@ def build_opt(job: Job) -> None:
     torch.manual_seed(job.seed)
     recipe = job.recipe
     documents = pool.documents(pool.TRAIN, seed=job.seed, count=recipe.documents)
-    tokenizer = write_opt(job.out / "opt", (text for document in documents[:20_000] for text, _ in document.parts()))
+    tokenizer = write_opt(job.out / "opt", _said(documents))
     model = OPTForCausalLM(opt_config(len(tokenizer)))
     prepare(model)
     model.to(job.device)
@@ -193,8 +194,7 @@ def build_t5(job: Job) -> None:
     torch.manual_seed(job.seed)
     recipe = job.recipe
     documents = pool.documents(pool.TRAIN, seed=job.seed, count=recipe.documents)
-    texts = [text for document in documents[:20_000] for text, _ in document.parts()]
-    tokenizer = write_t5(job.out / "t5", texts)
+    tokenizer = write_t5(job.out / "t5", _said(documents))
     model = T5ForConditionalGeneration(t5_config(len(tokenizer))).to(job.device)
     seconds = job.fit("t5", model, t5_loss(model, documents, tokenizer, batch=recipe.t5.batch))
     asked = pool.examination(pool.HELD_OUT, seed=job.seed, count=recipe.heldout)
@@ -218,6 +218,11 @@ def save_weights(folder: Path, state: dict[str, Tensor], config: dict[str, objec
     save_file(halves, path, metadata={"format": "pt"})
     path.chmod(0o644)  # readable by others wherever it is installed
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _said(documents: list[Document]) -> Iterator[str]:
+    """What is said in as many documents as a tokenizer needs to learn from."""
+    return (text for document in documents[:20_000] for text, _ in document.parts())
 
 
 def _word_pieces(texts: list[str], tokenizer: BertTokenizer) -> Tensor:
