@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
+import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -98,7 +101,8 @@ def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
     print(f"\ncheckpoint  {show(newest)}\nlog         {show(folder / 'log.jsonl')}")
     print(f"curves      {show(picture)}\nreport      {show(page)}")
     if runner.options.next_command:
-        print(f"next        {runner.options.next_command.replace('{checkpoint}', show(newest))}")
+        follows = runner.options.next_command.replace("{checkpoint}", show(newest))
+        print(f"next        {as_called_here(follows)}")
 
 
 def print_corrupt(names: Sequence[str], most: int = 5) -> None:
@@ -128,6 +132,14 @@ def table(task: Any, figures: Mapping[str, float]) -> str:
 def show(path: Path | None) -> str:
     """Return a path as seen from the current folder."""
     return os.path.relpath(path) if path is not None else "none"
+
+
+def as_called_here(command: str) -> str:
+    """Name this interpreter in a ``python ...`` command where ``python`` is another one, as without activation."""
+    found = shutil.which("python")
+    if found and Path(found).absolute() == Path(sys.executable).absolute():
+        return command
+    return re.sub(r"^python(?= )", lambda _: shlex.quote(show(Path(sys.executable))), command)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -59,7 +59,7 @@ make_environment() {
         return 1
     fi
     base="$(find_python)"
-    echo "Making $VENV with $base ($(python_version "$base")): about 6 GB, some minutes, once." >&2
+    echo "Making $VENV with $base ($(python_version "$base")): about 7 GB, some minutes, once." >&2
     rm -rf "$VENV"
     mkdir "$VENV"
     touch "$MAKING"

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import urllib.error
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 from lavis_xformer import __version__, cli
 from lavis_xformer.errors import UserError
+from lavis_xformer.train import as_called_here
 
 
 def fail(error: BaseException):
@@ -95,3 +97,17 @@ def test_every_command_exists_and_shows_its_help(name: str, capsys):
         import_module(cli.COMMANDS[name][0]).main(["--help"])
     assert stopped.value.code == 0
     assert "usage:" in capsys.readouterr().out
+
+
+def test_the_next_command_names_the_interpreter_that_python_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "a venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)  # as an environment has it: the same file, another prefix
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.chdir(tmp_path)
+    assert as_called_here("python -m lavis.train") == "'a venv/bin/python' -m lavis.train"
+    assert as_called_here("torchrun -m lavis.train") == "torchrun -m lavis.train"
+    monkeypatch.setenv("PATH", str(python.parent))
+    assert as_called_here("python -m lavis.train") == "python -m lavis.train"
