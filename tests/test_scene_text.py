@@ -202,7 +202,7 @@ class Reader:
             return str(self.number(match.group(1)))
         if match := re.fullmatch(r"does an? (.+) exist in the image\?", text):
             return "yes" if self.number(match.group(1)) else "no"
-        if match := re.fullmatch(r"is the (\w+ \w+) (.+) the (\w+ \w+)\?", text):
+        if match := re.fullmatch(r"is the (\w+ \w+) (left or right of|above or below) the (\w+ \w+)\?", text):
             return self.relation(*match.groups())
         pattern = r"(what (?:size|mark|colour|shape)|which way|where) (?:is|has|does) the (.+?)( face)?\?"
         what, name, _ = re.fullmatch(pattern, text).groups()
@@ -214,10 +214,8 @@ class Reader:
         return (found | {"what colour": colour, "what shape": shape})[what]
 
     def relation(self, first, how, second):
-        axis = int("left" not in how and "right" not in how)
-        before, after = ("above", "below") if axis else ("left", "right")
-        true = before if self.order(axis, first, second) else after
-        return true if " or " in how else "yes" if how.removesuffix(" of") == true else "no"
+        before, after = how.removesuffix(" of").split(" or ")
+        return before if self.order(int(before == "above"), first, second) else after
 
 
 def test_every_question_is_answered_by_the_description_alone():

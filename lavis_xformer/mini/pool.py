@@ -36,7 +36,7 @@ from lavis_xformer.mini.language import Document, Turn
 PRESET = "standard"
 TRAIN, HELD_OUT = "pretrain", "pretrain-heldout"
 CHUNK = 500
-ASKED = (*QUESTION_KINDS, *2 * ("attribute", "count_group"), *5 * ("relation",), "position")
+ASKED = (*QUESTION_KINDS, *2 * ("attribute", "count_group", "position"), *5 * ("relation",))
 """What is asked of a scene: kinds of many forms, or of two objects to be looked up, more than once."""
 
 PLACES = 32
@@ -123,10 +123,11 @@ def _documents(split: str, seed: int, noted: bool, start: int, stop: int) -> lis
 def _asked(shown: Scene, rng: np.random.Generator) -> list[Question]:
     """Questions of :data:`ASKED`, for all of some objects, and for squares, in any order.
 
-    The latter teach to look objects up: all of one is a longer answer, and two squares tell a relation.
+    The latter teach to look objects up: all of one is a longer answer, and two squares tell a relation. Of questions
+    in the same words one is kept: "is A left or right of B" gives away the reverse, and nothing is looked up.
     """
     drawn = [question for kind in ASKED if (question := ask(shown, rng, kind))]
-    distinct = list({question.text: question for question in drawn}.values())
+    distinct = list({frozenset(question.text.split()): question for question in drawn}.values())
     return shuffled(rng, distinct + details_asked(shown, rng, 2) + squares_asked(shown, rng))
 
 
