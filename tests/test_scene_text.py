@@ -143,10 +143,10 @@ def test_words_stay_in_the_vocabulary():
 
 
 def table(text):
-    """Parse a description: numbers by name, rows (name, size, mark, facing or "", place, square, rest), short names."""
+    """Parse a description: numbers by name, rows (name, square, place, size, mark, facing or "", rest), short names."""
     _, tally, *rows = text.rstrip(".").split(". ")
     numbers = {name: int(number) for name, number in (part.rsplit(" ", 1) for part in tally.split(", "))}
-    pattern = r"([a-z ]+): (\w+) (\w+)(?: facing (\w+))?, ([a-z ]+), (\d/\d)(?:, (.+))?"
+    pattern = r"([a-z ]+): (\d/\d), ([a-z ]+), (\w+) (\w+)(?: facing (\w+))?(?:, (.+))?"
     told = [match.groups(default="") for row in rows if (match := re.fullmatch(pattern, row))]
     return numbers, told, dict(row.split(": ") for row in rows[len(told) :])
 
@@ -155,7 +155,7 @@ def test_descriptions_list_every_object_in_order():
     for scene in SCENES:
         text = description(scene)
         _, rows, _ = table(text)
-        listed = [(size, mark, *name.split(), facing, place) for name, size, mark, facing, place, *_ in rows]
+        listed = [(size, mark, *name.split(), facing, place) for name, _, place, size, mark, facing, _ in rows]
         in_order = sorted(scene.objects, key=lambda item: item.x)
         assert listed[: len(in_order)] == [as_seen(item, item.shape in DIRECTED) for item in in_order]
         assert ground_words(text) == {scene.ground.name} <= set(GROUNDS)
@@ -187,7 +187,7 @@ class Reader:
         return self.numbers.get(" ".join([*colour, noun if noun in self.numbers else plural(noun)]), 0)
 
     def order(self, axis, first, second):
-        lines = [self.named(name)[-2].split("/")[axis] for name in (first, second)]
+        lines = [self.named(name)[1].split("/")[axis] for name in (first, second)]
         assert lines[0] != lines[1]
         return lines[0] < lines[1]
 
@@ -208,7 +208,7 @@ class Reader:
         what, name, _ = re.fullmatch(pattern, text).groups()
         if name in self.short:
             return self.short[name]
-        told, size, mark, facing, place, _, rest = self.named(name)
+        told, _, place, size, mark, facing, rest = self.named(name)
         colour, shape = (rest if told == "largest object" else told).split()
         found = {"what size": size, "what mark": mark, "which way": facing, "where": place}
         return (found | {"what colour": colour, "what shape": shape})[what]

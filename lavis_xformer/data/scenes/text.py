@@ -145,13 +145,16 @@ def square(item: SceneObject) -> str:
 
 
 def details(item: SceneObject) -> str:
-    """Size, mark, facing, place and square of an object, in this order: ``small dotted facing up, top left, 2/3``."""
+    """Square, place, size, mark and facing of an object: ``2/3, top left, small dotted facing up``.
+
+    What is compared or takes two words stands first, always as far from the name before it.
+    """
     facing = f" facing {item.facing}" if item.directed else ""
-    return f"{item.size} {item.mark}{facing}, {item.cell}, {square(item)}"
+    return f"{square(item)}, {item.cell}, {item.size} {item.mark}{facing}"
 
 
 def inventory(scene: Scene) -> list[str]:
-    """All there is to say of every object, from left to right: ``red star: small dotted facing up, left, 1/5``."""
+    """All there is to say of every object, from left to right: ``red star: 1/5, left, small dotted facing up``."""
     return [f"{item.name}: {details(item)}" for item in sorted(scene.objects, key=lambda item: item.x)]
 
 
