@@ -83,7 +83,7 @@ RECIPES = {
         clip=Schedule(steps=10_000, batch=128, lr=1e-3, horizon=20_000, cooldown=0.4),
         mae=Schedule(steps=10_000, batch=256, lr=1.5e-3, horizon=20_000, cooldown=0.25),
         opt=Schedule(steps=15_600, batch=13, lr=3e-3),
-        notes=Schedule(steps=8000, batch=8, lr=1e-3, muon=2.0),
+        notes=Schedule(steps=24_000, batch=8, lr=1e-3, muon=2.0),
         t5=Schedule(steps=15_600, batch=64, lr=3e-3),
     ),
 }
