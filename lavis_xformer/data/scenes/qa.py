@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import pairwise
 
 from numpy.random import Generator
 
-from lavis_xformer.data.scenes.text import details, inventory, pick, shuffled, square
+from lavis_xformer.data.scenes.text import details, drawn_relation, inventory, pick, shuffled, square
 from lavis_xformer.data.scenes.words import (
     COLOURS,
     COLUMNS,
@@ -25,7 +25,7 @@ from lavis_xformer.data.scenes.words import (
     plural,
     with_article,
 )
-from lavis_xformer.data.scenes.world import CELL_BORDERS, Scene, SceneObject, relations, visible_shares
+from lavis_xformer.data.scenes.world import CELL_BORDERS, Scene, SceneObject, visible_shares
 from lavis_xformer.errors import UserError, nearest
 
 CELL_MARGIN = 0.03
@@ -154,11 +154,10 @@ def _relation(scene: Scene, rng: Generator) -> Question | None:
     Never "is it left of", answered by yes or no: its answer is the parity of the side asked for and the true one,
     which a language model of a million weights did not learn in hours (docs/mini_world.md).
     """
-    pairs = [pair for pair in combinations(scene.singles(), 2) if relations(*pair)]
-    if not pairs:
+    drawn = drawn_relation(scene, rng)
+    if drawn is None:
         return None
-    first, second = shuffled(rng, pick(rng, pairs))
-    true = pick(rng, relations(first, second))
+    first, true, second = drawn
     sides = "left or right of" if true in ("left of", "right of") else "above or below"
     return Question("relation", f"is the {first.name} {sides} the {second.name}?", true.removesuffix(" of"))
 

@@ -60,13 +60,13 @@ def coarse_caption(scene: Scene, rng: Generator) -> str:
     return f"{pick(rng, OPENINGS)}{listed(phrases)}{where}{_on_ground(scene, rng, 0.4)}"
 
 
-def _relation(scene: Scene, rng: Generator) -> str:
-    """A clear relation of two objects that are named without doubt; empty if there is none."""
+def drawn_relation(scene: Scene, rng: Generator) -> tuple[SceneObject, str, SceneObject] | None:
+    """Two objects that are named without doubt and on which side the first clearly lies; none where there are none."""
     pairs = [pair for pair in combinations(scene.singles(), 2) if relations(*pair)]
     if not pairs:
-        return ""
+        return None
     first, second = shuffled(rng, pick(rng, pairs))
-    return f"the {first.name} is {pick(rng, relations(first, second))} the {second.name}"
+    return first, pick(rng, relations(first, second)), second
 
 
 def caption(scene: Scene, rng: Generator) -> str:
@@ -74,11 +74,13 @@ def caption(scene: Scene, rng: Generator) -> str:
     groups = shuffled(rng, sorted(scene.groups().items()))
     phrases = [counted(count, f"{colour} {shape}") for (colour, shape), count in groups]
     text = pick(rng, OPENINGS) + listed(phrases) + _on_ground(scene, rng, 0.7 if len(groups) < 4 else 0.2)
-    told = _relation(scene, rng)
-    if not told and scene.singles():
+    if drawn := drawn_relation(scene, rng):
+        first, side, second = drawn
+        return f"{text}, the {first.name} is {side} the {second.name}"
+    if scene.singles():
         item = pick(rng, scene.singles())
-        told = f"the {item.name} is {item.size} and {place(item)}"
-    return f"{text}, {told}" if told else text
+        return f"{text}, the {item.name} is {item.size} and {place(item)}"
+    return text
 
 
 def full_name(item: SceneObject, rng: Generator | None = None) -> str:
