@@ -223,6 +223,16 @@ def test_notes_say_what_the_description_says_and_only_where_asked_for():
         assert all(note in text for note in notes)
 
 
+def test_no_text_asks_for_two_objects_both_ways_round():
+    found = 0
+    for document in pool.documents("t", seed=0, count=400, noted=True):
+        asked = [turn.question for turn in document.turns if turn.kind == "relation"]
+        words = [tuple(sorted(re.findall(r"\w+", question))) for question in asked]
+        assert len(set(words)) == len(words), asked
+        found += len(words)
+    assert found > 200
+
+
 def test_the_words_of_an_object_s_note_say_all_without_their_order():
     told = [note for d in pool.documents("t", seed=0, count=2000, noted=True) for note in d.notes if "/" in note]
     assert len(set(told)) == len({tuple(sorted(re.findall(r"\w+/?", note))) for note in told}) > 1000

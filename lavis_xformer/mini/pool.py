@@ -127,7 +127,7 @@ def _asked(shown: Scene, rng: np.random.Generator) -> list[Question]:
     in the same words one is kept: "is A left or right of B" gives away the reverse, and nothing is looked up.
     """
     drawn = [question for kind in ASKED if (question := ask(shown, rng, kind))]
-    distinct = list({frozenset(question.text.split()): question for question in drawn}.values())
+    distinct = list({frozenset(question.text.rstrip("?").split()): question for question in drawn}.values())
     return shuffled(rng, distinct + details_asked(shown, rng, 2) + squares_asked(shown, rng))
 
 
