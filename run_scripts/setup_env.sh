@@ -52,6 +52,11 @@ fingerprint() {
     (cd "$ROOT" && { cat setup.py pyproject.toml constraints.txt lavis_xformer.pth && pwd -P; } | cksum)
 }
 
+# Whether "pip install ." has put a copy in place of the link to this folder: changes here would not be run.
+holds_copy() {
+    compgen -G "$VENV/lib/python3*/site-packages/lavis_xformer" >/dev/null
+}
+
 make_environment() {
     local base
     if [ -e "$VENV" ] && [ ! -e "$STAMP" ] && [ ! -e "$MAKING" ]; then
@@ -69,7 +74,8 @@ make_environment() {
 set_up() {
     local wanted version
     wanted="$(fingerprint)"
-    [ ! -e "$MAKING" ] && [ "$(cat "$STAMP" 2>/dev/null)" = "$wanted" ] && "$PYTHON" -c "" 2>/dev/null && return
+    [ ! -e "$MAKING" ] && [ "$(cat "$STAMP" 2>/dev/null)" = "$wanted" ] && "$PYTHON" -c "" 2>/dev/null &&
+        ! holds_copy && return
     version="$(python_version "$PYTHON")"
     if [ -e "$MAKING" ] || [ ! -e "$STAMP" ] || { [ "$version" != 3.10 ] && [ "$version" != 3.11 ]; }; then
         make_environment

@@ -95,6 +95,14 @@ def test_a_second_run_installs_nothing_and_changed_requirements_install_again(ma
     assert (machine.venv / "kept").exists()
 
 
+def test_a_copy_in_place_of_the_link_is_installed_over(machine: Machine):
+    machine.add("python3.11", "3.11")
+    machine.set_up()
+    (machine.venv / "lib" / "python3.11" / "site-packages" / "lavis_xformer").mkdir(parents=True)
+    assert machine.set_up().returncode == 0
+    assert machine.installs() == 2
+
+
 def test_an_interrupted_install_starts_afresh(machine: Machine):
     machine.add("python3.11", "3.11")
     assert machine.set_up(PIP_STATUS="1").returncode != 0
