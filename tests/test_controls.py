@@ -100,6 +100,48 @@ def test_the_qformer_may_read_mae_alone(configured: Any, toy: Any, batch: dict[s
         configured(toy, fusion="none", vit_model=toy.mae_model, image_size=64)
 
 
+def test_m_may_come_with_positions(configured: Any, toy: Any, batch: dict[str, Any]) -> None:
+    plain, placed = configured(toy).eval(), configured(toy, token_positions=["mae"]).eval()
+    placed.load_state_dict(plain.state_dict())
+    table = plain.mae.model.vit.embeddings.position_embeddings  # (1, 1 + N, Dm)
+    own, other = (model.encode_image(batch["image"]).mae_tokens for model in (plain, placed))
+    assert torch.allclose(other - own, table.expand_as(own), atol=1e-5)
+    noise = torch.rand(4, 16)
+    seen, hidden = (model.encode_image(batch["image"], mask_ratio=0.5, noise=noise) for model in (plain, placed))
+    kept = noise.argsort(dim=1)[:, :8]  # the visible patches, in the order of their tokens
+    assert torch.allclose((hidden.mae_tokens - seen.mae_tokens)[:, 1:], table[0, 1:][kept], atol=1e-5)
+    assert torch.allclose(hidden.mae_tokens[:, 0], seen.mae_tokens[:, 0]), "CLS lies nowhere"
+    losses = [model.reconstruction_loss(of.mae_tokens, of) for model, of in ((plain, seen), (placed, hidden))]
+    assert torch.allclose(*losses, atol=1e-5), "MAE's decoder gets M' without them"
+
+
+@pytest.mark.parametrize("fusion", ["none", "dual"])
+def test_c_may_come_with_positions(configured: Any, toy: Any, batch: dict[str, Any], fusion: str) -> None:
+    plain, placed = (configured(toy, fusion=fusion, token_positions=names).eval() for names in ([], ["clip"]))
+    placed.load_state_dict(plain.state_dict())
+    own, other = (model.encode_image(batch["image"]) for model in (plain, placed))
+    assert_lie_apart(other.clip - own.clip)
+    if fusion == "dual":
+        assert torch.equal(other.mae_tokens, own.mae_tokens)
+
+
+def test_c_in_place_of_m_has_positions_as_m_would(configured: Any, toy: Any, batch: dict[str, Any]) -> None:
+    tokens = configured(toy, mae_source="clip", token_positions=["mae"]).encode_image(batch["image"])
+    assert_lie_apart(tokens.mae_tokens - tokens.clip)
+
+
+def assert_lie_apart(added: torch.Tensor) -> None:
+    """What was added to (B, 1 + N, D) tokens: for all images the same, at each patch another vector, for CLS 0."""
+    assert torch.allclose(added, added[:1].expand_as(added), atol=1e-5)
+    assert torch.allclose(added[:, 0], torch.zeros_like(added[:, 0]), atol=1e-5)
+    assert len(added[0].mul(1e3).round().unique(dim=0)) == added.shape[1]
+
+
+def test_positions_are_of_an_encoder(configured: Any, toy: Any) -> None:
+    with pytest.raises(UserError, match=r"model\.token_positions: no encoder 'mea'; did you mean 'mae'"):
+        configured(toy, token_positions=["mea"])
+
+
 @pytest.mark.parametrize("changes", [{}, {"mae_source": "clip"}, {"mae_source": "clip", "clip_layer": 1}])
 def test_each_image_may_get_anothers_m(
     configured: Any, toy: Any, batch: dict[str, Any], changes: dict[str, Any]

@@ -12,6 +12,7 @@ from transformers import ViTMAEForPreTraining
 from lavis_xformer.mini import build, probe
 from lavis_xformer.mini.features import Standardise, mae_tokens, pixel_tokens
 from lavis_xformer.mini.mae import mae_config
+from lavis_xformer.mini.positions import position_r2
 from lavis_xformer.mini.spectrum import filtered, similarity_curves
 from lavis_xformer.mini.tasks import NONE, TASKS, Exam, make_exam
 
@@ -93,6 +94,14 @@ def test_a_source_of_low_frequencies_survives_a_low_pass():
     images = torch.randint(0, 255, (8, 3, 64, 64), dtype=torch.uint8)
     curves = similarity_curves({"low": lambda x: pixel_tokens(filtered((255 * x).byte(), 2, keep="low") / 255)}, images)
     assert min(curves["low"]["low"][1:]) > max(curves["low"]["high"][1:])
+
+
+def test_tokens_that_hold_their_place_are_told_from_those_that_do_not():
+    content = torch.randn(40, 17, 24, generator=torch.Generator().manual_seed(0))  # CLS and a square of 4 x 4
+    places = torch.randn(17, 24, generator=torch.Generator().manual_seed(1))
+    assert abs(position_r2(content)) < 0.2
+    assert position_r2(content + 5 * places) > 0.8
+    assert position_r2(content[:, [0, *range(16, 0, -1)]] + 5 * places) > 0.8, "whatever the images show"
 
 
 def test_interval_is_students():

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from lavis_xformer.assets import resolve
 from lavis_xformer.mini.features import Encoder, Standardise, encoders, extract
+from lavis_xformer.mini.positions import position_r2
 from lavis_xformer.mini.spectrum import similarity_curves
 from lavis_xformer.mini.tasks import NONE, TASKS, Exam, make_exam
 from lavis_xformer.mini.training import autocast, generator
@@ -154,6 +155,13 @@ def table(results: dict[str, dict[str, list[float]]], chance: dict[str, float]) 
     return "\n".join(lines)
 
 
+def said_of(placed: dict[str, float]) -> str:
+    """A line about how well tokens tell their own place."""
+    return "A token's own row and column, read from it alone, R²: " + ", ".join(
+        f"{name} {r2:.2f}" for name, r2 in placed.items()
+    )
+
+
 def majority(exam: Exam) -> dict[str, float]:
     """Percent right of always giving the most frequent answer."""
     known = {name: labels[labels != NONE] for name, labels in exam.labels.items()}
@@ -182,11 +190,13 @@ def main(argv: list[str]) -> int:
     results = {name: train_probe(sources[name], exams, steps=args.steps, seeds=args.seeds) for name in bar}
     shown = exams[f"probe-{args.report}"]
     curves = similarity_curves({name: sources[name] for name in ("C", "M")}, shown.images[:500])
+    placed = {name: position_r2(extract(sources[name], shown.images[:500])) for name in wanted}
     chance = majority(shown)
-    text = table(results, chance)
+    text = f"{table(results, chance)}\n\n{said_of(placed)}"
     record = {"arguments": vars(args) | {"out": str(args.out)}, "accuracy": results, "majority": chance}
+    record |= {"position_r2": placed, "similarity": curves}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "probe.json").write_text(json.dumps(record | {"similarity": curves}, indent=2) + "\n")
+    (args.out / "probe.json").write_text(json.dumps(record, indent=2) + "\n")
     (args.out / "probe.md").write_text(text + "\n")
     from lavis_xformer.mini.probe_figure import draw
 

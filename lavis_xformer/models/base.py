@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -29,10 +30,11 @@ from lavis_xformer.images import unpack
 from lavis_xformer.models import towers
 from lavis_xformer.models.frozen import DTYPES, Precision, compute_dtype, freeze, is_frozen, own_autocast
 from lavis_xformer.models.fusion import FUSIONS, Fusion
-from lavis_xformer.models.mae import MaeFeatures, MaskedAutoencoder, random_mask
+from lavis_xformer.models.mae import MaeFeatures, MaskedAutoencoder, random_mask, sincos
 from lavis_xformer.paths import config_path
 
 NOTHING = r"(?!)"  # the regular expression that no name matches
+ENCODERS = ("clip", "mae")
 MAE_SOURCES = ("mae", "random", "clip")  # what M is: MAE's tokens; those of an untrained MAE; CLIP's
 
 
@@ -57,9 +59,9 @@ class XFormerBase(Blip2Base):
     #: what ``from_config`` reads, beside LAVIS's arch, model_type, load_finetuned, finetuned and pretrained
     CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset(
         "vit_model vit_weights image_size drop_path_rate use_grad_checkpoint vit_precision freeze_vit mae_model "
-        "mae_norm_pix_loss mae_image_size mae_source clip_layer shuffle_mae bert num_query_token cross_attention_freq "
-        "qformer_layers fusion fusion_depth fusion_self_attention fusion_init fusion_heads max_txt_len train_only "
-        "blip2_pretrained".split()
+        "mae_norm_pix_loss mae_image_size mae_source token_positions clip_layer shuffle_mae bert num_query_token "
+        "cross_attention_freq qformer_layers fusion fusion_depth fusion_self_attention fusion_init fusion_heads "
+        "max_txt_len train_only blip2_pretrained".split()
     )
 
     #: regular expressions of names: weights that only stage 1 has, and those that its checkpoints therefore lack
@@ -78,6 +80,7 @@ class XFormerBase(Blip2Base):
         freeze_vit: bool = True,
         vit_precision: Precision = "fp16",
         max_txt_len: int = 32,
+        token_positions: Collection[str] = (),
         clip_layer: int | None = None,
         shuffle_mae: bool = False,
     ) -> None:
@@ -93,6 +96,8 @@ class XFormerBase(Blip2Base):
             freeze_vit: whether CLIP stays as it is; MAE always does.
             vit_precision: of the two encoders on a GPU; on a CPU they run in fp32.
             max_txt_len: longest text in tokens.
+            token_positions: of :data:`ENCODERS`, those whose tokens come with sine-cosine embeddings of where they lie;
+                M' loses them again before it is decoded.
             clip_layer: without ``mae``, M is what this block of CLIP gives, layer-normed; C itself where it is None.
             shuffle_mae: give each image the M of another one of its batch: what is lost then, M had told.
         """
@@ -111,6 +116,7 @@ class XFormerBase(Blip2Base):
         self.image_size = image_size
         self.vit_precision: Precision = vit_precision
         self.max_txt_len = max_txt_len
+        self.token_positions = frozenset(token_positions)
         self.clip_layer = clip_layer
         self.shuffle_mae = shuffle_mae
 
@@ -151,20 +157,22 @@ class XFormerBase(Blip2Base):
         clip_pixels, mae_pixels = unpack(image, clip_size=self.image_size, mae_size=mae_size)
         with towers.tap(self.visual_encoder, self.clip_layer) as middle:
             clip = self.ln_vision(self._run_clip(clip_pixels))  # (B, Nc, Dc)
+        placed = clip + sincos(clip.shape[-1], clip.shape[1] - 1).to(clip) if "clip" in self.token_positions else clip
         if not self.fusion.needs_mae:
-            return Tokens(clip=clip, mae=None, pixels=None)
+            return Tokens(clip=placed, mae=None, pixels=None)
         if self.mae is None:
-            again = F.layer_norm(middle[0].float(), middle[0].shape[-1:]) if middle else clip
-            mae = MaeFeatures(*random_mask(again.detach(), mask_ratio=0))
+            mae = _unmasked(F.layer_norm(middle[0].float(), middle[0].shape[-1:]) if middle else clip)
         else:
             with self._tower(self.mae):
                 mae = self.mae.encode(mae_pixels, mask_ratio=mask_ratio, noise=noise)
             mae = mae._replace(tokens=mae.tokens.float())
+        if "mae" in self.token_positions:
+            mae = mae._replace(tokens=mae.tokens + mae.positions())
         if self.shuffle_mae:  # half a batch away, where questions about one image stand side by side
             mae = MaeFeatures(*(part.roll(len(image) // 2, dims=0) for part in mae))
             mae_pixels = mae_pixels.roll(len(image) // 2, dims=0)
         pixels = None if self.mae is None else mae_pixels
-        return Tokens(self.fusion.visual_tokens(clip, mae.tokens), mae, pixels)
+        return Tokens(self.fusion.visual_tokens(placed, mae.tokens), mae, pixels)
 
     def _run_clip(self, pixels: Tensor) -> Tensor:
         if not is_frozen(self.visual_encoder):
@@ -186,6 +194,8 @@ class XFormerBase(Blip2Base):
         assert tokens.mae is not None
         assert tokens.pixels is not None
         assert aligned is not None
+        if "mae" in self.token_positions:
+            aligned = aligned - tokens.mae.positions()
         prediction = self.mae.decode(aligned, tokens.mae.ids_restore)  # (B, N, P)
         return losses.reconstruction(prediction, self.mae.target(tokens.pixels), tokens.mae.mask)
 
@@ -274,6 +284,9 @@ class XFormerBase(Blip2Base):
             raise UserError(f"model.fusion: no fusion '{name}'; {nearest(name, FUSIONS)}")
         if (precision := cfg.get("vit_precision", "fp16")) not in DTYPES:
             raise UserError(f"model.vit_precision: '{precision}'; {nearest(str(precision), DTYPES)}")
+        for encoder in (positions := list(cfg.get("token_positions") or [])):
+            if encoder not in ENCODERS:
+                raise UserError(f"model.token_positions: no encoder '{encoder}'; {nearest(str(encoder), ENCODERS)}")
         visual_encoder = towers.build_clip(
             cfg.vit_model,
             image_size=cfg.image_size,
@@ -309,6 +322,7 @@ class XFormerBase(Blip2Base):
             "freeze_vit": cfg.get("freeze_vit", True),
             "vit_precision": precision,
             "max_txt_len": cfg.get("max_txt_len", 32),
+            "token_positions": positions,
             "clip_layer": cfg.get("clip_layer"),
             "shuffle_mae": cfg.get("shuffle_mae", False),
         }
@@ -330,6 +344,12 @@ def _build_mae(cfg: DictConfig, visual_encoder: Any, *, fusion: str) -> MaskedAu
         image_size=cfg.get("mae_image_size"),
         trained=source == "mae",
     )
+
+
+def _unmasked(tokens: Tensor) -> MaeFeatures:
+    """Tokens (B, 1 + N, D), CLS first, in the place of M; no gradient goes into them."""
+    _, mask, ids_restore = random_mask(tokens[:, 1:], mask_ratio=0)
+    return MaeFeatures(tokens.detach(), mask, ids_restore)
 
 
 def _ones(tokens: Tensor) -> Tensor:

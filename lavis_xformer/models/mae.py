@@ -9,11 +9,13 @@ B: batch, N: patches, Nv: visible patches, Nm = 1 + Nv: tokens with CLS, Dm: wid
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import ViTMAEForPreTraining
+from transformers.models.vit_mae.modeling_vit_mae import get_2d_sincos_pos_embed
 
 from lavis_xformer.images import clip_to_mae
 from lavis_xformer.models.frozen import freeze
@@ -25,6 +27,13 @@ class MaeFeatures(NamedTuple):
     tokens: Tensor  #: M (B, Nm, Dm), CLS first
     mask: Tensor  #: (B, N), 0 is keep, 1 is remove
     ids_restore: Tensor  #: (B, N), from the shuffled order back to the image's
+
+    def positions(self) -> Tensor:
+        """MAE's sine-cosine embeddings of where the tokens lie, (B, Nm, Dm), of a square image; 0 for CLS."""
+        batch, count, width = self.tokens.shape
+        kept = self.ids_restore.argsort(dim=1)[:, : count - 1]  # (B, Nv)
+        rows = torch.cat([kept.new_zeros(batch, 1), kept + 1], dim=1)  # (B, Nm)
+        return sincos(width, self.ids_restore.shape[1]).to(self.tokens)[rows]
 
 
 class MaskedAutoencoder(nn.Module):
@@ -104,6 +113,12 @@ class MaeTower(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (B, 3, S, S), normalised for CLIP, -> M (B, 1 + N, Dm) of the whole image."""
         return self.mae.encode(clip_to_mae(pixels)).tokens
+
+
+@lru_cache(maxsize=4)
+def sincos(width: int, patches: int) -> Tensor:
+    """Sine-cosine position embeddings of a square of patches, (1 + N, ``width``), 0 for CLS (MAE, appendix A.1)."""
+    return torch.from_numpy(get_2d_sincos_pos_embed(width, int(patches**0.5), add_cls_token=True)).float()
 
 
 def random_mask(patches: Tensor, *, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:

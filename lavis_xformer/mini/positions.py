@@ -1,0 +1,35 @@
+"""Does a token say where it lies? A linear readout of its row and column from the token alone.
+
+Attention can only look something up at a place, or tell a place, as far as tokens carry theirs. The probe of this
+package adds places to all tokens; a Q-Former and X-Former's fusion don't (but for ``token_positions``).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def position_r2(tokens: Tensor, *, train: float = 0.75, ridge: float = 1e-2) -> float:
+    """R² of the rows and columns of patches, read from held-out images' tokens by ridge regression.
+
+    Args:
+        tokens: (N, 1 + P, D) of N images, CLS first, patches of a square in reading order.
+        train: share of the images that the regression is fitted on.
+        ridge: its penalty, on layer-normed tokens.
+
+    Returns:
+        1 where a token tells its place exactly, 0 where it tells nothing linearly (or less, where it misleads).
+    """
+    x = F.layer_norm(tokens[:, 1:].float(), tokens.shape[-1:])  # (N, P, D)
+    x = F.pad(x, (0, 1), value=1.0).double()  # and a constant
+    side = round(x.shape[1] ** 0.5)
+    axis = torch.linspace(-1, 1, side, dtype=x.dtype)
+    places = torch.cartesian_prod(axis, axis).expand(len(x), -1, -1)  # (N, P, 2)
+    fitted = int(train * len(x))
+    seen, shown = x[:fitted].flatten(0, 1), x[fitted:]
+    penalty = ridge * torch.eye(x.shape[-1], dtype=x.dtype)
+    weights = torch.linalg.solve(seen.T @ seen + penalty, seen.T @ places[:fitted].flatten(0, 1))  # (D + 1, 2)
+    error = (shown @ weights - places[fitted:]).square().mean()
+    return float(1 - error / places.square().mean())
