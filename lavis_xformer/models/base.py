@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from lavis.models.blip2_models.blip2 import Blip2Base, LayerNorm
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as BertOutput
 from typing_extensions import Self
@@ -28,14 +28,12 @@ from lavis_xformer.distributed import world_size
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.images import unpack
 from lavis_xformer.models import towers
-from lavis_xformer.models.frozen import DTYPES, Precision, compute_dtype, freeze, is_frozen, own_autocast
-from lavis_xformer.models.fusion import FUSIONS, Fusion
-from lavis_xformer.models.mae import MaeFeatures, MaskedAutoencoder, random_mask, sincos
+from lavis_xformer.models.frozen import Precision, compute_dtype, freeze, is_frozen, own_autocast
+from lavis_xformer.models.fusion import Fusion
+from lavis_xformer.models.mae import MaeFeatures, MaskedAutoencoder, sincos, unmasked
 from lavis_xformer.paths import config_path
 
 NOTHING = r"(?!)"  # the regular expression that no name matches
-ENCODERS = ("clip", "mae")
-MAE_SOURCES = ("mae", "random", "clip")  # what M is: MAE's tokens; those of an untrained MAE; CLIP's
 
 
 class Tokens(NamedTuple):
@@ -91,13 +89,12 @@ class XFormerBase(Blip2Base):
             mae: the masked autoencoder; without it, a fusion that needs M gets CLIP's tokens in its place.
             qformer: LAVIS's ``BertLMHeadModel`` with the configuration of :func:`towers.qformer_config`.
             tokenizer: BERT's, with the decoder's start token as ``bos_token``.
-            fusion: one of :data:`FUSIONS`.
+            fusion: one of :data:`fusion.FUSIONS`.
             image_size: side of CLIP's input in pixels.
             freeze_vit: whether CLIP stays as it is; MAE always does.
             vit_precision: of the two encoders on a GPU; on a CPU they run in fp32.
             max_txt_len: longest text in tokens.
-            token_positions: of :data:`ENCODERS`, those whose tokens come with sine-cosine embeddings of where they lie;
-                M' loses them again before it is decoded.
+            token_positions: ``clip``, ``mae``: whose tokens get embeddings of their places; M' is decoded without.
             clip_layer: without ``mae``, M is what this block of CLIP gives, layer-normed; C itself where it is None.
             shuffle_mae: give each image the M of another one of its batch: what is lost then, M had told.
         """
@@ -161,7 +158,7 @@ class XFormerBase(Blip2Base):
         if not self.fusion.needs_mae:
             return Tokens(clip=placed, mae=None, pixels=None)
         if self.mae is None:
-            mae = _unmasked(F.layer_norm(middle[0].float(), middle[0].shape[-1:]) if middle else clip)
+            mae = unmasked(F.layer_norm(middle[0].float(), middle[0].shape[-1:]) if middle else clip)
         else:
             with self._tower(self.mae):
                 mae = self.mae.encode(mae_pixels, mask_ratio=mask_ratio, noise=noise)
@@ -271,85 +268,6 @@ class XFormerBase(Blip2Base):
         if model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:
             cfg.pretrained = model_type  # the folder, wherever it lies by now
         return cls.from_config(cfg)
-
-    @classmethod
-    def build_parts(cls, cfg: DictConfig) -> dict[str, Any]:
-        """Build from a ``model`` configuration what ``__init__`` takes.
-
-        Raises:
-            UserError: a name, folder or file in the configuration is wrong.
-        """
-        name = cfg.get("fusion", "dual")
-        if name not in FUSIONS:
-            raise UserError(f"model.fusion: no fusion '{name}'; {nearest(name, FUSIONS)}")
-        if (precision := cfg.get("vit_precision", "fp16")) not in DTYPES:
-            raise UserError(f"model.vit_precision: '{precision}'; {nearest(str(precision), DTYPES)}")
-        for encoder in (positions := list(cfg.get("token_positions") or [])):
-            if encoder not in ENCODERS:
-                raise UserError(f"model.token_positions: no encoder '{encoder}'; {nearest(str(encoder), ENCODERS)}")
-        visual_encoder = towers.build_clip(
-            cfg.vit_model,
-            image_size=cfg.image_size,
-            weights=cfg.get("vit_weights"),
-            drop_path_rate=cfg.get("drop_path_rate", 0.0),
-            use_grad_checkpoint=cfg.get("use_grad_checkpoint", False),
-        )
-        mae = _build_mae(cfg, visual_encoder, fusion=name)
-        qformer = towers.build_qformer(
-            cfg.bert,
-            num_queries=cfg.num_query_token,
-            vision_width=visual_encoder.num_features,
-            cross_attention_freq=cfg.get("cross_attention_freq", 2),
-            layers=cfg.get("qformer_layers"),
-        )
-        fusion = FUSIONS[name](
-            query_width=qformer.config.hidden_size,
-            clip_width=visual_encoder.num_features,
-            mae_width=visual_encoder.num_features if mae is None else mae.width,
-            heads=cfg.get("fusion_heads") or qformer.config.num_attention_heads,
-            depth=cfg.get("fusion_depth", 1),
-            self_attention=cfg.get("fusion_self_attention", True),
-            init=cfg.get("fusion_init", "identity"),
-            std=qformer.config.initializer_range,
-        )
-        return {
-            "visual_encoder": visual_encoder,
-            "mae": mae,
-            "qformer": qformer,
-            "tokenizer": towers.build_tokenizer(cfg.bert),
-            "fusion": fusion,
-            "image_size": cfg.image_size,
-            "freeze_vit": cfg.get("freeze_vit", True),
-            "vit_precision": precision,
-            "max_txt_len": cfg.get("max_txt_len", 32),
-            "token_positions": positions,
-            "clip_layer": cfg.get("clip_layer"),
-            "shuffle_mae": cfg.get("shuffle_mae", False),
-        }
-
-
-def _build_mae(cfg: DictConfig, visual_encoder: Any, *, fusion: str) -> MaskedAutoencoder | None:
-    """What gives M; None where the fusion needs no M, or gets CLIP's tokens for it."""
-    if (source := cfg.get("mae_source", "mae")) not in MAE_SOURCES or (source, fusion) == ("clip", "concat"):
-        raise UserError(f"model.mae_source: '{source}' with fusion '{fusion}'; {nearest(str(source), MAE_SOURCES)}")
-    if (layer := cfg.get("clip_layer")) is not None:
-        if source != "clip":
-            raise UserError(f"model.clip_layer: {layer} is read where model.mae_source is clip, not {source}")
-        towers.block_of(visual_encoder, layer)
-    if source == "clip" or not FUSIONS[fusion].needs_mae:
-        return None
-    return towers.build_mae(
-        cfg.mae_model,
-        norm_pix_loss=cfg.get("mae_norm_pix_loss"),
-        image_size=cfg.get("mae_image_size"),
-        trained=source == "mae",
-    )
-
-
-def _unmasked(tokens: Tensor) -> MaeFeatures:
-    """Tokens (B, 1 + N, D), CLS first, in the place of M; no gradient goes into them."""
-    _, mask, ids_restore = random_mask(tokens[:, 1:], mask_ratio=0)
-    return MaeFeatures(tokens.detach(), mask, ids_restore)
 
 
 def _ones(tokens: Tensor) -> Tensor:

@@ -145,3 +145,9 @@ def random_mask(patches: Tensor, *, mask_ratio: float, noise: Tensor | None = No
     mask = torch.ones(batch, count, device=patches.device)
     mask[:, :keep] = 0
     return visible, mask.gather(1, ids_restore), ids_restore
+
+
+def unmasked(tokens: Tensor) -> MaeFeatures:
+    """Tokens (B, 1 + N, D), CLS first, in the place of M; no gradient goes into them."""
+    _, mask, ids_restore = random_mask(tokens[:, 1:], mask_ratio=0)
+    return MaeFeatures(tokens.detach(), mask, ids_restore)

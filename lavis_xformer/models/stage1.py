@@ -20,6 +20,7 @@ from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models.base import Tokens
 from lavis_xformer.models.checkpoints import load_pretrained
 from lavis_xformer.models.features import FeatureModel
+from lavis_xformer.models.parts import build_parts
 
 LOSSES = ("itc", "itm", "itg", "rec")
 
@@ -187,7 +188,7 @@ class XFormer(FeatureModel):
             mask_ratio=cfg.get("mask_ratio", 0.5),
             mask_vl=cfg.get("mask_vl", True),
             loss_weights=dict(weights or {}),
-            **cls.build_parts(cfg),
+            **build_parts(cfg),
         )
         model.load_report = load_pretrained(model, cfg)
         return model

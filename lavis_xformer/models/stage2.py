@@ -22,6 +22,7 @@ from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models.checkpoints import load_pretrained
 from lavis_xformer.models.generation import GenerativeModel, ask, one_per_image
 from lavis_xformer.models.language import Dialogue, LanguageModel, OptLanguage, T5Language
+from lavis_xformer.models.parts import build_parts
 
 LOSSES = ("lm", "rec")
 
@@ -190,7 +191,7 @@ class XFormerStage2(GenerativeModel):
             mask_ratio=cfg.get("mask_ratio", 0.5),
             loss_weights=dict(cfg.get("loss_weights") or {}),
             prefix_lm=cfg.get("prefix_lm", False),
-            **cls.build_parts(cfg),
+            **build_parts(cfg),
         )
         model.load_report = load_pretrained(model, cfg)
         return model

@@ -1,0 +1,98 @@
+"""Build what both stages' models are made of, from the ``model`` part of a configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig
+
+from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.models import towers
+from lavis_xformer.models.frozen import DTYPES
+from lavis_xformer.models.fusion import FUSIONS
+from lavis_xformer.models.mae import MaskedAutoencoder
+
+ENCODERS = ("clip", "mae")
+MAE_SOURCES = ("mae", "random", "clip")  # what M is: MAE's tokens; those of an untrained MAE; CLIP's
+
+
+def build_parts(cfg: DictConfig) -> dict[str, Any]:
+    """Build from a ``model`` configuration what ``XFormerBase`` takes.
+
+    Raises:
+        UserError: a name, folder or file in the configuration is wrong.
+    """
+    _check_names(cfg)
+    name = cfg.get("fusion", "dual")
+    visual_encoder = towers.build_clip(
+        cfg.vit_model,
+        image_size=cfg.image_size,
+        weights=cfg.get("vit_weights"),
+        drop_path_rate=cfg.get("drop_path_rate", 0.0),
+        use_grad_checkpoint=cfg.get("use_grad_checkpoint", False),
+    )
+    mae = _build_mae(cfg, visual_encoder, fusion=name)
+    qformer = towers.build_qformer(
+        cfg.bert,
+        num_queries=cfg.num_query_token,
+        vision_width=visual_encoder.num_features,
+        cross_attention_freq=cfg.get("cross_attention_freq", 2),
+        layers=cfg.get("qformer_layers"),
+    )
+    fusion = FUSIONS[name](
+        query_width=qformer.config.hidden_size,
+        clip_width=visual_encoder.num_features,
+        mae_width=visual_encoder.num_features if mae is None else mae.width,
+        heads=cfg.get("fusion_heads") or qformer.config.num_attention_heads,
+        depth=cfg.get("fusion_depth", 1),
+        self_attention=cfg.get("fusion_self_attention", True),
+        init=cfg.get("fusion_init", "identity"),
+        std=qformer.config.initializer_range,
+    )
+    return {
+        "visual_encoder": visual_encoder,
+        "mae": mae,
+        "qformer": qformer,
+        "tokenizer": towers.build_tokenizer(cfg.bert),
+        "fusion": fusion,
+        "image_size": cfg.image_size,
+        "freeze_vit": cfg.get("freeze_vit", True),
+        "vit_precision": cfg.get("vit_precision", "fp16"),
+        "max_txt_len": cfg.get("max_txt_len", 32),
+        "token_positions": cfg.get("token_positions") or [],
+        "clip_layer": cfg.get("clip_layer"),
+        "shuffle_mae": cfg.get("shuffle_mae", False),
+    }
+
+
+def _check_names(cfg: DictConfig) -> None:
+    """Look at the names in a ``model`` configuration before anything is built.
+
+    Raises:
+        UserError: there is no such fusion, precision or encoder.
+    """
+    if (name := cfg.get("fusion", "dual")) not in FUSIONS:
+        raise UserError(f"model.fusion: no fusion '{name}'; {nearest(name, FUSIONS)}")
+    if (precision := cfg.get("vit_precision", "fp16")) not in DTYPES:
+        raise UserError(f"model.vit_precision: '{precision}'; {nearest(str(precision), DTYPES)}")
+    for encoder in cfg.get("token_positions") or []:
+        if encoder not in ENCODERS:
+            raise UserError(f"model.token_positions: no encoder '{encoder}'; {nearest(str(encoder), ENCODERS)}")
+
+
+def _build_mae(cfg: DictConfig, visual_encoder: Any, *, fusion: str) -> MaskedAutoencoder | None:
+    """What gives M; None where the fusion needs no M, or gets CLIP's tokens for it."""
+    if (source := cfg.get("mae_source", "mae")) not in MAE_SOURCES or (source, fusion) == ("clip", "concat"):
+        raise UserError(f"model.mae_source: '{source}' with fusion '{fusion}'; {nearest(str(source), MAE_SOURCES)}")
+    if (layer := cfg.get("clip_layer")) is not None:
+        if source != "clip":
+            raise UserError(f"model.clip_layer: {layer} is read where model.mae_source is clip, not {source}")
+        towers.block_of(visual_encoder, layer)
+    if source == "clip" or not FUSIONS[fusion].needs_mae:
+        return None
+    return towers.build_mae(
+        cfg.mae_model,
+        norm_pix_loss=cfg.get("mae_norm_pix_loss"),
+        image_size=cfg.get("mae_image_size"),
+        trained=source == "mae",
+    )
