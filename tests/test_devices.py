@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lavis_xformer.models import base, language
 from lavis_xformer.models.frozen import DTYPES, Precision, compute_dtype
 from lavis_xformer.models.stage2 import XFormerOPT
 
@@ -62,6 +63,20 @@ def test_nothing_needs_64_bit_floats(model: Any, batch: dict[str, Any]) -> None:
         assert len(list(everything(model, batch))) >= 5
     with NoDoubles(), pytest.raises(AssertionError, match="_to_copy"):
         batch["image"].double()
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_frozen_parts_in_half_precision(
+    amp: bool, model: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, with or without mixed precision around them; evaluation has none."""
+    for module in (base, language):
+        monkeypatch.setattr(module, "compute_dtype", lambda device, precision: torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
+        loss, *_ = everything(model, batch)
+    assert torch.isfinite(loss)
+    assert model.visual_encoder.patch_embed.proj.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in model.mae.model.decoder.parameters()} == {torch.float32}, "gradients pass through it"
 
 
 @pytest.mark.gpu

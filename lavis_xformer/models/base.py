@@ -160,7 +160,7 @@ class XFormerBase(Blip2Base):
         if self.mae is None:
             mae = unmasked(F.layer_norm(middle[0].float(), middle[0].shape[-1:]) if middle else clip)
         else:
-            with self._tower(self.mae):
+            with self._tower(self.mae.model.vit):
                 mae = self.mae.encode(mae_pixels, mask_ratio=mask_ratio, noise=noise)
             mae = mae._replace(tokens=mae.tokens.float())
         if "mae" in self.token_positions:
@@ -186,7 +186,10 @@ class XFormerBase(Blip2Base):
         return own_autocast(self.device, dtype)
 
     def reconstruction_loss(self, aligned: Tensor | None, tokens: Tokens) -> Tensor:
-        """M' (B, Nm, Dm) through MAE's frozen decoder must still give the masked patches."""
+        """M' (B, Nm, Dm) through MAE's frozen decoder must still give the masked patches.
+
+        The decoder stays in fp32 and computes in the precision of the run, since gradients pass through it.
+        """
         assert self.mae is not None
         assert tokens.mae is not None
         assert tokens.pixels is not None
