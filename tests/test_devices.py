@@ -79,6 +79,31 @@ def test_frozen_parts_in_half_precision(
     assert {p.dtype for p in model.mae.model.decoder.parameters()} == {torch.float32}, "gradients pass through it"
 
 
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_gradients_of_a_large_batch_survive_a_language_model_in_fp16(
+    kind: str, make_stage2: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a mean over many tokens are below what fp16 holds; a run in fp16 has a scaler for them."""
+    monkeypatch.setattr(language, "compute_dtype", lambda device, precision: torch.float16)
+    speaker = make_stage2(kind).language
+    visual = torch.randn(1, 4, speaker.width)
+
+    def gradient(copies: int, amp: torch.dtype | None = None) -> torch.Tensor:
+        """Of the sum over the copies, which is as large as that of one."""
+        leaf = visual.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=amp or torch.bfloat16, enabled=amp is not None):
+            loss = speaker.loss(leaf.expand(copies, -1, -1), [[("", "a red star")]] * copies)
+        (0.01 * loss).backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    one = gradient(1)
+    for amp in (None, torch.bfloat16):
+        torch.testing.assert_close(gradient(2000, amp), one, rtol=0.02, atol=0.02 * float(one.abs().max()))
+    lost = gradient(2000, torch.float16) - one
+    assert lost.norm() > 0.1 * one.norm()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", DEVICES)
 def test_all_of_it_runs_on_a_gpu(device: str, model: Any, batch: dict[str, Any]) -> None:

@@ -81,9 +81,7 @@ def cost_of_a_step(model: Any, batch: int, amp: str) -> Cost:
 
 
 @pytest.mark.parametrize("size", RECIPES)
-def test_a_batch_of_the_recipe(
-    size: str, tokenizer: Any, opt_folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_batch_of_the_recipe(size: str, tokenizer: Any, opt_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = OmegaConf.load(project_path(f"projects/xformer/{RECIPES[size]}")).run
     costs = {}
     for fusion in ("none", "dual"):

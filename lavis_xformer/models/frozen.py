@@ -51,3 +51,22 @@ def own_autocast(device: torch.device, dtype: torch.dtype) -> contextlib.Abstrac
     if dtype == torch.float32 and device.type == "cpu":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def unscaled_half(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether gradients through a part of this precision need help: where the run is in fp16 too, it has a scaler."""
+    scaled = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
+    return dtype == torch.float16 and not scaled
+
+
+def enlarge_gradients(start: torch.Tensor, end: torch.Tensor, factor: torch.Tensor) -> None:
+    """Make gradients ``factor`` times as large between two fp32 tensors, and only there.
+
+    Args:
+        start: what a part in fp16 reads.
+        end: what it gives.
+        factor: a scalar.
+    """
+    if end.requires_grad:
+        end.register_hook(lambda gradient: gradient * factor)
+        start.register_hook(lambda gradient: gradient / factor)

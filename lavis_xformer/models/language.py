@@ -22,7 +22,15 @@ from transformers import AutoTokenizer, PretrainedConfig, T5Config, T5ForConditi
 
 from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.models.frozen import DTYPES, Precision, compute_dtype, freeze, own_autocast
+from lavis_xformer.models.frozen import (
+    DTYPES,
+    Precision,
+    compute_dtype,
+    enlarge_gradients,
+    freeze,
+    own_autocast,
+    unscaled_half,
+)
 from lavis_xformer.models.towers import offline_error
 
 NO_TARGET = -100  # cross-entropy's label of tokens that don't count
@@ -155,8 +163,17 @@ class LanguageModel(ABC):
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def loss(self, visual: Tensor, dialogues: Sequence[Dialogue], weights: Tensor | None = None) -> Tensor:
-        """Loss of the targets after image and prompt; for the arguments see :meth:`predict`, :func:`language_loss`."""
-        return language_loss(*self.predict(visual, dialogues), weights)
+        """Loss of the targets after image and prompt; for the arguments see :meth:`predict`, :func:`language_loss`.
+
+        The mean over a batch's tokens has gradients of about 1e-8, which are zero in fp16: there it passes that of the
+        sum.
+        """
+        prefix = visual.float().view_as(visual)
+        logits, labels = self.predict(prefix, dialogues)
+        logits = logits.float()
+        if unscaled_half(visual.device, compute_dtype(visual.device, self.precision)):
+            enlarge_gradients(prefix, logits, factor=(labels != NO_TARGET).sum())
+        return language_loss(logits, labels, weights)
 
     @torch.no_grad()
     def rank(self, visual: Tensor, prompts: Sequence[str], answers: Sequence[str], *, candidates: int) -> list[str]:
