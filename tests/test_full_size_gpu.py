@@ -99,7 +99,7 @@ def test_a_batch_of_the_recipe(size: str, tokenizer: Any, opt_folder: Path, caps
 
 @pytest.mark.parametrize("beams", [1, 5])
 def test_captions_of_a_batch(beams: int, opt_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """OPT-2.7B in half precision: 30 new tokens for 8 images, with its cache and by LAVIS's class, which has lost it."""
+    """OPT-2.7B in half precision: 30 new tokens for 8 images, with its cache and by LAVIS's class, which has none."""
     with torch.device("cuda"):
         cached = opt(SIZES["opt2.7b"], torch.float16).eval()
         visual = torch.randn(8, 32, cached.config.hidden_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from lavis_xformer.models.mae import MaskedAutoencoder, random_mask
 
 @pytest.fixture
 def mae(tiny_mae_model: Any) -> MaskedAutoencoder:
-    """A frozen autoencoder over 16 patches."""
-    return MaskedAutoencoder(model=tiny_mae_model)
+    """A frozen autoencoder over 16 patches; transformers' own attends in its own way."""
+    return MaskedAutoencoder(model=deepcopy(tiny_mae_model))
 
 
 def test_reconstruction_equals_transformers_for_the_same_noise(mae: MaskedAutoencoder, tiny_mae_model: Any) -> None:
@@ -42,6 +43,17 @@ def test_whole_image_keeps_the_order_of_the_patches(mae: MaskedAutoencoder, tiny
     features = mae.encode(pixels)
     assert torch.allclose(features.tokens, theirs, atol=1e-6)
     assert not features.mask.any()
+
+
+def test_gradients_pass_the_decoder_as_in_transformers(mae: MaskedAutoencoder, tiny_mae_model: Any) -> None:
+    """Though the attention is torch's kernel, in the place of transformers' own steps."""
+    _, _, order = random_mask(torch.randn(3, 16, 1), mask_ratio=0.5)
+    tokens, gradients = torch.randn(3, 9, 24), []
+    for decode in (mae.decode, lambda *given: tiny_mae_model.decoder(*given).logits):
+        leaf = tokens.clone().requires_grad_()
+        decode(leaf, order).square().sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-5)
 
 
 def test_whole_image_is_deterministic(mae: MaskedAutoencoder) -> None:

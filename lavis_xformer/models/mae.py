@@ -10,12 +10,14 @@ B: batch, N: patches, Nv: visible patches, Nm = 1 + Nv: tokens with CLS, Dm: wid
 from __future__ import annotations
 
 from functools import lru_cache
+from types import MethodType
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import ViTMAEForPreTraining
-from transformers.models.vit_mae.modeling_vit_mae import get_2d_sincos_pos_embed
+from transformers.models.vit_mae.modeling_vit_mae import ViTMAESelfAttention, get_2d_sincos_pos_embed
 
 from lavis_xformer.images import clip_to_mae
 from lavis_xformer.models.frozen import freeze
@@ -49,6 +51,9 @@ class MaskedAutoencoder(nn.Module):
         """
         super().__init__()
         self.model = freeze(model)
+        for module in model.modules():
+            if isinstance(module, ViTMAESelfAttention):
+                module.forward = MethodType(_attend, module)  # type: ignore[method-assign]
         if norm_pix_loss is not None:
             self.model.config.norm_pix_loss = norm_pix_loss
 
@@ -99,6 +104,14 @@ class MaskedAutoencoder(nn.Module):
         mean = patches.mean(-1, keepdim=True)
         variance = patches.var(-1, keepdim=True)
         return (patches - mean) / (variance + 1e-6).sqrt()
+
+
+def _attend(self: ViTMAESelfAttention, hidden: Tensor, *unused: object) -> tuple[Tensor]:
+    """Attend by torch's kernel in the place of transformers' own steps, which keep every map: (B, N, D) -> the same."""
+    query, key, value = (
+        self.transpose_for_scores(project(hidden)) for project in (self.query, self.key, self.value)
+    )  # (B, heads, N, D / heads)
+    return (F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2),)
 
 
 class MaeTower(nn.Module):
