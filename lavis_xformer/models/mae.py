@@ -53,7 +53,7 @@ class MaskedAutoencoder(nn.Module):
         self.model = freeze(model)
         for module in model.modules():
             if isinstance(module, ViTMAESelfAttention):
-                module.forward = MethodType(_attend, module)  # type: ignore[method-assign]
+                module.forward = MethodType(_attend, module)
         if norm_pix_loss is not None:
             self.model.config.norm_pix_loss = norm_pix_loss
 
