@@ -44,7 +44,7 @@ def test_every_precision_learns_and_resumes_to_the_bit(amp: str, tmp_path: Path)
 
 
 def train(folder: Path, project: str, *options: str) -> Path:
-    """Run a shipped job under torchrun, and so over NCCL's process group; its folder."""
+    """Run a shipped job under torchrun; its folder."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "lavis.train"]
     command += ["--cfg-path", str(PROJECTS / project), "--options", *SMALL, f"run.output_dir={folder}", *options]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
