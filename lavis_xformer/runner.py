@@ -20,7 +20,7 @@ from lavis_xformer import launch
 from lavis_xformer.distributed import is_main, rank, world_size
 from lavis_xformer.engine import checkpoint, jobs, rng
 from lavis_xformer.engine.interruption import Interruption
-from lavis_xformer.engine.log import MetricsLog
+from lavis_xformer.engine.log import MetricsLog, peak_memory_mb
 from lavis_xformer.engine.loop import EpochLoop, Rules
 from lavis_xformer.engine.state import TrainingState
 from lavis_xformer.engine.step import Stepper
@@ -184,6 +184,8 @@ class XFormerRunner(PortableRunner):
             "corrupt": self.state.corrupt,
             "best": self.state.best,
             "test": test,
+            "device": self.device.type,
+            "peak_memory_mb": round(peak_memory_mb(self.device), 1),
             "versions": jobs.versions(),
         }
         if is_main():

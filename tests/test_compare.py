@@ -306,6 +306,13 @@ def test_nothing_finished_is_a_table_too(plan: Plan) -> None:
     assert "0 of 13 runs" in run.write(plan)
 
 
+@pytest.mark.parametrize(("device", "memory"), [("cuda", 542.3), ("cpu", None)])
+def test_a_training_on_a_gpu_counts_the_gpus_memory(device: str, memory: float | None, tmp_path: Path) -> None:
+    assert run.gpu_memory(tmp_path) is None, "an evaluation writes no summary"
+    (tmp_path / "summary.json").write_text(json.dumps({"device": device, "peak_memory_mb": 542.3}))
+    assert run.gpu_memory(tmp_path) == memory
+
+
 def test_a_failed_run_says_why(plan: Plan) -> None:
     with pytest.raises(UserError, match=r"a, seed 1, first failed: .*error.*console\.txt"):
         run.run_cell(plan.cells()[0])

@@ -45,6 +45,8 @@ def test_a_run_learns_and_leaves_everything(unbroken):
     assert evals[-1]["loss"] < 0.8 * steps[0]["loss"]
     assert {"loss_itc", "loss_rec", "lr", "grad_norm", "images_per_s", "data_wait"} <= steps[0].keys()
     assert unbroken.summary["best"]["agg_metrics"] == max(r["agg_metrics"] for r in evals)
+    assert unbroken.summary["device"] == "cpu"
+    assert unbroken.summary["peak_memory_mb"] > 100
     assert {path.name for path in unbroken.output_dir.glob("*.pth")} == {
         "checkpoint_0.pth", "checkpoint_1.pth", "checkpoint_2.pth", "checkpoint_best.pth"
     }  # fmt: skip

@@ -25,6 +25,7 @@ from lavis_xformer.compare.figures import draw
 from lavis_xformer.compare.plan import BEST, INPUTS, Cell, Plan, read_plan
 from lavis_xformer.compare.results import collect
 from lavis_xformer.compare.tables import markdown
+from lavis_xformer.engine import jobs
 from lavis_xformer.errors import UserError
 
 SAID = "console.txt"
@@ -113,13 +114,19 @@ def run_cell(cell: Cell) -> None:
         "options": cell.options,
         "command": command,
         "seconds": round(time.monotonic() - start, 1),
-        "peak_memory_mb": round(usage.ru_maxrss / 1024, 1),  # of the process; Linux counts in KiB
+        "peak_memory_mb": gpu_memory(cell.folder) or round(usage.ru_maxrss / 1024, 1),  # Linux counts in KiB
         "trainable": trained_weights(cell.folder / BEST),
         "code": code,
         "commit": inputs.commit(),
         "machine": machine(),
     }
     write_json(cell.folder / "cell.json", note)
+
+
+def gpu_memory(folder: Path) -> float | None:
+    """Most MiB that a training held on its GPU; None where it had none, or where nothing was trained."""
+    summary = jobs.read_summary(folder) or {}
+    return summary["peak_memory_mb"] if summary.get("device") == "cuda" else None
 
 
 def write_json(path: Path, values: Mapping[str, object]) -> None:

@@ -39,7 +39,7 @@ def markdown(found: Json) -> str:
     ]
     parts += [
         "## Costs",
-        "Trained weights; mean wall time of a run in s; mean peak memory of its process in MiB.",
+        "Trained weights; mean wall time of a run in s; mean peak memory in MiB, of its GPU or process.",
         _table(["", "seeds", *stages], costs),
         provenance(variants),
     ]
