@@ -23,9 +23,8 @@ from pathlib import Path
 from lavis_xformer.compare import inputs
 from lavis_xformer.compare.figures import draw
 from lavis_xformer.compare.plan import BEST, INPUTS, Cell, Plan, read_plan
-from lavis_xformer.compare.results import collect
+from lavis_xformer.compare.results import collect, read_json
 from lavis_xformer.compare.tables import markdown
-from lavis_xformer.engine import jobs
 from lavis_xformer.errors import UserError
 
 SAID = "console.txt"
@@ -125,7 +124,8 @@ def run_cell(cell: Cell) -> None:
 
 def gpu_memory(folder: Path) -> float | None:
     """Most MiB that a training held on its GPU; None where it had none, or where nothing was trained."""
-    summary = jobs.read_summary(folder) or {}
+    path = folder / "summary.json"
+    summary = read_json(path) if path.is_file() else {}
     return summary["peak_memory_mb"] if summary.get("device") == "cuda" else None
 
 
