@@ -1,7 +1,8 @@
-"""The losses of X-Former's stage 1, as pure functions of tensors.
+"""The losses of both stages, as pure functions of tensors.
 
-ITC, ITM and ITG are BLIP-2's (arXiv 2301.12597, section 3.2; LAVIS `blip2_qformer.py`), reconstruction is MAE's (arXiv
-2111.06377). No function knows a model, a process group or a configuration.
+ITC, ITM, ITG and language modelling are BLIP-2's (arXiv 2301.12597, section 3; LAVIS `blip2_qformer.py`,
+`blip2_opt.py`), reconstruction is MAE's (arXiv 2111.06377). No function knows a model, a process group or a
+configuration.
 
 B: samples of this process, G: samples of all processes, Q: queries, E: width of the shared
 space, T: text tokens, V: vocabulary, N: image patches, P: values per patch.
@@ -15,6 +16,7 @@ from torch import Tensor
 
 LABEL_SMOOTHING = 0.1  # BLIP-2's, for ITC and ITG
 NEGATIVE_FLOOR = 1e-4  # BLIP-2's: keeps every negative possible
+NO_TARGET = -100  # label of tokens that a language model is not to predict
 
 
 def similarity(image_feats: Tensor, text_feats: Tensor) -> Tensor:
@@ -112,3 +114,23 @@ def reconstruction(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """
     error = (prediction - target).square().mean(-1)  # (B, N)
     return (error * mask).sum() / mask.sum()
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of every token: logits (B, T, V), labels (B, T) -> (B, T), 0 at :data:`NO_TARGET`."""
+    return F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=NO_TARGET, reduction="none")
+
+
+def language_modelling(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean cross-entropy of the target tokens; a text of weight w counts w times.
+
+    Args:
+        logits: (B, T, V).
+        labels: (B, T), :data:`NO_TARGET` where a token doesn't count.
+        weights: (B,), all 1 where it is None, which is BLIP-2's loss.
+    """
+    loss = token_losses(logits, labels)
+    counts = (labels != NO_TARGET).float()  # (B, T)
+    if weights is not None:
+        counts = counts * weights[:, None]
+    return (loss * counts).sum() / counts.sum()

@@ -22,6 +22,7 @@ from spacy.util import is_package
 import lavis_xformer
 from lavis_xformer.errors import UserError
 from lavis_xformer.images import clip_to_mae
+from lavis_xformer.losses import NO_TARGET
 from lavis_xformer.models import base, language
 from lavis_xformer.models.frozen import DTYPES
 from lavis_xformer.models.fusion import FUSIONS
@@ -184,7 +185,7 @@ def test_ranking_takes_the_answer_of_least_loss(kind: str, make_stage2: Any, bat
         losses = []
         for answer in answers:
             one = {"image": image[None], "text_input": [question], "answer": [answer]}
-            tokens = model.language.predict(torch.zeros(1, 1, 32), [[("a", f" {answer}")]])[1] != language.NO_TARGET
+            tokens = model.language.predict(torch.zeros(1, 1, 32), [[("a", f" {answer}")]])[1] != NO_TARGET
             losses.append(model(one)["loss"].item() * int(tokens.sum()))  # the sum over the answer's tokens
         expected.append(answers[losses.index(min(losses))])
     ranked = model.predict_answers(samples, inference_method="rank", answer_list=answers)
@@ -201,7 +202,7 @@ def test_ranking_reads_those_that_begin_likeliest(make_stage2: Any, batch: dict[
     first = {}
     for answer in options["answer_list"]:
         logits, labels = model.language.predict(visual, [[(asked, f" {answer}")]])
-        first[answer] = logits[0, labels[0] != language.NO_TARGET][0][labels[0][labels[0] != language.NO_TARGET][0]]
+        first[answer] = logits[0, labels[0] != NO_TARGET][0][labels[0][labels[0] != NO_TARGET][0]]
     assert first[begun] == max(first.values())
 
 

@@ -13,17 +13,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration, T5TokenizerFast
 
+from lavis_xformer.losses import NO_TARGET, token_losses
 from lavis_xformer.mini.language import Document
 from lavis_xformer.mini.training import StepLoss, autocast
 
 SPECIALS = ("<pad>", "</s>", "<unk>")  # in the order of T5's own checkpoints
-NO_TARGET = -100
 
 
 def t5_config(vocabulary: int) -> T5Config:
@@ -92,8 +91,7 @@ def token_loss(model: T5ForConditionalGeneration, batch: tuple[Tensor, Tensor, T
     """Cross-entropy of each target token, 0 on padding, and whether it is the most likely one, both (B, T)."""
     ids, mask, labels = (part.to(model.device) for part in batch)
     logits = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).logits  # (B, T, V)
-    loss = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=NO_TARGET, reduction="none")
-    return loss, (logits.argmax(-1) == labels) | (labels == NO_TARGET)
+    return token_losses(logits, labels), (logits.argmax(-1) == labels) | (labels == NO_TARGET)
 
 
 def t5_loss(

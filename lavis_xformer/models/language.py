@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
-import torch.nn.functional as F
 from lavis.models.blip2_models.modeling_opt import OPTForCausalLM
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -22,6 +21,7 @@ from transformers import AutoTokenizer, PretrainedConfig, T5Config, T5ForConditi
 
 from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.losses import NO_TARGET, language_modelling, token_losses
 from lavis_xformer.models.frozen import (
     DTYPES,
     Precision,
@@ -33,29 +33,8 @@ from lavis_xformer.models.frozen import (
 )
 from lavis_xformer.models.towers import offline_error
 
-NO_TARGET = -100  # cross-entropy's label of tokens that don't count
 Dialogue = Sequence[tuple[str, str]]  # prompts, each with the target that follows it
 L = TypeVar("L", bound="LanguageModel")
-
-
-def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of every token: logits (B, T, V), labels (B, T) -> (B, T), 0 at :data:`NO_TARGET`."""
-    return F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=NO_TARGET, reduction="none")
-
-
-def language_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy of the target tokens; a text of weight w counts w times.
-
-    Args:
-        logits: (B, T, V).
-        labels: (B, T), :data:`NO_TARGET` where a token doesn't count.
-        weights: (B,), all 1 where it is None, which is BLIP-2's loss.
-    """
-    loss = token_losses(logits, labels)
-    counts = (labels != NO_TARGET).float()  # (B, T)
-    if weights is not None:
-        counts = counts * weights[:, None]
-    return (loss * counts).sum() / counts.sum()
 
 
 class LanguageModel(ABC):
@@ -163,7 +142,7 @@ class LanguageModel(ABC):
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def loss(self, visual: Tensor, dialogues: Sequence[Dialogue], weights: Tensor | None = None) -> Tensor:
-        """Loss of the targets after image and prompt; for the arguments see :meth:`predict`, :func:`language_loss`.
+        """Loss of the targets after image and prompt, for :meth:`predict`'s arguments and :func:`language_modelling`'s.
 
         The mean over a batch's tokens has gradients of about 1e-8, which are zero in fp16: there it passes that of the
         sum.
@@ -173,7 +152,7 @@ class LanguageModel(ABC):
         logits = logits.float()
         if unscaled_half(visual.device, compute_dtype(visual.device, self.precision)):
             enlarge_gradients(prefix, logits, factor=(labels != NO_TARGET).sum())
-        return language_loss(logits, labels, weights)
+        return language_modelling(logits, labels, weights)
 
     @torch.no_grad()
     def rank(self, visual: Tensor, prompts: Sequence[str], answers: Sequence[str], *, candidates: int) -> list[str]:
