@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import toy_training
+
+from lavis_xformer.analysis.report import read_log
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,8 +25,7 @@ SMALL = (
 
 def losses(folder: Path) -> list[float]:
     """Of the training's steps, in order."""
-    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if line["kind"] == "step"]
+    return [record["loss"] for record in read_log(folder) if record["kind"] == "step"]
 
 
 @pytest.mark.parametrize("amp", ["no", "bf16", "fp16"])
