@@ -13,10 +13,9 @@ B: batch, Q: queries, D: width of the Q-Former, L: queries of an attention, S: i
 from __future__ import annotations
 
 import argparse
-import contextlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from statistics import fmean
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lavis_xformer.models.fusion import Attention
+from lavis_xformer.models.attention_maps import recording
 
 #: parts of a model by their weights' names; a weight belongs to the first that fits
 PARTS = {
@@ -103,10 +102,15 @@ def enrichment(model: Any, image: Tensor) -> Figures:
     """
     if not model.fusion.needs_mae:
         return {}
-    with watching(model.fusion) as found:
+    with recording(model) as maps:
         tokens = model.encode_image(image)
         zq = model.query_image(tokens.clip).last_hidden_state  # (B, Q, D)
         z, aligned = model.fusion.refine(zq, tokens.mae_tokens)
+    found: Figures = {}
+    for name, weights in maps.items():
+        if name.startswith("fusion."):
+            name = name.removeprefix("fusion.").removesuffix(".cross_attention")
+            found |= {f"{name} {figure}": value for figure, value in spread(weights).items()}
     for name, changed, original in (("Z'", z, zq), ("M'", aligned, tokens.mae_tokens)):
         if changed is not original:
             difference = changed - original
@@ -116,34 +120,14 @@ def enrichment(model: Any, image: Tensor) -> Figures:
     return found
 
 
-@contextlib.contextmanager
-def watching(fusion: torch.nn.Module) -> Iterator[Figures]:
-    """Describe the cross-attentions of the passes within.
+def spread(weights: Tensor) -> Figures:
+    """Describe how an attention map (B, heads, L, S) spreads.
 
     ``entropy`` is 1 where attention is everywhere alike and 0 where it is on one token; ``top`` is the mean share of
     the token that gets most.
     """
-    found: Figures = {}
-
-    def watch(name: str) -> Any:
-        @torch.no_grad()
-        def note(module: Attention, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-            weights = module.weights(*inputs)  # (B, heads, L, S)
-            entropy = torch.special.entr(weights).sum(-1).mean() / torch.tensor(weights.shape[-1]).log()
-            found.update({f"{name} entropy": float(entropy), f"{name} top": float(weights.amax(-1).mean())})
-
-        return note
-
-    hooks = [
-        module.register_forward_hook(watch(name.removesuffix(".cross_attention")))
-        for name, module in fusion.named_modules()
-        if isinstance(module, Attention) and name.endswith("cross_attention")
-    ]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
+    entropy = torch.special.entr(weights).sum(-1).mean() / torch.tensor(weights.shape[-1]).log()
+    return {"entropy": float(entropy), "top": float(weights.amax(-1).mean())}
 
 
 def gradients(model: Any, samples: Mapping[str, Any]) -> Figures:

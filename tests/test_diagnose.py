@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from lavis_xformer import diagnose
-from lavis_xformer.models.fusion import Attention
 
 
 def test_at_the_identity_start_nothing_is_enriched(make_xformer: Any, batch: dict[str, Any]) -> None:
@@ -33,18 +32,8 @@ def test_an_enrichment_that_is_the_same_for_every_image_is_none_of_its_own(
 
 
 def test_entropy_of_attention_by_hand() -> None:
-    class Parts(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.cross_attention = Attention(width=4, context_width=4, heads=2)
-
-    parts = Parts()
-    torch.nn.init.zeros_(parts.cross_attention.query.weight)
-    torch.nn.init.zeros_(parts.cross_attention.query.bias)
-    with diagnose.watching(parts) as found:
-        parts.cross_attention(torch.randn(1, 3, 4), torch.randn(1, 5, 4))
-    assert found == {"cross_attention entropy": pytest.approx(1), "cross_attention top": pytest.approx(0.2)}
-    assert not parts.cross_attention._forward_hooks
+    assert diagnose.spread(torch.full((1, 2, 3, 5), 0.2)) == {"entropy": pytest.approx(1), "top": pytest.approx(0.2)}
+    assert diagnose.spread(torch.eye(5)[None, None]) == {"entropy": pytest.approx(0), "top": 1}
 
 
 def test_gradient_norms_are_those_of_backward(make_stage2: Any, batch: dict[str, Any]) -> None:

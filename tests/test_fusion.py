@@ -123,7 +123,8 @@ def test_attention_equals_torchs_own() -> None:
     x, context = torch.randn(2, 5, 16), torch.randn(2, 7, 12)
     expected, weights = theirs(x, context, context, average_attn_weights=False)
     assert torch.allclose(ours(x, context), expected, atol=1e-6)
-    assert torch.allclose(ours.weights(x, context), weights, atol=1e-6)
+    for found, wanted in zip(ours.with_map(x, context), (expected, weights), strict=True):
+        assert torch.allclose(found, wanted, atol=1e-6)
 
 
 def test_full_size_blocks_add_about_twenty_million() -> None:

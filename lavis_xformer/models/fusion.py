@@ -40,18 +40,22 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Attend from x (B, L, width) to context (B, S, context_width); returns (B, L, width)."""
-        query, key, value = (
-            projected.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, L or S, width / heads)
-            for projected in (self.query(x), self.key(context), self.value(context))
-        )
-        attended = F.scaled_dot_product_attention(query, key, value)
-        return self.out(attended.transpose(1, 2).flatten(-2))  # (B, L, width)
+        return self._join(F.scaled_dot_product_attention(*self._heads(x, context)))
 
-    def weights(self, x: Tensor, context: Tensor) -> Tensor:
-        """The attention map (B, heads, L, S), for looking at; each row sums to 1."""
-        query = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        key = self.key(context).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        return (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
+    def with_map(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and the attention map (B, heads, L, S) on the way there; each of its rows sums to 1."""
+        query, key, value = self._heads(x, context)
+        weights = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
+        return self._join(weights @ value), weights
+
+    def _heads(self, x: Tensor, context: Tensor) -> list[Tensor]:
+        """Queries (B, heads, L, width / heads), keys and values (B, heads, S, width / heads)."""
+        projections = (self.query(x), self.key(context), self.value(context))
+        return [projected.unflatten(-1, (self.heads, -1)).transpose(1, 2) for projected in projections]
+
+    def _join(self, attended: Tensor) -> Tensor:
+        """(B, heads, L, width / heads) -> (B, L, width)."""
+        return self.out(attended.transpose(1, 2).flatten(-2))
 
 
 class CrossAttentionBlock(nn.Module):

@@ -1,0 +1,150 @@
+"""``lavis-xformer attend``: where a model looks, drawn on the image; with a text, what there speaks for the text.
+
+    lavis-xformer attend photo.jpg --type FOLDER --question "how many cups are there?"
+    lavis-xformer attend photo.jpg --type FOLDER --model xformer --text "a cup beside a plate"
+
+FOLDER is what ``lavis-xformer export`` has written. Without an image, scenes of the test split are looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lavis_xformer.errors import UserError
+
+ENLARGED = 256  # side of a drawn image in pixels
+
+
+class Row(NamedTuple):
+    """An image and the maps that are laid over it."""
+
+    title: str
+    picture: Any  #: PIL's
+    maps: Mapping[str, Any]  #: source to tensor (side, side)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; return its exit status.
+
+    Raises:
+        UserError: something is wrong that the message names.
+    """
+    args = _arguments(argv)
+    import lavis_xformer
+    from lavis_xformer.models.attention_maps import attention_maps
+
+    _check(args)
+    model: Any
+    model, vis, _ = lavis_xformer.load_model_and_preprocess(args.model, args.type, is_eval=True, device=args.device)
+    rows: list[Row] = []
+    for name, picture in _pictures(args.images, args.scenes):
+        samples = {"image": vis["eval"](picture).unsqueeze(0).to(model.device), **_texts(args)}
+        if args.question and not args.answer:
+            samples["answer"] = model.predict_answers(samples)
+        maps = {source: found[0] for source, found in attention_maps(model, samples, layer=args.layer).items()}
+        title = " ".join([f"{name}:", *samples.get("text_input", ["all queries"]), *samples.get("answer", [])])
+        print(title)
+        rows.append(Row(title, picture, {source: found.mean(dim=0) for source, found in maps.items()}))
+        for query in args.queries:
+            rows.append(Row(f"{name}: query {query}", picture, _of_query(maps, query)))
+    draw(rows, args.out)
+    print(f"drawn     {args.out}")
+    return 0
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw each image beside its maps, each map from 0 to its own maximum.
+
+    Raises:
+        UserError: the file can't be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL.Image import Resampling
+
+    columns = 1 + len(rows[0].maps)
+    figure = Figure(figsize=(3 * columns, 3.3 * len(rows)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for number, (title, picture, maps) in enumerate(rows):
+        shown = picture.convert("RGB").resize((ENLARGED, ENLARGED), Resampling.BICUBIC)
+        for column, source in enumerate([None, *maps]):
+            axes = figure.add_subplot(len(rows), columns, number * columns + column + 1)
+            axes.axis("off")
+            axes.imshow(shown if source is None else shown.convert("L"), cmap="gray")
+            if source is None:
+                axes.set_title(title, fontsize=9, loc="left", wrap=True)
+                continue
+            axes.set_title(source, fontsize=9)
+            extent = (0, ENLARGED, ENLARGED, 0)
+            axes.imshow(maps[source].cpu(), cmap="inferno", alpha=0.65, vmin=0, extent=extent, interpolation="bilinear")
+    try:
+        figure.savefig(path, dpi=110)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out {path}: {error}") from error
+
+
+def _arguments(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="lavis-xformer attend", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("images", nargs="*", type=Path, help="files")
+    parser.add_argument("--model", default="xformer_opt", help="xformer, xformer_opt, ... (default: %(default)s)")
+    parser.add_argument("--type", help="one of its types, or an exported folder (default: mini)")
+    parser.add_argument("--text", help="a caption: what speaks for it")
+    parser.add_argument("--question", help="stage 2: what speaks for the answer to it")
+    parser.add_argument("--answer", help="to the question; the model's own where none is given")
+    parser.add_argument("--queries", type=int, nargs="+", default=[], help="draw these by themselves too, from 0")
+    parser.add_argument("--layer", type=int, default=-1, help="of the Q-Former's that look at C (default: the last)")
+    parser.add_argument("--scenes", type=int, default=3, help="how many scenes without an image (default: 3)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=Path("attention.png"), help="picture (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.text and args.question:
+        parser.error("--text or --question, not both")
+    if args.answer and not args.question:
+        parser.error("--answer needs a --question")
+    return args
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse a model that has no such maps, or can't be asked, before any weight is loaded."""
+    from lavis_xformer import register
+    from lavis_xformer.config import find
+    from lavis_xformer.models.base import XFormerBase
+    from lavis_xformer.models.generation import GenerativeModel
+
+    register()
+    cls = find("model", args.model, "--model")
+    if not issubclass(cls, XFormerBase):
+        raise UserError(f"--model {args.model} is not of this package; fusion: none is BLIP-2 and loads its weights")
+    if args.question and not issubclass(cls, GenerativeModel):
+        raise UserError(f"--question: {args.model} answers none; give it a --text, or name a model of stage 2")
+
+
+def _pictures(files: Sequence[Path], scenes: int) -> list[tuple[str, Any]]:
+    """Names and PIL images: of the files, or of so many scenes where there are none."""
+    from lavis_xformer.data.photos import open_photo
+
+    if files:
+        return [(path.name, open_photo(path)) for path in files]
+    from PIL import Image
+
+    from lavis_xformer.data.scenes import make_scene, render
+
+    return [(f"scene {index}", Image.fromarray(render(make_scene(0, "test", index)))) for index in range(scenes)]
+
+
+def _texts(args: argparse.Namespace) -> dict[str, list[str]]:
+    given = {"text_input": args.text or args.question, "answer": args.answer}
+    return {name: [text] for name, text in given.items() if text}
+
+
+def _of_query(maps: Mapping[str, Any], query: int) -> dict[str, Any]:
+    """One query's maps of (Q, side, side)."""
+    count = min(len(found) for found in maps.values())
+    if not 0 <= query < count:
+        raise UserError(f"--queries {query}: the model has queries 0 to {count - 1}")
+    return {source: found[query] for source, found in maps.items()}

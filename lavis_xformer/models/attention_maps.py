@@ -1,0 +1,112 @@
+"""Where a model looks: the maps of the Q-Former's and the fusion's cross-attentions, and what there speaks for a text.
+
+B: images, Q: queries, D: width of the Q-Former, L: queries of an attention, S: its keys or an image's side, N: patches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lavis_xformer.errors import UserError
+from lavis_xformer.models.base import XFormerBase
+from lavis_xformer.models.features import FeatureModel
+from lavis_xformer.models.fusion import Attention, Concat
+
+
+def attention_maps(model: XFormerBase, samples: dict[str, Any], *, layer: int = -1) -> dict[str, Tensor]:
+    """Where in an image the queries look; with a text, what of that speaks for the text.
+
+    Without a text these are the attentions themselves. With one, they are times the positive part of the gradient that
+    the text's score has there (Grad-CAM on cross-attention, as ALBEF's, arXiv 2107.07651): in stage 1 the log-odds of a
+    match, in stage 2 the log-likelihood of a caption or answer.
+
+    Args:
+        model: of stage 1 or 2, in eval mode.
+        samples: ``image`` (B, 3 or 6, S, S); ``text_input``, B captions, or in stage 2 with ``answer`` B questions.
+        layer: which of the Q-Former's layers that look at the image, from the first, or from the last as -1.
+
+    Returns:
+        Means over heads (B, Q, side, side) with N = side ** 2, CLS left out: ``C``, the Q-Former's attention to
+        CLIP; ``M'``, the fusion's to the aligned M, or ``M``, the Q-Former's where it reads that too (``concat``).
+
+    Raises:
+        UserError: there is no such layer.
+    """
+    explained = "text_input" in samples
+    with recording(model) as found, torch.set_grad_enabled(explained):
+        score = _score(model, samples) if explained else _look(model, samples["image"])
+    looking = [name for name in found if name.startswith("Qformer.")]
+    if not -len(looking) <= layer < len(looking):
+        raise UserError(f"layer {layer}: the Q-Former has {len(looking)} layers that look at the image")
+    wanted = {"C": found[looking[layer]]}
+    if enriching := [name for name in found if name.startswith("fusion.enrich_blocks.")]:
+        wanted["M'"] = found[enriching[-1]]
+    if explained:
+        gradients = torch.autograd.grad(score, list(wanted.values()))
+        pairs = zip(wanted.items(), gradients, strict=True)
+        wanted = {name: (weights * gradient).clamp_min(0) for (name, weights), gradient in pairs}
+    means = {name: weights.detach().mean(dim=1) for name, weights in wanted.items()}  # (B, Q, S)
+    if isinstance(model.fusion, Concat):
+        means["C"], means["M"] = means["C"].tensor_split([-_mae_tokens(model, means["C"])], dim=-1)
+    return {name: _square(weights) for name, weights in means.items()}
+
+
+@contextlib.contextmanager
+def recording(model: XFormerBase) -> Iterator[dict[str, Tensor]]:
+    """Keep the maps (B, heads, L, S) of the first pass through each cross-attention within, with their graph."""
+    found: dict[str, Tensor] = {}
+
+    def ours(name: str, module: Attention, inputs: tuple[Tensor, Tensor], output: Tensor) -> Tensor:
+        attended, weights = module.with_map(*inputs)
+        found.setdefault(name, weights)
+        return attended  # in place of the output, so that it depends on the map
+
+    def the_qformers(name: str, module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        found.setdefault(name, output[1])
+
+    hooks = []
+    for name, module in model.named_modules():
+        if name.startswith("fusion.") and name.endswith(".cross_attention"):
+            hooks.append(module.register_forward_hook(partial(ours, name)))
+        elif name.startswith("Qformer.") and name.endswith(".crossattention.self"):
+            hooks.append(module.register_forward_hook(partial(the_qformers, name)))
+    config = model.Qformer.bert.config
+    before, config.output_attentions = config.output_attentions, True
+    try:
+        yield found
+    finally:
+        config.output_attentions = before
+        for hook in hooks:
+            hook.remove()
+
+
+def _look(model: XFormerBase, image: Tensor) -> Tensor:
+    """Run the attentions alone: image (B, 3 or 6, S, S) -> Z' (B, Q, D)."""
+    tokens = model.encode_image(image)
+    return model.fusion.refine(model.query_image(tokens.clip).last_hidden_state, tokens.mae_tokens)[0]
+
+
+def _score(model: Any, samples: dict[str, Any]) -> Tensor:
+    """What the model thinks of the texts, summed over the images, which don't see each other."""
+    if not isinstance(model, FeatureModel):
+        return -model(samples)["loss_lm"]
+    text = model.tokenize(samples["text_input"])
+    tokens = model.encode_image(samples["image"])
+    return model.match(tokens.clip, tokens.mae_tokens, text.input_ids, text.attention_mask).diff(dim=1).sum()
+
+
+def _mae_tokens(model: XFormerBase, weights: Tensor) -> int:
+    """How many of the S tokens that ``concat`` reads are M's: the last ones."""
+    return weights.shape[-1] // 2 if model.mae is None else 1 + model.mae.num_patches
+
+
+def _square(weights: Tensor) -> Tensor:
+    """(B, Q, 1 + N), CLS first, -> (B, Q, side, side)."""
+    side = int((weights.shape[-1] - 1) ** 0.5)
+    return weights[..., 1:].unflatten(-1, (side, side))

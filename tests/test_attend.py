@@ -1,0 +1,139 @@
+"""Attention maps: those that the model uses; a text's, which are its score's gradient; and the command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from lavis_xformer import attend, cli
+from lavis_xformer.errors import UserError
+from lavis_xformer.models.attention_maps import attention_maps, recording
+from lavis_xformer.models.fusion import Attention
+
+
+@pytest.mark.parametrize("fusion", ["dual", "none", "concat", "early"])
+def test_recording_changes_nothing_and_leaves_nothing(make_xformer: Any, batch: dict[str, Any], fusion: str) -> None:
+    model = make_xformer(fusion, init="normal").eval()
+    with torch.no_grad():
+        before = model.forward_image(batch["image"])[0]
+        with recording(model) as found:
+            during = model.forward_image(batch["image"])[0]
+        after = model.forward_image(batch["image"])[0]
+    assert torch.allclose(during, before, atol=1e-5)
+    assert torch.equal(after, before)
+    assert not model.Qformer.bert.config.output_attentions
+    assert len([name for name in found if name.startswith("Qformer.")]) == 2, "layers 0 and 2 of 4 look at the image"
+    for weights in found.values():
+        assert torch.allclose(weights.sum(-1), torch.ones(()), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fusion", "sources"), [("dual", ["C", "M'"]), ("none", ["C"]), ("concat", ["C", "M"]), ("early", ["C"])]
+)
+def test_maps_are_the_means_over_heads_without_cls(
+    make_xformer: Any, batch: dict[str, Any], fusion: str, sources: list[str]
+) -> None:
+    model = make_xformer(fusion, init="normal").eval()
+    maps = attention_maps(model, {"image": batch["image"]})
+    assert {name: found.shape for name, found in maps.items()} == dict.fromkeys(sources, (4, 4, 4, 4))
+    with torch.no_grad(), recording(model) as found:
+        model.forward_image(batch["image"])
+    weights = found["Qformer.bert.encoder.layer.2.crossattention.self"].mean(dim=1)  # (B, Q, S)
+    assert torch.allclose(maps["C"].flatten(2), weights[..., 1:17])
+    if "M" in maps:
+        assert torch.allclose(maps["M"].flatten(2), weights[..., 18:])
+    if "M'" in maps:
+        weights = found["fusion.enrich_blocks.0.cross_attention"].mean(dim=1)
+        assert torch.allclose(maps["M'"].flatten(2), weights[..., 1:])
+
+
+def test_a_texts_map_is_what_more_attention_would_do_to_its_score(
+    make_stage2: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_stage2("opt", init="normal").eval()
+    samples = {"image": batch["image"][:1], "text_input": ["a red circle"]}
+    with recording(model) as found:
+        model(samples)
+    plain = found["fusion.enrich_blocks.0.cross_attention"].detach()  # (1, heads, Q, S)
+    explained = attention_maps(model, samples)["M'"].flatten(2)  # (1, Q, N)
+
+    def log_likelihood(change: torch.Tensor) -> float:
+        def shifted(self: Attention, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
+            _, weights = self.with_map(x, context)
+            *_, value = self._heads(x, context)
+            return self._join((weights + (change if weights.shape == change.shape else 0)) @ value)
+
+        monkeypatch.setattr(Attention, "forward", shifted)
+        with torch.no_grad():
+            return -float(model(samples)["loss_lm"])
+
+    query, patch, step, expected = 1, 5, 0.02, 0.0
+    for head in range(plain.shape[1]):
+        change = torch.zeros_like(plain)
+        change[0, head, query, 1 + patch] = step
+        slope = (log_likelihood(change) - log_likelihood(-change)) / (2 * step)
+        expected += max(0.0, slope * float(plain[0, head, query, 1 + patch])) / plain.shape[1]
+    assert expected > 0
+    assert float(explained[0, query, patch]) == pytest.approx(expected, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+@pytest.mark.parametrize("rec", [0, 1])
+def test_answers_have_maps_of_their_own(make_stage2: Any, batch: dict[str, Any], kind: str, rec: int) -> None:
+    model = make_stage2(kind, init="normal", loss_weights={"rec": rec}).eval()  # 1: a second pass, of a masked M
+    asked = {"image": batch["image"], "text_input": ["how many"] * 4}
+    one, two = (attention_maps(model, {**asked, "answer": [answer] * 4})["M'"] for answer in ("one", "two"))
+    assert one.amax() > 0
+    assert not torch.allclose(one, two)
+
+
+def test_a_caption_in_stage_1_and_a_layer_that_is_not_there(make_xformer: Any, batch: dict[str, Any]) -> None:
+    model = make_xformer("dual", init="normal").eval()
+    maps = attention_maps(model, batch)
+    single = attention_maps(model, {"image": batch["image"][1:2], "text_input": batch["text_input"][1:2]})
+    assert torch.allclose(maps["C"][1:2], single["C"], atol=1e-6), "images don't see each other"
+    assert not torch.allclose(maps["C"], attention_maps(model, batch, layer=0)["C"])
+    with pytest.raises(UserError, match="layer 2: the Q-Former has 2 layers that look at the image"):
+        attention_maps(model, batch, layer=2)
+
+
+def test_the_command_draws_the_shipped_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo, out = tmp_path / "photo.png", tmp_path / "out.png"
+    Image.new("RGB", (90, 60), "red").save(photo)
+    given = ["attend", str(photo), "--question", "how many objects are there?", "--queries", "3", "--out", str(out)]
+    assert cli.main(given) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("photo.png: how many objects are there? ")
+    assert said[0].split()[-1].isdigit(), "the model's own answer"
+    assert said[-1] == f"drawn     {out}"
+    with Image.open(out) as picture:
+        assert picture.size == (990, 726), "image, C and M'; all queries and query 3"
+    assert cli.main(["attend", "--model", "xformer", "--text", "a red star", "--scenes", "1", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.startswith("scene 0: a red star\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--queries", "32"], "--queries 32: the model has queries 0 to 31"),
+        (["--layer", "9"], "layer 9"),
+        (["--out", "nowhere/at/all.png"], "--out nowhere/at/all.png"),
+        (["nowhere.jpg"], "nowhere.jpg"),
+        (["--model", "blip2"], "not of this package"),
+        (["--model", "xformer", "--question", "how many?"], "--question"),
+    ],
+)
+def test_what_is_wrong_is_said(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["attend", "--scenes", "1", *given]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["--text", "a", "--question", "b"], ["--answer", "two"]])
+def test_arguments_that_do_not_go_together(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        attend.main(given)
+    assert given[0] in capsys.readouterr().err
