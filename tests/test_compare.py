@@ -260,7 +260,11 @@ def pretend(plan: Plan) -> None:
         finish(cell, trainable=None if cell.stage.evaluate else 2_500_000)
         if cell.stage.evaluate:
             rows = [answer(n, cell.variant == "b" or n % 2 == 0, truth=str(1 + n % 3)) for n in range(6)]
-            result = {"figures": {"accuracy": 0, "f1": 0.5}, "answers": rows, "blind": cell.variant == "blind"}
+            result = {
+                "figures": {"accuracy": 0, "f1": 0.5}, "answers": rows, "blind": cell.variant == "blind",
+                "benchmark": "toys", "split": "test", "scorer": "strict", "template": "raw",
+                "protocol": {"name": "paper", "num_beams": 5}, "question_sha256": ["0123456789abcdef"],
+            }  # fmt: skip
             (cell.folder / "result").mkdir()
             (cell.folder / "result" / "test.json").write_text(json.dumps(result))
             (cell.folder / "result" / "vqa_result.json").write_text("[]")  # LAVIS's own
@@ -284,12 +288,34 @@ def test_tables_figures_and_json(plan: Plan) -> None:
         "15.000 ± 7.071", "| most frequent answer |  | 33.3 |", "| questions, of images |  | 6 of 6 |",
         "| blind (no image) | 1 | 50.0 |", "| b | 1 | 100.0 |", "+50.0 [", "2.50 M; 2; 100", "b minus the others",
         "| questions | 2 | 2 | 2 |", "machine: toy", "| 0.500 ± 0.000 |",
+        "toys test: protocol paper (num_beams 5), scorer strict, template raw, questions 0123456789ab.",
     ):  # fmt: skip
         assert part in shown, part
     assert "different code" not in shown
     for name in ("bars", "counts", "curves"):
         assert (plan.output / "toy" / f"{name}.png").stat().st_size > 1000
     assert figures.losses(plan.cells()[0].folder) == {"loss_itc": ([(5, 9.0)], [(5, 2.0)])}
+
+
+def test_captions_and_retrieval_have_figures_and_no_answers_to_pair(plan: Plan) -> None:
+    said = [{"image_id": 1, "caption": "a dog"}]
+    written = {
+        "caption.json": {"figures": {"agg_metrics": 1.2, "CIDEr": 0.9}, "answers": said, "scorer": "pycocoevalcap"},
+        "retrieval.json": {"figures": {"txt_r1": 41.0}, "protocol": {"name": "lavis", "k_test": 128}},
+        "gqa.json": {"figures": {"accuracy": 50, "accuracy_semantic_rel": 40.0, "n": 3}, "answers": [answer(0, True)]},
+        "val_vqa_result.json": [{"question_id": 1}],
+    }
+    for cell in plan.cells(["a"], [1]):
+        finish(cell)
+        (cell.folder / "summary.json").write_text('{"test": {}}')
+        (cell.folder / "result").mkdir()
+        for name, content in written.items():
+            (cell.folder / "result" / name).write_text(json.dumps(content))
+    found = collect(plan)
+    figures = {name: value["mean"] for name, value in found["variants"]["a"]["figures"].items()}
+    assert figures == {"asked.CIDEr": 0.9, "asked.txt_r1": 41, "asked.accuracy_semantic_rel": 40}
+    assert list(found["tasks"]) == ["asked.count"]
+    assert "protocol lavis (k_test 128)" in markdown(found)
 
 
 def test_a_training_s_curve_is_thinned_to_means(tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ Key = tuple[Any, ...]
 
 #: of a training's test figures, what the table shows
 SHOWN = ("i2t_r1", "t2i_r1", "itm_accuracy", "loss_rec", "rec_mae", "caption_f1")
-ASKED = ("mae", "rmse", "f1", "yes_ratio", "unread", "pair_accuracy")  # of an evaluation's, beside accuracies
+#: of an evaluation whose answers are compared one by one, what they don't tell; of any other evaluation, all is shown
+ASKED = ("mae", "rmse", "f1", "yes_ratio", "unread", "pair_accuracy", "accuracy_semantic")
+HOW = ("benchmark", "split", "protocol", "scorer", "template", "question_sha256")  # belongs beside every number
 COUNTS = ("count", "count_group")
 ALL = "all"
 RESAMPLES = 2000
@@ -40,6 +42,7 @@ def collect(plan: Plan) -> Json:
         "claim": plan.claim,
         "planned": len(cells),
         "finished": len(done),
+        "asked": {stage.name: how([cell for cell in done if cell.stage is stage]) for stage in plan.stages},
         "tasks": tasks([answer for of in variants.values() for answer in of["answers"]]),
         "variants": variants,
         "differences": {
@@ -66,7 +69,7 @@ def of_variant(cells: Sequence[Cell]) -> Json:
             values[f"{cell.stage.name}.{name}"][cell.seed] = value
         for result in _results(cell):
             blind = blind or bool(result.get("blind"))
-            answers += [{**answer, "seed": cell.seed, "stage": cell.stage.name} for answer in result["answers"]]
+            answers += [{**answer, "seed": cell.seed, "stage": cell.stage.name} for answer in _scored(result)]
     return {
         "seeds": sorted({cell.seed for cell in cells}),
         "blind": blind,
@@ -79,17 +82,29 @@ def of_variant(cells: Sequence[Cell]) -> Json:
     }
 
 
+def how(cells: Iterable[Cell]) -> list[Json]:
+    """Return by which protocols, scorers and templates which questions were asked: each way once."""
+    ways = [{key: result[key] for key in HOW if key in result} for cell in cells for result in _results(cell)]
+    return list({json.dumps(way, sort_keys=True): way for way in ways}.values())
+
+
 def _results(cell: Cell) -> Iterator[Json]:
     """What an evaluation has written, without the lists that LAVIS's own tasks put beside it."""
     for file in sorted((cell.folder / "result").glob("*.json")) if cell.stage.evaluate else ():
-        if isinstance(result := read_json(file), dict) and "answers" in result:
+        if isinstance(result := read_json(file), dict) and "figures" in result:
             yield result
 
 
+def _scored(result: Json) -> list[Json]:
+    """The answers that are right or wrong one by one; captions are not, and retrieval has none."""
+    return [answer for answer in result.get("answers", []) if "correct" in answer]
+
+
 def _figures(cell: Cell) -> Iterable[tuple[str, float]]:
-    """Figures of one run: a training's on its test splits, an evaluation's but for accuracies."""
+    """Figures of one run: a training's on its test splits, an evaluation's but for the accuracies of its answers."""
     for result in _results(cell):
-        yield from ((name, value) for name, value in result["figures"].items() if name.startswith(ASKED))
+        numbers = ((k, v) for k, v in result["figures"].items() if isinstance(v, int | float) and k != "agg_metrics")
+        yield from ((k, v) for k, v in numbers if k.startswith(ASKED) or not _scored(result))
     if not cell.stage.evaluate:
         for figures in read_json(cell.folder / "summary.json")["test"].values():
             yield from ((name, value) for name, value in (figures or {}).items() if name in SHOWN)

@@ -19,7 +19,7 @@ def markdown(found: Json) -> str:
     ]
     for stage in dict.fromkeys(name.split(".")[0] for name in found["tasks"]):
         names = [name for name in found["tasks"] if name.split(".")[0] == stage]
-        parts += [f"## {stage}: accuracy", accuracy(found, variants, names)]
+        parts += [f"## {stage}: accuracy", asked(found["asked"][stage]), accuracy(found, variants, names)]
         for title, gaps in (
             (f"minus {found['baseline']}", found["differences"]),
             (f"{found['claim']} minus the others", found["claimed"]),
@@ -31,7 +31,7 @@ def markdown(found: Json) -> str:
     if counts:
         parts += ["## Counting: accuracy by true count", counting(variants, sorted(counts, key=int))]
     for stage in dict.fromkeys(name.split(".")[0] for of in variants.values() for name in of["figures"]):
-        parts += [f"## {stage}: other figures", figures(variants, stage)]
+        parts += [f"## {stage}: other figures", asked(found["asked"][stage]), figures(variants, stage)]
     stages = list(dict.fromkeys(stage for of in variants.values() for stage in of["costs"]))
     costs = [
         [name, str(len(of["seeds"])), *(_cost(of["costs"].get(stage)) for stage in stages)]
@@ -43,7 +43,20 @@ def markdown(found: Json) -> str:
         _table(["", "seeds", *stages], costs),
         provenance(variants),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def asked(ways: Sequence[Json]) -> str:
+    """Say how a stage's questions were asked and read, and which they were."""
+    lines = []
+    for way in ways:
+        protocol, files = way.get("protocol", {}), way.get("question_sha256", [])
+        terms = [f"{key} {value}" for key, value in protocol.items() if key != "name" and value is not None]
+        told = [f"protocol {protocol.get('name')} ({', '.join(terms)})"]
+        told += [f"{key} {way[key]}" for key in ("scorer", "template") if key in way]
+        told += [f"questions {sha[:12]}" for sha in (files.values() if isinstance(files, dict) else files)]
+        lines.append(f"{way.get('benchmark')} {way.get('split')}: {', '.join(told)}.")
+    return " ".join(lines)
 
 
 def accuracy(found: Json, variants: Mapping[str, Json], names: Sequence[str]) -> str:
