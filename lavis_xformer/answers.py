@@ -21,6 +21,8 @@ from lavis_xformer.errors import UserError, nearest
 
 # "nive" is the authors' spelling: their scorer does not know "nine".
 _GVT_WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nive")
+# of a choice: "(b)" or "b)" anywhere, "option b", or "b", "b." and "b:" at the beginning
+_LETTER = re.compile(r"(?:^|[\s(])([a-z])\)|\boption ([a-z])\b|^([a-z])(?:[.:]|$)")
 _NUMBER_WORDS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
     "sixteen seventeen eighteen nineteen twenty"
@@ -73,7 +75,7 @@ def read_choice(answer: str, options: str) -> str | None:
     """Read which option of "(a) Open (b) Closed" an answer chooses: by its letter or by its text.
 
     Args:
-        answer: what a model said, as "(b)", "b.", "closed" or "(b) Closed".
+        answer: what a model said, as "(b)", "b.", "closed", "(b) Closed" or "the answer is (b)".
         options: the options as the benchmark writes them.
 
     Returns:
@@ -81,9 +83,9 @@ def read_choice(answer: str, options: str) -> str | None:
     """
     said = answer.strip().lower()
     choices = dict(re.findall(r"\(([a-z])\)\s*(.*?)\s*(?=\([a-z]\)|$)", options.lower()))
-    letter = re.match(r"\(([a-z])\)|([a-z])(?:[.):]|$)", said)
-    if letter and (letter[1] or letter[2]) in choices:
-        return letter[1] or letter[2]
+    letters = {found[found.lastindex or 0] for found in _LETTER.finditer(said)} & choices.keys()
+    if letters:
+        return letters.pop() if len(letters) == 1 else None
     named = {key for key, text in choices.items() if text and _has_words(said, text)}
     # The longer of "yes" and "yes, two" is meant where both occur.
     named -= {key for key in named for other in named - {key} if _has_words(choices[other], choices[key])}

@@ -93,9 +93,11 @@ class WithProtocol:
             setattr(task, name, getattr(task.protocol, name))
         return task
 
-    def write(self, split: str, figures: Mapping[str, float], *, scorer: str, said: Sequence[Row]) -> None:
+    def write(
+        self, split: str, figures: Mapping[str, float], *, scorer: str, said: Sequence[Row], **more: object
+    ) -> None:
         """Write ``result/<split>_<dataset>.json``, see :func:`write_result`."""
-        write_result(self.config, split, asdict(self.protocol), figures, scorer=scorer, answers=list(said))
+        write_result(self.config, split, asdict(self.protocol), figures, scorer=scorer, answers=list(said), **more)
 
 
 def write_result(config: Row, split: str, protocol: Row, figures: Mapping[str, float], **more: Any) -> None:

@@ -11,6 +11,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from lavis.common.registry import registry
@@ -26,9 +27,27 @@ TYPES = ("structural", "semantic")
 
 
 class AsksByProtocol(WithProtocol):
-    """The protocol of questions."""
+    """The protocol of questions, and ``run.blind``: no image, the language model alone."""
 
+    CONFIG_KEYS = WithProtocol.CONFIG_KEYS | {"blind", "inference_method", "num_ans_candidates"}
     dataset: Any
+    blind: bool
+
+    @classmethod
+    def setup_task(cls, cfg: Any) -> Any:
+        """Read what LAVIS reads, ``run.protocol`` and ``run.blind``.
+
+        Raises:
+            UserError: there is no such protocol.
+        """
+        task = super().setup_task(cfg)
+        task.blind = bool(cfg.run_cfg.get("blind", False))
+        return task
+
+    def valid_step(self, model: Any, samples: Row) -> list[Row]:
+        """Ask as LAVIS, without the image where ``run.blind`` says so."""
+        shown = {key: value for key, value in samples.items() if not (self.blind and key == "image")}
+        return super().valid_step(model, shown)  # type: ignore[misc]
 
     def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
         """Give the model the protocol's length penalty, which LAVIS's tasks never pass; keep the dataset."""
@@ -53,8 +72,9 @@ class XFormerVQATask(AsksByProtocol, VQATask):
         accuracy = scorer.accuracy
         figures = {"agg_metrics": accuracy["overall"], "accuracy": accuracy["overall"]}
         figures |= {f"accuracy_{kind}": value for kind, value in accuracy["perAnswerType"].items()}
+        figures |= vqa_majority(questions.qa.values())
         answers = [self._answer(questions, said, scorer, number) for number in scorer.evalQA]
-        self.write(split, figures, scorer="lavis", said=answers)
+        self.write(split, figures, scorer="lavis", said=answers, blind=self.blind)
         return figures
 
     def _answer(self, questions: Any, said: Any, scorer: Any, number: int) -> Row:
@@ -111,7 +131,7 @@ class XFormerGQATask(AsksByProtocol, GQATask):
                 }
             )
         figures = gqa_figures(answers)
-        self.write(split, figures, scorer="lavis", said=answers)
+        self.write(split, figures, scorer="lavis", said=answers, blind=self.blind)
         return figures
 
     def _types(self, rows: Mapping[str, Row]) -> dict[str, Row]:
@@ -125,6 +145,26 @@ class XFormerGQATask(AsksByProtocol, GQATask):
         if len(found) < len(rows):
             raise UserError(f"run.question_types: {file} has the types of {len(found)} of {len(rows)} questions")
         return found
+
+
+def vqa_majority(annotations: Iterable[Row]) -> dict[str, float]:
+    """Return what the most frequent answer to each type of question scores, in percent: over all, and by type.
+
+    Args:
+        annotations: of VQAv2, ten answers each, normalised by the scorer. An answer is as right as it agrees with any
+            nine of the ten, a third for each that says the same (arXiv 1505.00468, section 3).
+    """
+    types: dict[str, list[list[str]]] = defaultdict(list)
+    for annotation in annotations:
+        types[annotation["answer_type"]].append([answer["answer"] for answer in annotation["answers"]])
+    scores: dict[str, list[float]] = {}
+    for kind, members in types.items():
+        most = Counter(Counter(given).most_common(1)[0][0] for given in members).most_common(1)[0][0]
+        scores[f"majority_{kind}"] = [
+            100 * fmean(min(1, (given.count(most) - (left_out == most)) / 3) for left_out in given) for given in members
+        ]
+    every = [score for members in scores.values() for score in members]
+    return {"majority": fmean(every), **{name: fmean(members) for name, members in scores.items()}}
 
 
 def gqa_figures(answers: Iterable[Row]) -> dict[str, float]:

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lavis.common.registry import registry
 from lavis.tasks.vqa import GQATask, VQATask
 from omegaconf import OmegaConf
 
 from lavis_xformer.errors import UserError
-from lavis_xformer.vqa_tasks import XFormerGQATask, XFormerVQATask
+from lavis_xformer.vqa_tasks import XFormerGQATask, XFormerVQATask, vqa_majority
 
 
 class Model:
@@ -114,9 +115,45 @@ def test_vqa_scores_as_lavis(tmp_path: Path) -> None:
     assert ours["agg_metrics"] == lavis["agg_metrics"] == 80
     assert ours["accuracy_number"] == lavis["number"] == 100
     assert ours["accuracy_other"] == lavis["other"] == 60
+    assert (ours["majority_number"], ours["majority_other"], ours["majority"]) == (100, 100, 100)
     result = json.loads((tmp_path / "result" / "val_gqa.json").read_text())
     assert result["protocol"]["prompt"] == "Question: {} Short answer:"
+    assert result["blind"] is False
     assert [answer["correct"] for answer in result["answers"]] == [1, 0.6]
+
+
+def test_vqas_majority_by_hand() -> None:
+    def annotation(kind: str, *given: str) -> dict[str, Any]:
+        return {"answer_type": kind, "answers": [{"answer": text} for text in given]}
+
+    found = vqa_majority(
+        [
+            annotation("yes/no", *["yes"] * 10),
+            annotation("yes/no", *["yes"] * 6, *["no"] * 4),
+            annotation("yes/no", *["no"] * 9, "yes"),  # one agrees: a third, but not where it is the one left out
+            annotation("number", *["2"] * 2, *["3"] * 8),
+        ]
+    )
+    assert found["majority_yes/no"] == pytest.approx((100 + 100 + 30) / 3)
+    assert found["majority_number"] == 100
+    assert found["majority"] == pytest.approx((100 + 100 + 30 + 100) / 4)
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_the_language_model_may_be_asked_without_images(tmp_path: Path, blind: bool) -> None:
+    class Answering(Model):
+        shown: Any = None
+
+        def predict_answers(self, samples: dict[str, Any], **unused: Any) -> list[str]:
+            self.shown = samples
+            return ["yes"]
+
+    task, model = setup(XFormerGQATask, tmp_path, blind=blind), Answering()
+    samples = {"image": "pixels", "text_input": ["is it?"], "question_id": torch.tensor([4]), "answer": ["no"]}
+    task.answer_list = None
+    assert task.valid_step(model, samples) == [{"question_id": 4, "pred_ans": "yes", "gt_ans": "no"}]
+    assert ("image" in model.shown) is not blind
+    assert model.shown["text_input"] == ["is it?"]
 
 
 def test_an_unknown_protocol_is_named(tmp_path: Path) -> None:
