@@ -170,7 +170,7 @@ def _defaults(user: DictConfig) -> tuple[DictConfig, dict[str, Any]]:
     if run.get("lr_sched") is not None:
         classes["lr_sched"] = find("lr_scheduler", run.lr_sched, "run.lr_sched")
     user.model.model_type = choose_model_type(arch, user.model.get("model_type"))
-    layers = [OmegaConf.load(classes["model"].default_config_path(user.model.model_type))]
+    layers = [_model_defaults(classes["model"], user.model.model_type)]
     for name, config in user.datasets.items():
         cls = classes[f"datasets.{name}"] = find("builder", name, "datasets")
         kind = config.get("type", "default")
@@ -179,6 +179,13 @@ def _defaults(user: DictConfig) -> tuple[DictConfig, dict[str, Any]]:
             raise UserError(f"datasets.{name}.type: '{kind}' is unknown: {known}")
         layers.append(OmegaConf.load(cls.default_config_path(kind)))
     return _merge(OmegaConf.create({"run": {}}), *layers), classes
+
+
+def _model_defaults(cls: Any, model_type: str) -> Any:
+    """The default YAML of a model's type; our own classes know exported folders too."""
+    if hasattr(cls, "default_config"):
+        return cls.default_config(model_type)
+    return OmegaConf.load(cls.default_config_path(model_type))
 
 
 def _drop_null_splits(config: DictConfig) -> None:

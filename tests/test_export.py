@@ -80,6 +80,21 @@ def test_a_folder_gives_the_model_back_bit_for_bit(
     assert_equal(again, trained)
 
 
+def test_a_run_whose_type_is_a_folder_loads_its_weights(trained: XFormerOPT, checkpoint: Path, tmp_path: Path) -> None:
+    from lavis_xformer.config import load_config
+
+    lavis_xformer.register()
+    folder = export(checkpoint, tmp_path / "out")
+    run = {
+        "model": {"arch": "xformer_opt", "model_type": str(folder)},
+        "datasets": {"xformer_scenes_vqa": {}},
+        "run": {"task": "xformer_stage2", "output_dir": str(tmp_path)},
+    }
+    OmegaConf.save(run, tmp_path / "run.yaml")
+    model_cfg = load_config(str(tmp_path / "run.yaml")).model_cfg
+    assert_equal(XFormerOPT.from_config(model_cfg), trained)
+
+
 def test_half_of_the_size_rounds_the_weights(trained: XFormerOPT, checkpoint: Path, tmp_path: Path) -> None:
     sizes = []
     for options in ([], ["--half"]):

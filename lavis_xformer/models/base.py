@@ -259,18 +259,27 @@ class XFormerBase(Blip2Base):
         return config_path(types[model_type])
 
     @classmethod
+    def default_config(cls, model_type: str) -> Any:
+        """The configuration of a model type, or of an exported folder, whose weights ``model.pretrained`` then names.
+
+        Raises:
+            UserError: there is no such type.
+        """
+        cfg = OmegaConf.load(cls.default_config_path(model_type))
+        if model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:
+            cfg.model.pretrained = model_type  # the folder, wherever it lies by now
+        return cfg
+
+    @classmethod
     def from_pretrained(cls, model_type: str) -> Self:
         """Build a model of one of its types, or of an exported folder, with the weights that its YAML names.
 
         Raises:
             UserError: there is no such type, or a name, folder or file in its YAML is wrong.
         """
-        cfg = OmegaConf.load(cls.default_config_path(model_type)).model
         if model_type.startswith("mini"):
             logging.warning("%s: this small model knows synthetic scenes only, no photos", model_type)
-        if model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:
-            cfg.pretrained = model_type  # the folder, wherever it lies by now
-        return cls.from_config(cfg)
+        return cls.from_config(cls.default_config(model_type).model)
 
 
 def _ones(tokens: Tensor) -> Tensor:
