@@ -28,7 +28,8 @@ from lavis_xformer.tasks import own_batches
 
 logger = logging.getLogger(__name__)
 
-SCORERS = ("strict", "gvt_official", "pope_official")
+#: what each scorer reads; strict reads every kind
+SCORERS = {"strict": None, "gvt_official": {"count", "count_group", "presence"}, "pope_official": {"presence"}}
 SHOWN = ("mae", "rmse", "f1", "yes_ratio", "pair_accuracy")  # what some scores have beside accuracy
 
 
@@ -87,8 +88,16 @@ class BenchmarkTask(BaseTask):
         return cls(protocol=protocol_of(run), scorer=scorer, blind=bool(run.get("blind", False)), config=cfg.to_dict())
 
     def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
-        """Keep the dataset: it knows the truths."""
+        """Keep the dataset: it knows the truths.
+
+        Raises:
+            UserError: the scorer doesn't read answers to such questions.
+        """
         super().before_evaluation(model, dataset, **kwargs)
+        reads, kinds = SCORERS[self.scorer], {row.get("kind") or dataset.kind for row in dataset.annotation}
+        if reads is not None and not kinds <= reads:
+            unread = ", ".join(sorted(kinds - reads))
+            raise UserError(f"run.scorer: '{self.scorer}' reads no answers of the kind {unread}; strict does")
         self._dataset = dataset
 
     def evaluation(self, model: Any, data_loader: DataLoader[Any], cuda_enabled: bool = True) -> dict[int, str]:

@@ -70,9 +70,12 @@ class XFormerRetrievalTask(RetrievalTask):
         Raises:
             UserError: there is no such protocol.
         """
-        task: XFormerRetrievalTask = super().setup_task(cfg)
         protocol = named(cfg.run_cfg, RETRIEVAL_PROTOCOLS)
-        task.protocol, task.config = protocol | {"k_test": cfg.run_cfg.get("k_test", protocol["k_test"])}, cfg.to_dict()
+        cfg.run_cfg.k_test = cfg.run_cfg.get("k_test", protocol["k_test"])  # LAVIS has no default
+        task: XFormerRetrievalTask = super().setup_task(cfg)
+        task.config = cfg.to_dict()
+        asked = {"k_test": cfg.run_cfg.k_test, "image_size": task.config.get("model", {}).get("image_size")}
+        task.protocol = protocol | asked
         return task
 
     def after_evaluation(self, val_result: Row | None, split_name: str, **unused: object) -> Row | None:

@@ -95,6 +95,14 @@ def test_the_protocol_is_what_the_model_is_asked_with(tmp_path: Path, blind: boo
     assert ("image" in samples) is not blind
 
 
+def test_a_scorer_that_cannot_read_the_answers_is_refused_before_anything_is_asked() -> None:
+    task = BenchmarkTask(protocol=PROTOCOLS["paper"], scorer="pope_official")
+    with pytest.raises(
+        UserError, match=r"run\.scorer: 'pope_official' reads no answers of the kind attribute, count; "
+    ):
+        task.before_evaluation(Parrot(), SCENES)
+
+
 def test_an_unanswered_question_is_wrong() -> None:
     assert [item.answer for item in items(SCENES, {1: "yes"})] == ["", "yes", "", ""]
     with pytest.raises(UserError, match="no questions"):

@@ -30,7 +30,7 @@ def setup(cls: Any, folder: Path, **run: Any) -> Any:
     truths = folder / "captions.json"
     truths.write_text("[]")
     dataset = {"build_info": {"annotations": {"test": {"storage": str(truths)}}}}
-    config = OmegaConf.create({"run": run, "datasets": {"coco_caption": dataset}})
+    config = OmegaConf.create({"run": run, "datasets": {"coco_caption": dataset}, "model": {"image_size": 364}})
     return cls.setup_task(SimpleNamespace(run_cfg=config.run, to_dict=lambda: OmegaConf.to_container(config)))
 
 
@@ -103,7 +103,10 @@ def test_retrieval_by_hand_with_its_protocol(tmp_path: Path) -> None:
     assert (figures["txt_r1"], figures["txt_r5"]) == (50, 100)
     assert figures["img_r1"] == pytest.approx(200 / 3)  # text 2 is nearer to image 0
     result = json.loads((tmp_path / "result" / "test_coco_caption.json").read_text())
-    assert result["protocol"] == {"name": "paper", "k_test": 2}
+    assert result["protocol"] == {"name": "paper", "k_test": 2, "image_size": 364}
     assert result["figures"] == figures
+    ranker = Ranker()
+    setup(XFormerRetrievalTask, tmp_path).evaluation(ranker, SimpleNamespace(dataset=dataset))
+    assert ranker.k_test == 128, "the protocol's, which the result then tells"
     with pytest.raises(UserError, match=r"run\.protocol: 'blip'"):
         setup(XFormerRetrievalTask, tmp_path, protocol="blip", k_test=2)
