@@ -130,7 +130,8 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
         path = find("model", arch, "--model").default_config_path(choose_model_type(arch, model_type))
         cfg = OmegaConf.load(path)
     blip2 = cfg.model.get("fusion", "dual") != "none" and is_blip2(read_checkpoint(str(checkpoint), key="pretrained"))
-    cfg.model |= {"load_finetuned": False, "blip2_pretrained" if blip2 else "pretrained": str(checkpoint)}
+    cfg.model |= {"load_finetuned": False, "load_pretrained": True, "pretrained": None}
+    cfg.model |= {"blip2_pretrained" if blip2 else "pretrained": str(checkpoint)}
     if not (blip2 or cfg.model.get("train_only")):
         cfg.model.blip2_pretrained = None  # the training began with it and has changed all of it
     return cfg, _training(content) | _figures(checkpoint, content)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from lavis_xformer.errors import UserError
 from lavis_xformer.models import towers
-from lavis_xformer.models.checkpoints import load_pretrained, load_state, read_checkpoint
+from lavis_xformer.models.checkpoints import LoadReport, load_pretrained, load_state, read_checkpoint
 from lavis_xformer.models.language import T5Language
 
 
@@ -91,6 +91,40 @@ def test_what_does_not_fit_is_listed_and_nothing_changes(make_xformer: Any) -> N
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize("method", ["load_checkpoint", "load_from_pretrained"])
+def test_lavis_own_loading_methods_account_for_every_weight(method: str, make_xformer: Any, tmp_path: Path) -> None:
+    trained, model = perturb(make_xformer("dual")), make_xformer("dual")
+    state = trainable_state(trained)
+    torch.save({"model": state}, tmp_path / "whole.pth")
+    report = getattr(model, method)(url_or_filename=str(tmp_path / "whole.pth"))
+    assert set(state) <= set(report.loaded)
+    assert model.load_report.loaded == report.loaded
+    assert torch.equal(model.temp, trained.temp)
+    torch.save({"model": {name: state[name] for name in state if name != "temp"}}, tmp_path / "torn.pth")
+    torch.save({"model": {"nonsense": torch.zeros(1)}}, tmp_path / "junk.pth")
+    for file, words in (("torn.pth", "missing: temp"), ("junk.pth", "BLIP-2"), ("none.pth", "there is no file")):
+        with pytest.raises(UserError, match=words):
+            getattr(model, method)(str(tmp_path / file))
+
+
+def test_a_finetuned_checkpoint_that_is_not_named_is_refused(make_xformer: Any) -> None:
+    with pytest.raises(UserError, match=r"load_finetuned is True, but model\.finetuned names no checkpoint"):
+        load_pretrained(make_xformer("dual"), config(load_finetuned=True, finetuned=None, pretrained="unused.pth"))
+
+
+@pytest.mark.parametrize(("stage", "level"), [("xformer", "INFO"), ("stage2", "WARNING")])
+def test_a_model_that_loads_nothing_says_so(
+    stage: str, level: str, request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = request.getfixturevalue(f"make_{stage}")()
+    with caplog.at_level("INFO"):
+        for keys in ({"pretrained": None}, {"pretrained": "unread.pth", "load_pretrained": False}):
+            assert load_pretrained(model, config(**keys)) == LoadReport()
+    assert [record.levelname for record in caplog.records] == [level, level]
+    assert "model.pretrained names no checkpoint, so nothing is loaded" in caplog.messages[0]
+    assert "model.load_pretrained is False" in caplog.messages[1]
+
+
 class Malicious:
     """Runs a command when unpickled."""
 
@@ -115,6 +149,13 @@ def test_pickled_code_torn_and_missing_files_are_refused(tmp_path: Path) -> None
         read_checkpoint(str(tmp_path / "torn.safetensors"), key="pretrained")
     with pytest.raises(UserError, match="there is no file"):
         read_checkpoint(str(tmp_path / "none.pth"), key="pretrained")
+
+
+def test_files_without_names_of_weights_are_refused(tmp_path: Path) -> None:
+    for content, words in (([torch.zeros(1)], "holds a list"), ({"model": torch.zeros(1)}, "no weights under its key")):
+        torch.save(content, tmp_path / "list.pth")
+        with pytest.raises(UserError, match=words):
+            read_checkpoint(str(tmp_path / "list.pth"), key="pretrained")
 
 
 @pytest.mark.parametrize("door", ["vit_weights", "mae_model .pth", "mae_model", "bert", "t5_model"])

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
 from omegaconf import OmegaConf
 
 import lavis_xformer
@@ -51,7 +52,7 @@ def build(cell: Any) -> Any:
 
 def test_a_cell_of_lavis_class_gives_our_losses_with_equal_weights(images: torch.Tensor) -> None:
     theirs, ours = (build(variant_cell(name, "stage1")).eval() for name in ("lavis_blip2", "blip2"))
-    assert type(theirs).__mro__[3].__module__ == "lavis.models.blip2_models.blip2_qformer"
+    assert isinstance(theirs, Blip2Qformer)
     ours.load_state_dict(theirs.state_dict())
     batch = {"image": images, "text_input": ["a red circle", "two blue squares on the left"]}
     expected, found = theirs(batch), ours(batch)
@@ -80,5 +81,7 @@ def test_stage2_of_lavis_class_reads_its_stage1_and_says_what_ours_says(images: 
     batch = {"image": images, "text_input": ["a red circle", "two blue squares"]}
     assert ours(batch)["loss_lm"].item() == pytest.approx(theirs(batch)["loss_lm"].item(), abs=1e-4)
     assert ours.generate(batch, num_beams=1, max_length=5) == theirs.generate(batch, num_beams=1, max_length=5)
+    with pytest.raises(UserError, match="missing: Qformer"):
+        theirs.load_checkpoint(save(make("lavis_blip2_opt").requires_grad_(False), "empty.pth"))
     with pytest.raises(UserError, match="captions only"):
         theirs({**batch, "answer": ["two", "one"]})

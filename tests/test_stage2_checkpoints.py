@@ -181,8 +181,9 @@ def test_the_fusion_alone_on_top_of_blip2(make_stage2: Any, batch: dict[str, Any
     assert torch.equal(again(batch)["loss"], model(batch)["loss"])
     with pytest.raises(UserError, match="missing: Qformer"):
         load_pretrained(make_stage2("opt", "dual"), config(pretrained=str(tmp_path / "fusion.pth")))
-    with pytest.raises(UserError, match=r"set model\.blip2_pretrained or pretrained"):
-        load_pretrained(make_stage2("opt", "dual"), config(train_only=["fusion"]))
+    for own in (None, str(tmp_path / "fusion.pth")):  # what it would train could be loaded by no key
+        with pytest.raises(UserError, match=r"model\.train_only keeps all but .* set model\.blip2_pretrained"):
+            load_pretrained(make_stage2("opt", "dual"), config(train_only=["fusion"], pretrained=own))
     with pytest.raises(UserError, match=r"train_only: 'mae' can't be trained; .*fusion"):
         load_pretrained(make_stage2("opt", "dual"), config(**{**keys, "train_only": ["mae"]}))
 

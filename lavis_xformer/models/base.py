@@ -28,12 +28,11 @@ from lavis_xformer.distributed import world_size
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.images import unpack
 from lavis_xformer.models import towers
+from lavis_xformer.models.checkpoints import CheckpointLoading
 from lavis_xformer.models.frozen import Precision, compute_dtype, freeze, is_frozen, own_autocast
 from lavis_xformer.models.fusion import Fusion
 from lavis_xformer.models.mae import MaeFeatures, MaskedAutoencoder, sincos, unmasked
 from lavis_xformer.paths import config_path
-
-NOTHING = r"(?!)"  # the regular expression that no name matches
 
 
 class Tokens(NamedTuple):
@@ -49,7 +48,7 @@ class Tokens(NamedTuple):
         return None if self.mae is None else self.mae.tokens
 
 
-class XFormerBase(Blip2Base):
+class XFormerBase(CheckpointLoading, Blip2Base):
     """The two frozen encoders, the Q-Former between them and the language, and the fusion."""
 
     #: loaded where a user names no type: ships with the package and runs offline
@@ -61,10 +60,6 @@ class XFormerBase(Blip2Base):
         "cross_attention_freq qformer_layers fusion fusion_depth fusion_self_attention fusion_init fusion_heads "
         "max_txt_len train_only blip2_pretrained".split()
     )
-
-    #: regular expressions of names: weights that only stage 1 has, and those that its checkpoints therefore lack
-    STAGE1_WEIGHTS: ClassVar[str] = NOTHING
-    NEW_WEIGHTS: ClassVar[str] = NOTHING
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lavis.common.utils import is_url
 from omegaconf import DictConfig
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.models.base import NOTHING
 from lavis_xformer.models.frozen import freeze, is_frozen
 from lavis_xformer.models.fusion import NoFusion
 from lavis_xformer.models.towers import download, load_torch_file
 
+NOTHING = r"(?!)"  # the regular expression that no name matches
 FUSION = r"(fusion|itg_reader)\."
 CLIP = r"visual_encoder\."
 LANGUAGE_MODEL = r"(opt|t5)_model\."  # frozen; LAVIS's files hold tied ones all the same
@@ -63,11 +63,38 @@ class LoadReport:
         )
 
 
+class CheckpointLoading:
+    """Before a class of LAVIS: its methods that read a checkpoint, which leave out in silence what doesn't fit."""
+
+    #: regular expressions of names: weights that only stage 1 has, and those that its checkpoints therefore lack
+    STAGE1_WEIGHTS: ClassVar[str] = NOTHING
+    NEW_WEIGHTS: ClassVar[str] = NOTHING
+    #: what became of all that has been loaded so far
+    load_report: LoadReport = LoadReport()
+
+    def load_checkpoint(self, url_or_filename: str) -> LoadReport:
+        """Load a checkpoint as ``pretrained`` does: ``load_model(..., checkpoint=FILE)`` of LAVIS ends here.
+
+        Raises:
+            UserError: the file can't be read, is BLIP-2's while the model has a fusion, or doesn't fit.
+        """
+        report = _load_own(self, url_or_filename, key="load_checkpoint")
+        self.load_report += report
+        return report
+
+    def load_from_pretrained(self, url_or_filename: str) -> LoadReport:
+        """LAVIS's other name for :meth:`load_checkpoint`."""
+        return self.load_checkpoint(url_or_filename)
+
+
 def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
     """Load what the configuration names: ``blip2_pretrained``, then ``finetuned`` or ``pretrained``.
 
     With ``train_only`` everything else is frozen then, so that a checkpoint of such a training holds these parts alone:
     it is loaded as ``pretrained`` on top of the ``blip2_pretrained`` that the training began with.
+
+    Where nothing is named, or ``load_pretrained`` is False, the log says so: a warning in stage 2, which begins with a
+    stage 1.
 
     Args:
         model: an X-Former; its ``STAGE1_WEIGHTS`` and ``NEW_WEIGHTS`` say what a file of stage 1 has beyond the model's
@@ -78,21 +105,31 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
         The report on all files together.
 
     Raises:
-        UserError: a file can't be read, is of another kind than its key says, or doesn't fit.
+        UserError: a file can't be read, is of another kind than its key says, or doesn't fit; keys that are at odds.
     """
     key = "finetuned" if cfg.get("load_finetuned", False) else "pretrained"
-    own, blip2, parts = cfg.get(key), cfg.get("blip2_pretrained"), cfg.get("train_only")
+    wanted = cfg.get("load_pretrained", True)
+    own, blip2 = (cfg.get(name) if wanted else None for name in (key, "blip2_pretrained"))
+    parts = cfg.get("train_only")
+    if key == "finetuned" and wanted and not own:
+        raise UserError("model.load_finetuned is True, but model.finetuned names no checkpoint")
     if own and blip2 and not parts:
         raise UserError(f"model.{key} and model.blip2_pretrained are both set; keep one of them")
-    if parts and not (own or blip2):
-        raise UserError("model.train_only keeps the rest as it was trained; set model.blip2_pretrained or pretrained")
+    if parts and not blip2:
+        raise UserError(
+            "model.train_only keeps all but these parts as BLIP-2 has them, and its checkpoints hold these alone; set "
+            "model.blip2_pretrained, or model.train_only to null"
+        )
     report = LoadReport()
+    if not (own or blip2):
+        level = logging.INFO if model.NEW_WEIGHTS == NOTHING else logging.WARNING
+        reason = "model.pretrained names no checkpoint" if wanted else "model.load_pretrained is False"
+        logging.log(level, "%s: %s, so nothing is loaded: what is trained starts anew", type(model).__name__, reason)
     if blip2:
         report += _load_blip2(model, blip2)
         train_only(model, parts)
     if own:
         report += _load_own(model, own, key=key)
-        train_only(model, parts)
     return report
 
 
@@ -173,7 +210,7 @@ def read_checkpoint(source: str, *, key: str) -> dict[str, Tensor]:
             raise UserError(f"model.{key}: '{path}' is no intact file of tensors: {error}") from error
     content = load_torch_file(path, key=key)
     state = content.get("model", content)
-    if not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"model.{key}: '{path}' has no weights under its key 'model'")
     return state
 

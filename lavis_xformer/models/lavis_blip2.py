@@ -25,8 +25,7 @@ from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError
 from lavis_xformer.images import unpack
 from lavis_xformer.models import towers
-from lavis_xformer.models.base import NOTHING
-from lavis_xformer.models.checkpoints import load_pretrained
+from lavis_xformer.models.checkpoints import CheckpointLoading, load_pretrained
 from lavis_xformer.models.fusion import NoFusion
 from lavis_xformer.models.stage2 import XFormerStage2
 from lavis_xformer.paths import config_path
@@ -34,15 +33,13 @@ from lavis_xformer.paths import config_path
 Samples = dict[str, Any]
 
 
-class OwnParts:
+class OwnParts(CheckpointLoading):
     """Before a class of LAVIS: parts by any name that our models take, and images of our processors."""
 
     CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset(
         "vit_model vit_weights image_size drop_path_rate use_grad_checkpoint vit_precision freeze_vit bert "
         "num_query_token cross_attention_freq max_txt_len blip2_pretrained".split()
     )
-    STAGE1_WEIGHTS: ClassVar[str] = NOTHING
-    NEW_WEIGHTS: ClassVar[str] = NOTHING
     config: ClassVar[DictConfig]
 
     @classmethod

@@ -285,16 +285,19 @@ def load_torch_file(path: str | Path, *, key: str) -> dict[str, Any]:
         key: the configuration key that named it, for messages.
 
     Raises:
-        UserError: there is no such file, it is torn, or it holds more than tensors and plain values.
+        UserError: there is no such file, it is torn, or it holds something else than tensors and plain values by name.
     """
     file = _existing(Path(path), key)
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
             f"model.{key}: '{file}' is no intact file of tensors (files with pickled code are refused): "
             f"{str(error).splitlines()[0]}"
         ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"model.{key}: '{file}' holds a {type(content).__name__}, not tensors by their names")
+    return content
 
 
 def _existing(path: Path, key: str) -> Path:
