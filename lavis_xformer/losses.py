@@ -55,7 +55,8 @@ def hard_negatives(sim: Tensor, targets: Tensor, generator: torch.Generator | No
     """Draw one wrong partner a sample, the more likely the more similar, in one batched step.
 
     Args:
-        sim: (B, G) similarities divided by the temperature.
+        sim: (B, G) similarities divided by the temperature; a row that is not finite is drawn from evenly, so that the
+            losses are still there to tell what is not.
         targets: (B,) column of each sample's own partner, which is never drawn.
         generator: the source of randomness, torch's own by default.
 
@@ -67,7 +68,7 @@ def hard_negatives(sim: Tensor, targets: Tensor, generator: torch.Generator | No
     """
     if sim.shape[1] < 2:
         raise ValueError("a batch of one sample in all has no negative; skip the negatives of ITM")
-    weights = sim.softmax(dim=1) + NEGATIVE_FLOOR  # (B, G)
+    weights = sim.softmax(dim=1).nan_to_num(0.0) + NEGATIVE_FLOOR  # (B, G)
     weights = weights.scatter(1, targets.unsqueeze(1), 0.0)
     return torch.multinomial(weights, 1, generator=generator).flatten()
 

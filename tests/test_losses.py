@@ -70,6 +70,14 @@ def test_hard_negatives_never_draw_the_partner_and_prefer_the_similar() -> None:
     assert set(draws[:, 3].tolist()) == set(range(7)), "the floor keeps every negative possible"
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_hard_negatives_survive_what_is_not_finite(value: float) -> None:
+    sim = torch.zeros(3, 3)
+    sim[1] = value
+    negatives = losses.hard_negatives(sim, torch.arange(3))
+    assert (negatives != torch.arange(3)).all()
+
+
 def test_hard_negatives_refuse_a_single_sample() -> None:
     with pytest.raises(ValueError, match="no negative"):
         losses.hard_negatives(torch.zeros(1, 1), torch.zeros(1, dtype=torch.long))

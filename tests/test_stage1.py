@@ -212,6 +212,12 @@ def test_hard_negatives_are_those_of_the_generator(make_xformer: Any, batch: dic
     assert values[0] == values[1]
 
 
+def test_a_feature_that_is_not_finite_shows_in_its_losses(make_xformer: Any, batch: dict[str, Any]) -> None:
+    batch["image"][0, 0, 0, 0] = float("nan")
+    terms = make_xformer("none")(batch)
+    assert not torch.isfinite(terms["loss_itc"])
+
+
 def test_wrong_images_and_weights_are_named(make_xformer: Any, batch: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"no loss 'reco'; did you mean 'rec'"):
         make_xformer("dual", loss_weights={"reco": 1})
