@@ -58,12 +58,14 @@ def build() -> Any:
             mock.patch("torch.linspace", lambda start, end, steps: torch.zeros(steps, device="cpu")),
         ):
             config = towers.qformer_config(BertConfig(), num_queries=32, vision_width=1408, cross_attention_freq=2)
+            clip = towers.eva_vit(img_size=224, **towers.EVA_CLIP_G)
+            heads = towers.heads_of(clip) if fusion == "early" else config.num_attention_heads
             return XFormer(
-                visual_encoder=towers.eva_vit(img_size=224, **towers.EVA_CLIP_G),
+                visual_encoder=clip,
                 mae=MaskedAutoencoder(model=ViTMAEForPreTraining(ViTMAEConfig(**MAE_HUGE))),
                 qformer=towers.BertLMHeadModel(config),
                 tokenizer=Vocabulary(),
-                fusion=FUSIONS[fusion](query_width=768, clip_width=1408, mae_width=1280, heads=12, **options),
+                fusion=FUSIONS[fusion](query_width=768, clip_width=1408, mae_width=1280, heads=heads, **options),
                 image_size=224,
             )
 
@@ -92,6 +94,16 @@ def test_counts_by_module(build: Any) -> None:
 )
 def test_other_fusions_add(fusion: str, options: dict[str, Any], added: int, build: Any) -> None:
     assert count(build(fusion, **options).fusion) == added
+
+
+@pytest.mark.parametrize("fusion", sorted(FUSIONS))
+def test_tokens_pass_through_every_fusion(fusion: str, build: Any) -> None:
+    model = build(fusion)
+    with torch.device("meta"):
+        seen = model.fusion.visual_tokens(torch.empty(2, 257, 1408), torch.empty(2, 257, 1280))
+        z, _ = model.fusion.refine(torch.empty(2, 32, 768), torch.empty(2, 257, 1280))
+    assert seen.shape == (2, 514 if fusion == "concat" else 257, 1408)
+    assert z.shape == (2, 32, 768)
 
 
 def test_pretrain_yaml_describes_this_model() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lavis_xformer.errors import UserError
 from lavis_xformer.models.fusion import FUSIONS, Attention, CrossAttentionBlock
 from lavis_xformer.models.stage1 import XFormer
 
@@ -70,6 +71,20 @@ def test_the_fusion_starts_as_wide_as_the_q_former(stage2_config: Any, tmp_path:
     for part in (model.fusion, model.itg_reader.cross_attention.query, model.Qformer.bert.encoder):
         weights = torch.cat([p.flatten() for p in part.parameters() if p.ndim == 2])
         assert weights.std().item() == pytest.approx(wanted, rel=0.1)
+
+
+def test_early_cross_attention_has_as_many_heads_as_clip(stage2_config: Any) -> None:
+    cfg = stage2_config.model.copy()
+    del cfg["opt_model"]
+    heads = {}
+    for name in ("early", "dual"):
+        fusion = XFormer.from_config(cfg | {"fusion": name}).fusion
+        heads[name] = next(m.heads for m in fusion.modules() if isinstance(m, Attention))
+    assert heads == {"early": 2, "dual": 4}  # CLIP's, the Q-Former's
+    early = XFormer.from_config(cfg | {"fusion": "early", "vit_model": cfg.mae_model}).fusion
+    assert early.blocks[0].cross_attention.heads == 2  # a MAE's where one stands for CLIP
+    with pytest.raises(UserError, match=r"model\.fusion_heads: 3 heads don't divide the width 20"):
+        XFormer.from_config(cfg | {"fusion": "early", "fusion_heads": 3})
 
 
 def test_dual_reads_m_as_a_set_and_moves_m_prime_with_it(tokens: tuple[torch.Tensor, ...]) -> None:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavis_xformer.errors import UserError
+
 Init = Literal["identity", "normal"]
 BERT_STD = 0.02  # of the weights that BERT starts from
 
@@ -30,8 +32,13 @@ class Attention(nn.Module):
             width: of the queries and of the output.
             context_width: of the keys and values.
             heads: must divide ``width``.
+
+        Raises:
+            UserError: they don't.
         """
         super().__init__()
+        if width % heads:
+            raise UserError(f"model.fusion_heads: {heads} heads don't divide the width {width} of what attends")
         self.heads = heads
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(context_width, width)
@@ -40,7 +47,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Attend from x (B, L, width) to context (B, S, context_width); returns (B, L, width)."""
-        return self._join(F.scaled_dot_product_attention(*self._heads(x, context)))
+        query, key, value = self._heads(x, context)
+        return self._join(F.scaled_dot_product_attention(query, key, value))
 
     def with_map(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """The same, and the attention map (B, heads, L, S) on the way there; each of its rows sums to 1."""

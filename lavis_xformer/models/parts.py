@@ -43,7 +43,7 @@ def build_parts(cfg: DictConfig) -> dict[str, Any]:
         query_width=qformer.config.hidden_size,
         clip_width=visual_encoder.num_features,
         mae_width=visual_encoder.num_features if mae is None else mae.width,
-        heads=cfg.get("fusion_heads") or qformer.config.num_attention_heads,
+        heads=cfg.get("fusion_heads") or _heads(name, visual_encoder, qformer),
         depth=cfg.get("fusion_depth", 1),
         self_attention=cfg.get("fusion_self_attention", True),
         init=cfg.get("fusion_init", "identity"),
@@ -63,6 +63,11 @@ def build_parts(cfg: DictConfig) -> dict[str, Any]:
         "clip_layer": cfg.get("clip_layer"),
         "shuffle_mae": cfg.get("shuffle_mae", False),
     }
+
+
+def _heads(fusion: str, visual_encoder: Any, qformer: Any) -> int:
+    """As many heads as what attends has of its own: CLIP in early cross-attention, otherwise the Q-Former."""
+    return towers.heads_of(visual_encoder) if fusion == "early" else qformer.config.num_attention_heads
 
 
 def _check_names(cfg: DictConfig) -> None:

@@ -121,6 +121,13 @@ def block_of(encoder: Any, layer: int) -> Any:
     return blocks[layer - 1]
 
 
+def heads_of(encoder: Any) -> int:
+    """How many heads the attention of CLIP, or of a MAE in its place, has."""
+    if isinstance(encoder, MaeTower):
+        return int(encoder.mae.model.config.num_attention_heads)
+    return int(block_of(encoder, 1).attn.num_heads)
+
+
 @contextlib.contextmanager
 def tap(encoder: Any, layer: int | None) -> Iterator[list[Tensor]]:
     """Keep what CLIP's ``layer``-th block gives in the passes within: a list of (B, Nc, Dc), empty where it is None."""
