@@ -83,14 +83,16 @@ class Stage2Task(NamedLossTask):
         self._said = []
 
     def observe(self, model: Any, samples: Samples, fresh: Sequence[bool]) -> None:
-        """Let the model caption the images of captions and answer the questions."""
+        """Let the model caption images, say what follows the prompts of ``text_output``, and answer questions."""
         questions, references = samples["text_input"], references_of(samples)
-        asked = [i for i, new in enumerate(fresh) if new and "answer" in samples and questions[i]]
+        continued = "text_output" in samples
+        asked = [i for i, new in enumerate(fresh) if new and "answer" in samples and questions[i] and not continued]
         shown = [i for i, new in enumerate(fresh) if new and i not in asked]
         texts: dict[int, str] = {}
         if shown:
+            prompts = {"prompt": [questions[i] for i in shown]} if continued else {}
             captions = model.generate(
-                {"image": samples["image"][shown]}, num_beams=self.num_beams, max_length=self.max_len
+                {"image": samples["image"][shown], **prompts}, num_beams=self.num_beams, max_length=self.max_len
             )
             texts |= zip(shown, captions, strict=True)
         if asked:
@@ -146,11 +148,16 @@ class CaptionsAndQuestions(Dataset[Samples]):
         return len(self.joined)
 
     def __getitem__(self, index: int) -> Samples:
-        """Return image, text_input (the question or ""), answers, weights and kind."""
+        """Return image, text_input (the question or ""), answers, weights and kind.
+
+        Raises:
+            UserError: a question without an answer.
+        """
         sample = self.joined[index]
-        if "answers" in sample:
-            names = ("image", "text_input", "answers", "weights")
-            return {**{name: sample[name] for name in names}, "kind": sample.get("kind", "answer")}
+        answer = sample.get("answer")  # datasets for evaluation give one, those for training ``answers``
+        if answers := sample.get("answers", [answer] if answer else None):
+            asked = {"answers": answers, "weights": sample.get("weights", [1.0]), "kind": sample.get("kind", "answer")}
+            return {"image": sample["image"], "text_input": sample["text_input"], **asked}
         if "question_id" in sample:
             raise UserError("a dataset gives questions without answers, which can't be scored; leave its split out")
         caption = [sample["text_input"]]
@@ -181,9 +188,9 @@ def asks(dataset: Any) -> bool:
 
 
 def references_of(samples: Samples) -> list[list[str]]:
-    """Captions or answers of a batch, a list for each image."""
-    if "answer" not in samples:
-        return [[text] for text in samples["text_input"]]
+    """Captions, answers, or what ``text_output`` wants said after the prompts of a batch, a list for each image."""
+    if "text_output" in samples or "answer" not in samples:
+        return [[text] for text in samples.get("text_output") or samples["text_input"]]
     counts = samples.get("n_answers")
     counts = [1] * len(samples["answer"]) if counts is None else counts.tolist()
     answers = iter(samples["answer"])

@@ -129,6 +129,30 @@ def test_prefix_lm_splits_captions_in_training_only(prompt: str, make_stage2: An
     assert torch.equal(model.eval()(batch)["loss"], make_stage2("t5", prompt=prompt).eval()(batch)["loss"])
 
 
+def test_prefix_lm_splits_captions_beside_questions_as_those_alone(make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2("t5", prefix_lm=True).train()
+    captions, seeds = batch["text_input"], range(5)
+    joined = {"image": batch["image"], "text_input": [""] * 4, "answer": captions}
+    losses = [
+        [model(samples, generator=torch.Generator().manual_seed(seed))["loss"].item() for seed in seeds]
+        for samples in (batch, joined)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert len(set(losses[1])) > 1
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("a photo of", "a star"), ("a photo of ", "a star"), ("a photo of", " a star"), ("", "a photo of a star")],
+)
+def test_prompt_and_target_are_two_words(before: str, after: str, make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2("opt")
+    texts = {"image": batch["image"][:1], "text_input": [before], "text_output": [after]}
+    ids, *_ = model.language.encode(model._texts(texts, None).dialogues)
+    assert model.language.tokenizer.decode(ids[0]) == "</s>a photo of a star\n"
+    assert before + continuation(before, after) == "a photo of a star"
+
+
 WAYS = {
     "greedy": {"num_beams": 1},
     "beams": {"num_beams": 3, "length_penalty": -1.0, "repetition_penalty": 1.5, "min_length": 6},

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from lavis_xformer.data.image_text_datasets import QuestionEvalDataset
 from lavis_xformer.errors import UserError
 from lavis_xformer.stage2_task import (
     CAPTION,
@@ -80,6 +83,41 @@ def test_evaluation_generates_both_and_scores_them(make_stage2: Any) -> None:
     assert [row[0] for row in task.table(figures)] == [
         "loss", "loss_lm", "caption words F1 %", "answers %", "answers count %", "answers position %",
     ]  # fmt: skip
+
+
+def test_questions_without_answers_are_no_captions(make_stage2: Any) -> None:
+    samples = {"image": torch.zeros(2, 3, 32, 32), "text_input": ["how many?", "where?"], "question_id": [1, 2]}
+    for answers in ({}, {"answer": ["two", None]}):
+        with pytest.raises(UserError, match="questions without answers, which can't be scored"):
+            make_stage2("opt").eval()({**samples, **answers})
+
+
+def test_own_questions_for_evaluation_are_scored_beside_captions(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "question": "where?", "answers": given, "question_id": 7} for given in (["left"], [])]
+    questions = QuestionEvalDataset(
+        annotation=rows,
+        vis_root=tmp_path,
+        vis_processor=lambda picture: torch.zeros(3, 32, 32),
+        text_processor=str,
+    )
+    joined = CaptionsAndQuestions([CAPTIONS, questions])
+    assert asks(questions)
+    batch = joined.collater([joined[0], joined[2]])
+    assert references_of(batch) == [["a red star"], ["left"]]
+    with pytest.raises(UserError, match="questions without answers"):
+        joined[3]
+
+
+def test_what_follows_a_prompt_is_asked_for_by_the_prompt(make_stage2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, model = Stage2Task(max_len=6), make_stage2("opt").eval()
+    samples = {"image": torch.zeros(2, 3, 32, 32), "text_input": ["there is", "I see"], "text_output": ["a", "two"]}
+    asked = []
+    monkeypatch.setattr(model, "generate", lambda given, **rest: asked.extend(given["prompt"]) or ["a", "three"])
+    task.observe(model, samples, [True, True])
+    assert asked == ["there is", "I see"]
+    assert references_of(samples) == [["a"], ["two"]]
+    assert task.figures()["caption_f1"] == 50
 
 
 def test_scores() -> None:

@@ -90,7 +90,8 @@ class XFormerStage2(GenerativeModel):
             samples: ``image`` (B, 3 or 6, S, S) and one of
 
                 * ``text_input``: B captions;
-                * ``text_input`` and ``text_output``: B prompts and what to say after them, as LAVIS's ``Blip2T5``;
+                * ``text_input`` and ``text_output``: B prompts and what to say after them, as LAVIS's ``Blip2T5``, with
+                  a space between them where neither brings one;
                 * ``text_input``: B questions, with ``answer`` (A strings), ``n_answers`` (B,) and ``weight`` (A,) as
                   LAVIS's VQA datasets have them; or with ``answer``, B strings. The answer to "" is a caption. Where
                   a question is a list of several, so is its answer: a dialogue, in which image and earlier turns are
@@ -102,7 +103,7 @@ class XFormerStage2(GenerativeModel):
             Scalars: ``loss``, the weighted sum; ``loss_lm``; ``loss_rec`` where M' is reconstructed.
 
         Raises:
-            UserError: texts that don't fit the images.
+            UserError: texts that don't fit the images, or questions (``question_id``) without answers.
         """
         texts = self._texts(samples, generator)
         tokens = self.encode_image(samples["image"])
@@ -121,19 +122,23 @@ class XFormerStage2(GenerativeModel):
 
     def _texts(self, samples: dict[str, Any], generator: torch.Generator | None) -> Texts:
         """Prompts, which bear no loss, and targets of a batch."""
+        if "question_id" in samples and None in samples.get("answer", [None]):
+            raise UserError("samples['question_id']: questions without answers, which can't be scored; leave them out")
         if "answer" in samples and "text_output" not in samples:
-            return self._answers(samples)
+            return self._answers(samples, generator)
         count = len(samples["image"])
         texts = one_per_image(samples.get("text_input"), count, name="samples['text_input']")
         if "text_output" in samples:
             said = one_per_image(samples["text_output"], count, name="samples['text_output']")
-            return Texts([[turn] for turn in zip(texts, said, strict=True)])
-        captions = [continuation(self.prompt, text) for text in texts]
-        if self.prefix_lm and self.training:
-            return Texts([[split(self.prompt, caption, generator)] for caption in captions])
-        return Texts([[(self.prompt, caption)] for caption in captions])
+            return Texts([[(text, spaced(text, target))] for text, target in zip(texts, said, strict=True)])
+        return Texts([[self._caption(text, generator)] for text in texts])
 
-    def _answers(self, samples: dict[str, Any]) -> Texts:
+    def _caption(self, text: str, generator: torch.Generator | None) -> tuple[str, str]:
+        """A caption's prompt and target; ``prefix_lm`` moves some of it to the prompt in training."""
+        caption = continuation(self.prompt, text)
+        return split(self.prompt, caption, generator) if self.prefix_lm and self.training else (self.prompt, caption)
+
+    def _answers(self, samples: dict[str, Any], generator: torch.Generator | None) -> Texts:
         count, questions = len(samples["image"]), samples.get("text_input")
         if not (isinstance(questions, list) and any(isinstance(question, list) for question in questions)):
             questions = one_per_image(questions, count, name="samples['text_input']")
@@ -149,12 +154,14 @@ class XFormerStage2(GenerativeModel):
         weights = samples.get("weight")
         asked = [questions[i] for i in images.tolist()]
         return Texts(
-            dialogues=[self._dialogue(*turns) for turns in zip(asked, answers, strict=True)],
+            dialogues=[self._dialogue(*turns, generator) for turns in zip(asked, answers, strict=True)],
             weights=None if weights is None else weights.to(self.device),
             images=images.to(self.device),
         )
 
-    def _dialogue(self, questions: str | Sequence[str], answers: str | Sequence[str]) -> Dialogue:
+    def _dialogue(
+        self, questions: str | Sequence[str], answers: str | Sequence[str], generator: torch.Generator | None
+    ) -> Dialogue:
         """Question and answer, or several of each, as prompts and targets."""
         if isinstance(questions, str) and isinstance(answers, str):
             questions, answers = [questions], [answers]
@@ -164,9 +171,7 @@ class XFormerStage2(GenerativeModel):
                 "list of as many answers"
             )
         return [
-            (ask(self.vqa_prompt, question), f" {answer}")
-            if question
-            else (self.prompt, continuation(self.prompt, answer))
+            (ask(self.vqa_prompt, question), f" {answer}") if question else self._caption(answer, generator)
             for question, answer in zip(questions, answers, strict=True)
         ]
 
@@ -231,9 +236,13 @@ class XFormerT5(XFormerStage2):
 
 def continuation(prompt: str, caption: str) -> str:
     """What follows the prompt, whether or not the text processor has put it before the caption already."""
-    if not prompt:
-        return caption
-    return caption[len(prompt) :] if caption.startswith(prompt) else f" {caption}"
+    return caption[len(prompt) :] if caption.startswith(prompt) else spaced(prompt, caption)
+
+
+def spaced(before: str, after: str) -> str:
+    """``after`` as it follows ``before``: with a space between them where neither brings one."""
+    joined = not before or before[-1].isspace() or not after or after[0].isspace()
+    return after if joined else f" {after}"
 
 
 def split(prompt: str, caption: str, generator: torch.Generator | None = None) -> tuple[str, str]:
