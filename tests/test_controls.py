@@ -161,6 +161,15 @@ def test_each_image_may_get_anothers_m(
         assert torch.allclose(loss, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("changes", [{}, {"mae_source": "clip"}])
+def test_an_image_alone_has_no_others_m(
+    configured: Any, toy: Any, batch: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    model = configured(toy, shuffle_mae=True, **changes)
+    with pytest.raises(UserError, match=r"model\.shuffle_mae .* a batch holds a single image"):
+        model.encode_image(batch["image"][:1])
+
+
 def test_an_untrained_mae_is_the_same_one_every_time(configured: Any, toy: Any, batch: dict[str, Any]) -> None:
     pixels = clip_to_mae(batch["image"])
     torch.manual_seed(1)

@@ -157,6 +157,38 @@ def test_whole_m_for_the_language_losses(make_xformer: Any, batch: dict[str, Any
     assert not torch.equal(first["loss_rec"], second["loss_rec"])
 
 
+@pytest.mark.parametrize(("mask_vl", "passes"), [(True, 1), (False, 2)])
+def test_clip_runs_once_a_step_and_mae_as_often_as_needed(
+    mask_vl: bool, passes: int, make_xformer: Any, batch: dict[str, Any], same_negatives: None
+) -> None:
+    model, noise = make_xformer("dual", init="normal", mask_vl=mask_vl), torch.rand(4, 16)
+    runs = {"clip": 0, "mae": 0}
+    for name, tower in (("clip", model.visual_encoder), ("mae", model.mae.model.vit.encoder)):
+        tower.register_forward_hook(lambda *_, name=name: runs.update({name: runs[name] + 1}))
+    model(batch, noise=noise)
+    assert runs == {"clip": 1, "mae": passes}
+
+
+def test_m_masked_in_a_second_pass_is_m_masked_in_the_first(make_xformer: Any, batch: dict[str, Any]) -> None:
+    model, noise = make_xformer("dual", init="normal", token_positions=["mae"]), torch.rand(4, 16)
+    first = model.encode_image(batch["image"], mask_ratio=0.5, noise=noise)
+    again = model.mask_again(model.encode_image(batch["image"]), batch["image"], mask_ratio=0.5, noise=noise)
+    assert torch.equal(first.clip, again.clip)
+    assert torch.equal(first.pixels, again.pixels)
+    assert all(torch.equal(*parts) for parts in zip(first.mae, again.mae, strict=True))
+
+
+@pytest.mark.parametrize(("fusion", "tokens"), [("dual", 9), ("concat", 17), ("early", 17)])
+@pytest.mark.parametrize("weight", [0, 1])
+def test_m_is_masked_in_training_where_it_is_aligned(
+    fusion: str, tokens: int, weight: float, make_xformer: Any, batch: dict[str, Any]
+) -> None:
+    model = make_xformer(fusion, loss_weights={"rec": weight}).train()
+    seen, whole = model._encode_for_training(batch["image"], None)
+    assert seen is whole
+    assert seen.mae_tokens.shape[1] == tokens
+
+
 def test_reconstruction_teaches_the_queries(make_xformer: Any, batch: dict[str, Any]) -> None:
     model = make_xformer("dual", init="normal", loss_weights={"itc": 0, "itm": 0, "itg": 0})
     model(batch)["loss"].backward()

@@ -402,6 +402,11 @@ def test_reconstruction_in_both_stages(make_stage2: Any, batch: dict[str, Any]) 
     plain = make_stage2("opt", init="normal")(batch)
     both = make_stage2("opt", init="normal", loss_weights={"rec": 2.0})(batch, noise=noise)
     assert set(plain) == {"loss", "loss_lm"}
+    model = make_stage2("opt", init="normal", loss_weights={"rec": 2.0})
+    runs: list[int] = []
+    model.visual_encoder.register_forward_hook(lambda *_: runs.append(1))
+    assert torch.equal(model(batch, noise=noise)["loss_rec"], both["loss_rec"])
+    assert len(runs) == 1, "CLIP runs once"
     assert torch.equal(both["loss_lm"], plain["loss_lm"]), "the language model still sees the whole image"
     assert both["loss"].item() == pytest.approx((both["loss_lm"] + 2 * both["loss_rec"]).item(), rel=1e-6)
 

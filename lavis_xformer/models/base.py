@@ -138,39 +138,63 @@ class XFormerBase(CheckpointLoading, Blip2Base):
             noise: (B, N), decides which; drawn where it is None.
 
         Raises:
-            UserError: it is no tensor, or has another size or number of channels than the model wants.
+            UserError: it is no tensor, or has another size or number of channels than the model wants; a single image
+                where ``shuffle_mae`` needs another one.
         """
-        if not isinstance(image, Tensor):
-            raise UserError(
-                f"samples['image'] is a {type(image).__name__}, not a tensor such as "
-                "vis_processors['eval'](image).unsqueeze(0)"
-            )
-        mae_size = self.image_size if self.mae is None else self.mae.image_size
-        clip_pixels, mae_pixels = unpack(image, clip_size=self.image_size, mae_size=mae_size)
+        clip_pixels, mae_pixels = self._views(image)
         with towers.tap(self.visual_encoder, self.clip_layer) as middle:
             clip = self.ln_vision(self._run_clip(clip_pixels))  # (B, Nc, Dc)
         placed = clip + sincos(clip.shape[-1], clip.shape[1] - 1).to(clip) if "clip" in self.token_positions else clip
         if not self.fusion.needs_mae:
             return Tokens(clip=placed, mae=None, pixels=None)
         if self.mae is None:
-            mae = unmasked(F.layer_norm(middle[0].float(), middle[0].shape[-1:]) if middle else clip)
+            m = unmasked(F.layer_norm(middle[0].float(), middle[0].shape[-1:]) if middle else clip)
         else:
-            with self._tower(self.mae.model.vit):
-                mae = self.mae.encode(mae_pixels, mask_ratio=mask_ratio, noise=noise)
-            mae = mae._replace(tokens=mae.tokens.float())
+            m = self._run_mae(mae_pixels, mask_ratio, noise)
+        mae, pixels = self._place(m, mae_pixels)
+        return Tokens(self.fusion.visual_tokens(placed, mae.tokens), mae, None if self.mae is None else pixels)
+
+    def mask_again(self, tokens: Tokens, image: Tensor, *, mask_ratio: float, noise: Tensor | None = None) -> Tokens:
+        """The same C with the M of a masked image, for which MAE alone runs; arguments as of :meth:`encode_image`."""
+        _, pixels = self._views(image)
+        mae, pixels = self._place(self._run_mae(pixels, mask_ratio, noise), pixels)
+        return tokens._replace(mae=mae, pixels=pixels)
+
+    def _views(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """What CLIP and what MAE sees of images, each (B, 3, S, S)."""
+        if not isinstance(image, Tensor):
+            raise UserError(
+                f"samples['image'] is a {type(image).__name__}, not a tensor such as "
+                "vis_processors['eval'](image).unsqueeze(0)"
+            )
+        mae_size = self.image_size if self.mae is None else self.mae.image_size
+        return unpack(image, clip_size=self.image_size, mae_size=mae_size)
+
+    def _place(self, mae: MaeFeatures, pixels: Tensor) -> tuple[MaeFeatures, Tensor]:
+        """M with its positions, and with its pixels another image's, as ``token_positions`` and ``shuffle_mae`` say."""
         if "mae" in self.token_positions:
             mae = mae._replace(tokens=mae.tokens + mae.positions())
-        if self.shuffle_mae:  # half a batch away, where questions about one image stand side by side
-            mae = MaeFeatures(*(part.roll(len(image) // 2, dims=0) for part in mae))
-            mae_pixels = mae_pixels.roll(len(image) // 2, dims=0)
-        pixels = None if self.mae is None else mae_pixels
-        return Tokens(self.fusion.visual_tokens(placed, mae.tokens), mae, pixels)
+        if not self.shuffle_mae:
+            return mae, pixels
+        if len(pixels) == 1:
+            raise UserError(
+                "model.shuffle_mae gives each image another one's M, and a batch holds a single image; choose a batch "
+                "size that leaves no image alone"
+            )
+        half = len(pixels) // 2  # away, where questions about one image stand side by side
+        return MaeFeatures(*(part.roll(half, dims=0) for part in mae)), pixels.roll(half, dims=0)
 
     def _run_clip(self, pixels: Tensor) -> Tensor:
         if not is_frozen(self.visual_encoder):
             return self.visual_encoder(pixels)
         with torch.no_grad(), self._tower(self.visual_encoder):
             return self.visual_encoder(pixels).float()
+
+    def _run_mae(self, pixels: Tensor, mask_ratio: float, noise: Tensor | None) -> MaeFeatures:
+        assert self.mae is not None
+        with self._tower(self.mae.model.vit):
+            mae = self.mae.encode(pixels, mask_ratio=mask_ratio, noise=noise)
+        return mae._replace(tokens=mae.tokens.float())
 
     def _tower(self, tower: nn.Module) -> contextlib.AbstractContextManager[Any]:
         """Bring a frozen encoder to its precision on this device and run it there under autocast."""

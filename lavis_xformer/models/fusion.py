@@ -1,7 +1,8 @@
 """How MAE's features meet BLIP-2's queries: the one seam for every ablation.
 
 A fusion has two hooks, the identity by default: :meth:`Fusion.visual_tokens` changes what the Q-Former reads,
-:meth:`Fusion.refine` changes what it returns. With :class:`NoFusion` the model is BLIP-2.
+:meth:`Fusion.refine` changes what it returns (:meth:`Fusion.align` is the half of it that changes M). With
+:class:`NoFusion` the model is BLIP-2.
 
 B: batch, Q: queries, D: width of Q-Former, Nc / Dc: number and width of CLIP's tokens C,
 Nm / Dm: number and width of MAE's tokens M, L: queries of an attention, S: its keys.
@@ -117,12 +118,16 @@ class Fusion(nn.Module):
     """What every fusion offers; the base class is the identity."""
 
     needs_mae: bool = True
-    #: whether ``refine`` changes M, so that reconstructing the masked patches teaches anything
+    #: whether ``align`` changes M, so that reconstructing the masked patches teaches anything
     aligns_mae: bool = False
 
     def visual_tokens(self, clip: Tensor, mae: Tensor | None) -> Tensor:
         """What the Q-Former reads: (B, Nc, Dc) and (B, Nm, Dm) -> (B, N, Dc)."""
         return clip
+
+    def align(self, mae: Tensor | None, queries: Tensor) -> Tensor | None:
+        """M (B, Nm, Dm) and Zq (B, Q, D) -> M' (B, Nm, Dm) alone."""
+        return mae
 
     def refine(self, queries: Tensor, mae: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Zq (B, Q, D) and M (B, Nm, Dm) -> Z' (B, Q, D) and M' (B, Nm, Dm)."""
@@ -194,8 +199,9 @@ class DualCrossAttention(Fusion):
         if init == "identity":
             _zero(self.mae_out)
 
-    def align(self, mae: Tensor, queries: Tensor) -> Tensor:
+    def align(self, mae: Tensor | None, queries: Tensor) -> Tensor:
         """The first cross-attention: M (B, Nm, Dm) asks Zq (B, Q, D); returns M' (B, Nm, Dm)."""
+        assert mae is not None
         x = self.mae_in(mae)  # (B, Nm, D)
         for block in self.align_blocks:
             x = block(x, queries)
@@ -209,7 +215,6 @@ class DualCrossAttention(Fusion):
 
     def refine(self, queries: Tensor, mae: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Zq (B, Q, D) and M (B, Nm, Dm) -> Z' (B, Q, D) and M' (B, Nm, Dm)."""
-        assert mae is not None
         aligned = self.align(mae, queries)
         return self.enrich(queries, aligned), aligned
 

@@ -51,9 +51,11 @@ class XFormer(FeatureModel):
         """Add what the losses of stage 1 need.
 
         Args:
-            mask_ratio: share of the patches hidden from MAE in training.
-            mask_vl: whether ITC, ITM and ITG see the masked M too, in one pass; otherwise a second pass over the whole
-                image serves them.
+            mask_ratio: share of the patches hidden from MAE in training, whatever the weight of ``rec``: leaving the
+                reconstruction out changes the loss alone. A fusion that aligns no M (``concat``, ``early``) has nothing
+                to reconstruct from, and sees the whole M in training as in use.
+            mask_vl: whether ITC, ITM and ITG see the masked M too, in one pass; otherwise they see the whole M, and
+                MAE runs a second time for the reconstruction.
             loss_weights: of ``itc``, ``itm``, ``itg`` and ``rec``; 1 where nothing is said, 0 leaves a loss out.
             parts: of :class:`FeatureModel`.
 
@@ -101,7 +103,7 @@ class XFormer(FeatureModel):
         zq = self.query_image(whole.clip, use_cache=True)  # Zq (B, Q, D)
         z, aligned = self.fusion.refine(zq.last_hidden_state, whole.mae_tokens)  # Z' and M'
         if seen is not whole:
-            _, aligned = self.fusion.refine(zq.last_hidden_state, seen.mae_tokens)
+            aligned = self.fusion.align(seen.mae_tokens, zq.last_hidden_state)
 
         loss_itc, sim_i2t, sim_t2i = self._itc(z, text)
         loss_itm, itm_accuracy = self._itm(whole, text, sim_i2t, sim_t2i, generator)
@@ -118,11 +120,13 @@ class XFormer(FeatureModel):
 
     def _encode_for_training(self, image: Tensor, noise: Tensor | None) -> tuple[Tokens, Tokens]:
         """C with the masked M (for reconstruction), and C with the M that the language losses see."""
-        if self.mae is None:
-            whole = self.encode_image(image)
+        if self.mask_vl and self.fusion.aligns_mae:
+            seen = self.encode_image(image, mask_ratio=self.mask_ratio, noise=noise)
+            return seen, seen
+        whole = self.encode_image(image)
+        if not self.reconstructs:
             return whole, whole
-        seen = self.encode_image(image, mask_ratio=self.mask_ratio, noise=noise)
-        return seen, seen if self.mask_vl else self.encode_image(image)
+        return self.mask_again(whole, image, mask_ratio=self.mask_ratio, noise=noise), whole
 
     def _itc(self, z: Tensor, text: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Z' (B, Q, D) against text, over all processes; also both similarities (B, G)."""

@@ -114,9 +114,8 @@ class XFormerStage2(GenerativeModel):
             prefix = prefix[texts.images]  # (A, Q, L)
         terms = {"lm": self.language.loss(prefix, texts.dialogues, texts.weights)}
         if self.reconstructs:
-            seen = self.encode_image(samples["image"], mask_ratio=self.mask_ratio, noise=noise)
-            _, aligned = self.fusion.refine(zq, seen.mae_tokens)  # M'
-            terms["rec"] = self.reconstruction_loss(aligned, seen)
+            seen = self.mask_again(tokens, samples["image"], mask_ratio=self.mask_ratio, noise=noise)
+            terms["rec"] = self.reconstruction_loss(self.fusion.align(seen.mae_tokens, zq), seen)  # of M'
         loss = torch.stack([self.loss_weights[name] * term for name, term in terms.items()]).sum()
         return {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}}
 
