@@ -175,7 +175,7 @@ def check_registration(active: bool) -> Finding:
 
 def check_folder(subject: str, folder: Path, remedy: str) -> Finding:
     """Whether a folder can be written, or made, and its disk has room."""
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # none in a locked one
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         return Finding(subject, "WRONG", f"{folder} cannot be written", remedy)
     free = shutil.disk_usage(existing).free
@@ -236,7 +236,7 @@ def check_reference(key: str, value: str) -> Iterator[Finding]:
             resolve(value)
         except (UserError, OSError) as error:
             yield Finding(key, "WRONG", str(error), "install this package again")
-    elif value.startswith(("/", "./", "../", "~")) and not Path(value).expanduser().exists():
+    elif value.startswith(("/", "./", "../", "~")) and not os.path.exists(Path(value).expanduser()):
         yield Finding(key, "WRONG", f"there is no {value}", f"set {key} to where it is")
-    elif key.startswith("model.") and "/" in value and "://" not in value and not Path(value).exists():
+    elif key.startswith("model.") and "/" in value and "://" not in value and not os.path.exists(value):
         yield Finding(key, "note", f"{value}: fetched from the hub unless it is in its cache")

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from lavis_xformer.distributed import is_distributed, world_size
+from lavis_xformer.distributed import is_distributed, is_main, world_size
 from lavis_xformer.errors import UserError
 
 T = TypeVar("T")
@@ -92,7 +92,7 @@ def process_group(device: str) -> Iterator[Placement]:
     """
     place = placement()
     if device == "cuda":
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())  # SLURM may show each task its own alone
     if place.world_size == 1:
         yield place
         return
@@ -141,10 +141,25 @@ def barrier() -> None:
 
 
 def new_job_id(output_dir: Path) -> str:
-    """Return rank 0's time to the second, and a number where such a folder exists: the same on all ranks."""
+    """Return the name of a folder that rank 0 makes: the time to the second, and a number where that is taken."""
+    return share(_new_folder(output_dir) if is_main() else "")
+
+
+def _new_folder(output_dir: Path) -> str:
     now = datetime.datetime.now().strftime("%Y%m%d_%H%M%S")
     names = itertools.chain([now], (f"{now}_{number}" for number in itertools.count(2)))
-    return share(next(name for name in names if not (output_dir / name).exists()))
+    return next(name for name in names if _is_made(output_dir / name))
+
+
+def _is_made(folder: Path) -> bool:
+    """Make a folder; return False where there is one already, perhaps another run's of the same second."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # the runner, which needs it, says why
+    return True
 
 
 def device_of(wanted: str) -> str:

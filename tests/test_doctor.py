@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,20 @@ def test_folders(tmp_path: Path):
     assert doctor.check_folder("cache", tmp_path / "new" / "deeper", "").verdict == "ok"
     (tmp_path / "file").write_text("")
     assert doctor.check_folder("cache", tmp_path / "file" / "below", "set it").verdict == "WRONG"
+
+
+def test_a_folder_below_one_that_cant_be_read(tmp_path: Path, monkeypatch):
+    (tmp_path / "locked").mkdir()
+    stat = os.stat
+
+    def refuse(path, **options):
+        if "locked" in Path(path).parts[:-1]:
+            raise PermissionError(13, "Permission denied")
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path))
+    assert doctor.check_folder("cache", tmp_path / "locked" / "home" / "cache", "set it").verdict == "WRONG"
 
 
 def test_paths_of_a_yaml(tmp_path: Path):

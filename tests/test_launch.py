@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from lavis_xformer import launch
 from lavis_xformer.errors import UserError
-from lavis_xformer.launch import Placement, device_of, first_node, placement
+from lavis_xformer.launch import Placement, device_of, first_node, new_job_id, placement
 
 
 def test_one_process_needs_no_variables():
@@ -47,3 +48,18 @@ def test_variables_that_make_no_sense_are_named(variables):
 def test_an_unknown_device_is_refused():
     with pytest.raises(UserError, match="auto, cpu, cuda"):
         device_of("tpu")
+
+
+def test_a_task_that_sees_its_own_gpu_alone_takes_it(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(launch, "placement", lambda: Placement(local_rank=3))
+    monkeypatch.setattr(launch.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(launch.torch.cuda, "set_device", chosen.append)
+    with launch.process_group("cuda"):
+        assert chosen == [0]
+
+
+def test_runs_started_in_the_same_second_have_folders_of_their_own(tmp_path):
+    names = [new_job_id(tmp_path / "output") for _ in range(3)]
+    assert sorted(path.name for path in (tmp_path / "output").iterdir()) == sorted(set(names))
+    assert len(set(names)) == 3
