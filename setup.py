@@ -83,7 +83,7 @@ setup(
         "fairscale==0.4.4",
         "decord>=0.6",
         "numpy>=1.22,<2",
-        "pillow>=9.1",
+        "pillow>=10.1",
         "scipy>=1.9",
         "spacy>=3.4",
         "typing_extensions>=4.4",

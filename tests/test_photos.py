@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.requirements import Requirement
 from PIL import Image, ImageFile
 
 from lavis_xformer.data.photos import PhotoError, open_photo, to_rgb
@@ -84,3 +86,10 @@ def test_a_decompression_bomb_is_refused(jpeg: Path, limit: int, monkeypatch: py
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)  # the photo has 3072: PIL warns, then fails
     with pytest.raises(PhotoError, match="decompression bomb"):
         open_photo(jpeg)
+
+
+def test_the_pillows_that_are_allowed_know_transparency() -> None:
+    setup = (Path(__file__).parents[1] / "setup.py").read_text()
+    (bound,) = [Requirement(line) for line in re.findall(r'"(pillow[^"]*)"', setup)]
+    assert "10.1" in bound.specifier
+    assert "10.0.1" not in bound.specifier, "Image.has_transparency_data is of 10.1"

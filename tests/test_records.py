@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lavis_xformer.data import records
 from lavis_xformer.data.records import file_exists, forget_listings, read_rows, sha256, strings
 from lavis_xformer.errors import UserError
 
@@ -94,6 +95,18 @@ def test_file_exists_knows_files_only(tmp_path: Path) -> None:
     forget_listings()
     found = {name for name in ("file", "folder", "x/y") if file_exists(str(tmp_path / name))}
     assert found == {"file"}
+
+
+def test_each_folder_is_listed_once_in_whatever_order_the_rows_are(tmp_path: Path, monkeypatch) -> None:
+    for number in range(300):
+        (tmp_path / str(number)).mkdir()
+    listed: list[str] = []
+    monkeypatch.setattr(records.os, "scandir", lambda folder: listed.append(folder) or iter(()))
+    forget_listings()
+    for _ in range(2):
+        assert not any(file_exists(str(tmp_path / str(number) / "file")) for number in range(300))
+    assert len(listed) == 300
+    forget_listings()
 
 
 def test_sha256_of_nothing(tmp_path: Path) -> None:

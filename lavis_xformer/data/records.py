@@ -11,7 +11,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +148,7 @@ def file_exists(path: str) -> bool:
     return name in _listing(folder or ".")
 
 
-@lru_cache(maxsize=256)
+@cache
 def _listing(folder: str) -> frozenset[str]:
     try:
         return frozenset(entry.name for entry in os.scandir(folder) if entry.is_file())
