@@ -50,6 +50,18 @@ def test_one_altered_bit_of_a_weight_is_recognised(tmp_path):
         checkpoint.read(path)
 
 
+@pytest.mark.parametrize(("offset", "value"), [(8, 0x01), (10, 0x63), (46, 0xFF)])  # flags, method, name
+def test_one_altered_byte_of_the_directory_is_recognised_and_the_one_before_taken(tmp_path, offset, value):
+    save(tmp_path, "checkpoint_0.pth", "checkpoint_1.pth")
+    path = tmp_path / "checkpoint_1.pth"
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + offset] ^= value
+    path.write_bytes(data)
+    found = checkpoint.newest(tmp_path, set_aside=True)
+    assert found is not None
+    assert found[0].name == "checkpoint_0.pth"
+
+
 @pytest.mark.parametrize("content", [{"state": 1}, [1, 2]])
 def test_another_file_of_torch_is_no_checkpoint(tmp_path, content):
     torch.save(content, tmp_path / "x.pth")
