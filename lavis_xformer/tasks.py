@@ -91,6 +91,11 @@ class Stage1Task(NamedLossTask):
         super().before_evaluation(model, dataset, **kwargs)
         self._forget()
 
+    def evaluation(self, model: nn.Module, data_loader: DataLoader[Any], cuda_enabled: bool = True) -> dict[str, float]:
+        """Return figures of a split, which ranks may share or, without a distributed sampler, each have as a whole."""
+        self._shared = hasattr(data_loader.sampler, "num_replicas")
+        return super().evaluation(model, data_loader, cuda_enabled)
+
     def observe(self, model: Any, samples: Samples, fresh: Sequence[bool]) -> None:
         """Keep the features of each image seen for the first time, and of every caption."""
         unnamed = [f"{rank()}/{len(self._owners) + i}" for i in range(len(fresh))]
@@ -107,6 +112,7 @@ class Stage1Task(NamedLossTask):
     def figures(self) -> dict[str, float]:
         """Return R@1/5/10 both ways in percent, and what chance gives."""
         parts = launch.collect((list(self._seen), torch.cat(self._images), self._owners, torch.cat(self._texts)))
+        parts = parts if self._shared else parts[:1]
         self._forget()
         names = [name for part in parts for name in part[0]]
         features = torch.cat([part[1] for part in parts])  # (>= I, N, E)
