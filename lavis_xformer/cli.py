@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import select
 import sys
 import traceback
@@ -15,13 +14,10 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from lavis_xformer import __version__
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError, first_line, lost_worker, nearest
 
 TRACEBACK_FLAG = "--traceback"
 TRACEBACK_VARIABLE = "LAVIS_XFORMER_TRACEBACK"
-
-# How torch's loader says that a worker died or is overdue.
-_LOST_WORKER = re.compile(r"DataLoader (worker \(pid|timed out)")
 
 #: name -> (module whose ``main(argv) -> int`` runs it, one line of help)
 COMMANDS = {
@@ -99,13 +95,10 @@ def explain(error: BaseException) -> str | None:
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
         chain.append(cause)
-    if any(isinstance(link, RuntimeError) and _LOST_WORKER.match(str(link)) for link in chain):
-        return (
-            f"a data worker is gone, killed perhaps for want of memory or shared memory ({_first_line(error)}). "
-            "Fewer run.num_workers need less; run.resume=auto goes on from the last checkpoint"
-        )
+    if gone := next(filter(None, map(lost_worker, chain)), None):
+        return gone
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: {_first_line(error)}"
+        return f"the disk is full: {first_line(error)}"
     if any(_is_unreachable(link) for link in chain):
         said = " ".join(str(error).split())
         return (
@@ -113,10 +106,6 @@ def explain(error: BaseException) -> str | None:
             "(model.bert, model.mae_model, model.vit_weights, model.pretrained, annotations.*.url) to a local path"
         )
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 def _reader_left() -> bool:

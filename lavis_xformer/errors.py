@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 _SHOWN = 8  # of more names than half as many again, only so many are shown
+
+# How torch's loader says that a worker died or is overdue.
+_LOST_WORKER = re.compile(r"DataLoader (worker \(pid|timed out)")
 
 
 class UserError(ValueError):
@@ -31,3 +35,18 @@ def nearest(name: str, options: Iterable[str]) -> str:
         return f"{question}There is: {', '.join(ordered) or 'nothing'}"
     ordered = difflib.get_close_matches(name, known, n=_SHOWN, cutoff=0.0)
     return f"{question}There is: {', '.join(ordered)} and {len(known) - len(ordered)} others"
+
+
+def lost_worker(error: BaseException) -> str | None:
+    """Say what a user can do about an error of torch's loader whose worker died or is overdue; None for others."""
+    if not isinstance(error, RuntimeError) or not _LOST_WORKER.match(str(error)):
+        return None
+    return (
+        f"a data worker is gone, killed perhaps for want of memory or shared memory ({first_line(error)}). "
+        "Fewer run.num_workers need less; run.resume=auto goes on from the last checkpoint"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message."""
+    return str(error).strip().splitlines()[0]

@@ -29,6 +29,7 @@ def command(argv: Sequence[str]) -> int:
     config = load_config(args.cfg_path, args.options)
     config.run_cfg.evaluate = True
     config.run_cfg.test_splits = config.run_cfg.get("test_splits") or config.run_cfg.get("valid_splits")
+    config.run_cfg.valid_splits = []
     if not config.run_cfg.test_splits:
         raise UserError("run.test_splits names no split to evaluate; set it to [val] or [test]")
     with launch.process_group(launch.device_of(str(config.run_cfg.get("device", "auto")))) as place:

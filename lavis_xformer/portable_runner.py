@@ -28,7 +28,7 @@ from lavis_xformer.engine.options import RunOptions
 from lavis_xformer.engine.sampling import check_ratios, eval_loader, split_by, train_loader
 from lavis_xformer.engine.step import computes_bf16
 from lavis_xformer.engine.streams import EpochLoader, JoinedLoader, ShardStream, StreamLoader
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, nearest
 
 
 class PortableRunner(RunnerBase):
@@ -162,10 +162,26 @@ class PortableRunner(RunnerBase):
         paths["output_dir"], paths["result_dir"] = str(self.output_dir), str(self.result_dir)
 
     @property
+    def train_loader(self) -> Any:
+        """The loader of the split ``train``.
+
+        Raises:
+            UserError: ``run.train_splits`` is something else, or as for ``dataloaders``.
+        """
+        if list(self.train_splits) != ["train"]:
+            raise UserError(f"run.train_splits is {list(self.train_splits)}; to train, it must be [train]")
+        return self.dataloaders["train"]
+
+    @property
     def dataloaders(self) -> dict[str, Any]:
-        """One loader for each split; several training datasets are joined."""
+        """One loader for each split; several training datasets are joined.
+
+        Raises:
+            UserError: a split that ``run:`` names does not exist, or several datasets have one to evaluate.
+        """
         if self._dataloaders is None:
             run = self.config.run_cfg
+            self._check_splits()
             self.datasets = concat_datasets(reorg_datasets_by_split(self.datasets))
             loaders = self.create_loaders(
                 datasets=list(self.datasets.values()),
@@ -177,6 +193,24 @@ class PortableRunner(RunnerBase):
             )
             self._dataloaders = dict(zip(self.datasets, loaders, strict=True))
         return self._dataloaders
+
+    def _check_splits(self) -> None:
+        """Refuse splits of ``run:`` that do not exist, and such to evaluate that several datasets have."""
+        owners: dict[str, list[str]] = {}
+        for name, splits in self.datasets.items():
+            for split in splits:
+                owners.setdefault(split, []).append(name)
+        for key in (*(() if self.evaluate_only else ("train_splits",)), "valid_splits", "test_splits"):
+            for split in getattr(self, key):
+                if split not in owners:
+                    raise UserError(f"run.{key}: the datasets have no split '{split}': {nearest(split, owners)}")
+        for split, names in owners.items():
+            if split != "train" and len(names) > 1:
+                raise UserError(
+                    f"{' and '.join(names)} each have a split '{split}', of which there can be one; leave others out: "
+                    f"--options datasets.{names[-1]}.build_info.annotations.{split}=null of LAVIS's own datasets, "
+                    f"splits.{split}.annotations=null of your own files, splits.{split}.scenes=0 of scenes"
+                )
 
     def create_loaders(
         self,

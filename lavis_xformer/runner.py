@@ -70,7 +70,10 @@ class XFormerRunner(PortableRunner):
         )
 
     def _lavis_train_step(self, model: nn.Module, samples: Any) -> dict[str, Any]:
-        return {"loss": self.task.train_step(model=model, samples=samples)}
+        """Give a model of LAVIS what its tasks give; its ALBEF and BLIP ramp their distillation up by these."""
+        position = self.state.position
+        place = {"epoch": position.epoch, "num_iters_per_epoch": self.batches_per_epoch, "iters": position.batches}
+        return {"loss": self.task.train_step(model=model, samples={**samples, **place})}
 
     # --- training ---------------------------------------------------------------
 
@@ -161,18 +164,20 @@ class XFormerRunner(PortableRunner):
             decides = decides and not self._save_error  # a best epoch without its file would be a lie
             if decides and figures["agg_metrics"] > self.state.best.get("agg_metrics", -math.inf):
                 self.state.best = {"epoch": epoch, "split": split, **figures}
-                self._save_checkpoint(epoch, is_best=True)
+                self._name_best(epoch)
             self._log("eval", split, figures)
             self.log_stats({**figures, "best_epoch": self.state.best.get("epoch")}, split)
 
     def _finish(self) -> dict[str, Any]:
-        """Evaluate the test splits with the best weights and write ``summary.json``.
+        """Evaluate the test splits with the best weights, where nothing was validated the last, and write the summary.
 
         Raises:
             UserError: the last checkpoint could not be written.
         """
         if self._save_error:
             raise UserError(f"{self._save_error}; make room, then run.resume=auto goes on from the one before")
+        if not self.state.best:
+            self._name_best(self.max_epoch - 1)
         test = self.evaluate(cur_epoch="best") or {}
         for split, figures in test.items():
             self._log("test", split, figures or {})
@@ -209,6 +214,7 @@ class XFormerRunner(PortableRunner):
         super().log_config()
         if not is_main():
             return
+        (self.output_dir / jobs.SUMMARY_NAME).unlink(missing_ok=True)  # of a run that now trains for longer
         jobs.write_json(self.output_dir / jobs.CONFIG_NAME, self.config.to_dict())
         self.metrics_log = MetricsLog(
             self.output_dir,
@@ -247,13 +253,14 @@ class XFormerRunner(PortableRunner):
 
     # --- checkpoints ------------------------------------------------------------
 
-    def _save_checkpoint(self, cur_epoch: int, is_best: bool = False) -> None:
-        """Save the present position; all ranks call it. The best is a second name of its epoch's."""
-        last = self.output_dir / checkpoint.name_of(cur_epoch)
-        if is_best:
-            if is_main() and last.exists():
-                checkpoint.alias(last, self.output_dir / checkpoint.BEST)
-            return
+    def _name_best(self, epoch: int) -> None:
+        """Give the checkpoint of an epoch's end a second name: the best."""
+        saved = self.output_dir / checkpoint.name_of(epoch)
+        if is_main() and saved.exists():
+            checkpoint.alias(saved, self.output_dir / checkpoint.BEST)
+
+    def _save_checkpoint(self, cur_epoch: int) -> None:
+        """Save the present position; all ranks call it."""
         self._count_corrupt()
         states = launch.collect(rng.capture())
         name = checkpoint.name_of(cur_epoch, None if self.state.epoch_done else self.state.position.steps)
@@ -275,6 +282,9 @@ class XFormerRunner(PortableRunner):
 
         Returns:
             The summary of a run that has finished, ``None`` where there is something to do.
+
+        Raises:
+            UserError: a checkpoint can't be gone on from, or would stand among those of another run.
         """
         if self.options.resume == "auto":
             found = checkpoint.newest(self.output_dir, set_aside=True) if is_main() else None
@@ -282,17 +292,24 @@ class XFormerRunner(PortableRunner):
             summary = launch.share(jobs.read_summary(self.output_dir))
             if path is not None:
                 self._load_checkpoint(path)
-                if summary is not None:
-                    logger.info("this run has finished: nothing to do in %s", self.output_dir)
+                if summary is None or not self._trained:
+                    return None
+                logger.info("this run has finished: nothing to do in %s", self.output_dir)
                 return summary
-        if self.resume_ckpt_path is not None:
-            self._load_checkpoint(self.resume_ckpt_path)
-        elif checkpoint.listed(self.output_dir):
+        if checkpoint.listed(self.output_dir):
             raise UserError(
                 f"{self.output_dir} holds the checkpoints of another run; run.resume=auto goes on with "
                 "them, another run.job_id begins anew"
             )
+        if self.resume_ckpt_path is not None:
+            self._load_checkpoint(self.resume_ckpt_path)
         return None
+
+    @property
+    def _trained(self) -> bool:
+        """Whether no epoch is left to train."""
+        epoch = self.state.position.epoch
+        return epoch >= self.max_epoch or (epoch == self.max_epoch - 1 and self.state.epoch_done)
 
     def _load_checkpoint(self, url_or_filename: str) -> None:
         """Go on from a file, which may be one of LAVIS's own runner.
@@ -302,12 +319,14 @@ class XFormerRunner(PortableRunner):
         """
         content = _read(url_or_filename)
         self.state.restore(content, source=url_or_filename)
+        if not launch.share((self.output_dir / checkpoint.BEST).exists()):
+            self.state.best = {}  # its weights are in another folder
         position = self.state.position
         if position.batches and not self.state.epoch_done:
             self._warn_of_other_lanes(content)
         self.start_epoch = position.epoch
         logger.info("going on from %s: epoch %d, step %d", url_or_filename, position.epoch, position.steps)
-        if position.epoch >= self.max_epoch or (position.epoch == self.max_epoch - 1 and self.state.epoch_done):
+        if self._trained:
             logger.info("its training has finished; run.max_epoch is %d", self.max_epoch)
 
     def _warn_of_other_lanes(self, content: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -100,8 +101,8 @@ def test_a_dataset_that_vanishes_ends_in_one_line_and_a_checkpoint(tmp_path, wor
     assert checkpoint.read(path)["position"]["batches"] >= 2
 
 
-def test_a_worker_that_is_killed_ends_in_one_line(tmp_path):
-    options = [f"output_dir={tmp_path}", "length=4800", "delay=0.01", "num_workers=1", "log_freq=1"]
+def test_a_worker_that_is_killed_ends_in_one_line_and_a_checkpoint(tmp_path):
+    options = [f"output_dir={tmp_path}", "job_id=a", "length=4800", "delay=0.01", "num_workers=1", "log_freq=1"]
     process = subprocess.Popen(
         [sys.executable, toy_training.__file__, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -112,6 +113,24 @@ def test_a_worker_that_is_killed_ends_in_one_line(tmp_path):
     assert process.returncode == 2
     assert "error: a data worker is gone" in errors.splitlines()[-1]
     assert "Traceback" not in errors
+    (path,) = (tmp_path / "a").glob("checkpoint_*.pth")
+    assert checkpoint.read(path)["position"]["batches"] >= 2
+
+
+def test_a_worker_that_dies_during_a_step_spares_the_step(tmp_path, capsys):
+    runner = toy_training.make_runner(tmp_path, length=800, delay=0.02, num_workers=1)
+    others = multiprocessing.active_children()
+
+    def kill_worker():
+        (worker,) = [child for child in multiprocessing.active_children() if child not in others]
+        worker.kill()
+        worker.join(timeout=10)
+
+    after_steps(runner, 2, kill_worker)
+    assert cli.run(lambda argv: runner.train(), []) == 2
+    assert "error: a data worker is gone" in capsys.readouterr().err
+    (path,) = runner.output_dir.glob("checkpoint_*.pth")
+    assert checkpoint.read(path)["position"]["batches"] >= 2
 
 
 def after_steps(runner, count, act):

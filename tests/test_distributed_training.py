@@ -99,6 +99,28 @@ def test_a_failure_of_one_rank_ends_all_with_its_line(tmp_path):
     assert "'i3'" in done.stderr
 
 
+def test_a_worker_that_one_rank_loses_stops_all_after_a_save(tmp_path):
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(rng.seed_of(1, 0))).tolist()
+    deadly = order[8 * 5 + 6]  # in the sixth joined batch, rank 1's part
+    done = torchrun(
+        f"output_dir={tmp_path}", "job_id=a", "batch_size_train=4", "length=96", f"deadly=[{deadly}]", "num_workers=1"
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error: a data worker is gone") == 2, "each rank's one line"
+    assert list((tmp_path / "a").glob("checkpoint_0_step*.pth"))
+
+
+def test_processes_that_each_evaluate_all_count_no_caption_twice(tmp_path):
+    options = ("batch_size_train=4", "use_dist_eval_sampler=False", "dropout=0")
+    done = torchrun(f"output_dir={tmp_path}", "job_id=two", *options)
+    assert done.returncode == 0, done.stderr
+    toy_training.make_runner(tmp_path, job_id="one", dropout=0).train()
+    logs = [[r for r in report.read_log(tmp_path / job) if r["kind"] == "eval"] for job in ("two", "one")]
+    for two, one in zip(*logs, strict=True):
+        recalls = [key for key in one if key[:4] in ("i2t_", "t2i_", "chan")]
+        assert {key: two[key] for key in recalls} == pytest.approx({key: one[key] for key in recalls})
+
+
 @pytest.mark.slow
 def test_a_sample_that_one_rank_cannot_read_stops_all_after_a_save(tmp_path):
     order = torch.randperm(96, generator=torch.Generator().manual_seed(rng.seed_of(1, 0))).tolist()

@@ -13,7 +13,8 @@ import toy_training
 from PIL import Image
 
 from lavis_xformer.analysis import report
-from lavis_xformer.engine import checkpoint, jobs, rng
+from lavis_xformer.engine import checkpoint, interruption, jobs, rng
+from lavis_xformer.engine.log import clock
 from lavis_xformer.errors import UserError
 
 
@@ -30,6 +31,18 @@ def assert_same(left, right):
 def records(runner, kind):
     lines = (runner.output_dir / "log.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def signal_in_step(runner, step, send):
+    """Call ``send`` in the how-manieth optimiser step, counted from 0."""
+    apply = runner.stepper.apply
+
+    def apply_then_signal():
+        apply()
+        if runner.state.position.steps == step:
+            send()
+
+    runner.stepper.apply = apply_then_signal
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +79,8 @@ def test_resuming_within_an_epoch_gives_the_unbroken_weights(unbroken, tmp_path,
         again = toy_training.make_runner(
             tmp_path, job_id=name, resume_ckpt_path=str(first.output_dir / name), num_workers=workers
         )
-        summary = again.train()
+        again.train()
         assert_same(weights(again), weights(unbroken))
-        assert summary["best"] == unbroken.summary["best"]
 
 
 def test_muon_resumes_too_and_refuses_the_state_of_adamw(unbroken, tmp_path):
@@ -118,6 +130,20 @@ def test_resuming_a_finished_run_only_says_so(unbroken, tmp_path):
     assert other.job_id != first.job_id
 
 
+def test_a_finished_run_trains_on_where_max_epoch_has_grown(tmp_path, caplog):
+    first = toy_training.make_runner(tmp_path, job_id="a", max_epoch=2)
+    first.train()
+    settings = {"weight_decay": 0.5, "beta2": 0.9}
+    again = toy_training.make_runner(tmp_path, job_id="a", resume="auto", max_epoch=3, **settings)
+    with caplog.at_level("WARNING"):
+        assert again.train()["steps"] == 18
+    changes = "run.beta2: None -> 0.9; run.max_epoch: 2 -> 3; run.weight_decay: 0.05 -> 0.5"
+    assert f"the configuration was another: {changes}\n" in caplog.text
+    assert [group["weight_decay"] for group in again.optimizer.param_groups] == [0.5, 0]
+    assert {group["betas"] for group in again.optimizer.param_groups} == {(0.9, 0.9)}
+    assert jobs.read_summary(again.output_dir)["steps"] == 18
+
+
 def test_another_batch_resumes_at_an_epochs_end_or_says_why_not(unbroken, tmp_path):
     path = unbroken.output_dir / "checkpoint_0.pth"
     other = toy_training.make_runner(tmp_path, batch_size_train=12, resume_ckpt_path=str(path))
@@ -156,14 +182,7 @@ def test_such_steps_may_be_skipped(tmp_path):
 
 def test_a_signal_saves_the_step_and_the_restart_ends_the_same(unbroken, tmp_path):
     runner = toy_training.make_runner(tmp_path, resume="auto")
-    apply = runner.stepper.apply
-
-    def apply_then_signal():
-        apply()
-        if runner.state.position.steps == 8:
-            signal.raise_signal(signal.SIGTERM)
-
-    runner.stepper.apply = apply_then_signal
+    signal_in_step(runner, 8, lambda: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit) as left:
         runner.train()
     assert left.value.code == 143
@@ -171,6 +190,32 @@ def test_a_signal_saves_the_step_and_the_restart_ends_the_same(unbroken, tmp_pat
     again = toy_training.make_runner(tmp_path, resume="auto")
     again.train()
     assert_same(weights(again), weights(unbroken))
+
+
+def test_the_same_signal_twice_at_once_still_saves_the_step(tmp_path):
+    runner = toy_training.make_runner(tmp_path)
+    signal_in_step(runner, 2, lambda: [signal.raise_signal(signal.SIGTERM) for _ in range(2)])
+    with pytest.raises(SystemExit) as left:
+        runner.train()
+    assert left.value.code == 143
+    assert (runner.output_dir / "checkpoint_0_step4.pth").exists()
+
+
+def test_a_second_ctrl_c_a_while_later_leaves_at_once(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: now[0])
+
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        now[0] += 1.1
+        signal.raise_signal(signal.SIGINT)
+
+    runner = toy_training.make_runner(tmp_path)
+    signal_in_step(runner, 2, twice)
+    with pytest.raises(SystemExit) as left:
+        runner.train()
+    assert left.value.code == 130
+    assert not list(runner.output_dir.glob("*.pth"))
 
 
 def test_evaluation_repeats_itself_and_leaves_the_training_alone(unbroken):
@@ -196,12 +241,76 @@ def test_checkpoints_of_another_run_are_not_mixed_with_new_ones(unbroken):
     again = toy_training.make_runner(unbroken.output_dir.parent, job_id="a")
     with pytest.raises(UserError, match="holds the checkpoints of another run"):
         again.train()
+    path = str(unbroken.output_dir / "checkpoint_0.pth")
+    again = toy_training.make_runner(unbroken.output_dir.parent, job_id="a", resume_ckpt_path=path)
+    with pytest.raises(UserError, match="holds the checkpoints of another run"):
+        again.train()
 
 
-def test_a_task_of_lavis_trains_too(tmp_path):
+def test_a_run_from_another_folders_checkpoint_chooses_its_own_best(unbroken, tmp_path):
+    path = unbroken.output_dir / "checkpoint_2.pth"
+    content = checkpoint.read(path)
+    content["best"] = {"epoch": 0, "split": "val", "agg_metrics": 1e9}
+    checkpoint.write(tmp_path / "good.pth", content)
+    runner = toy_training.make_runner(
+        tmp_path, job_id="b", resume_ckpt_path=str(tmp_path / "good.pth"), max_epoch=4, test_splits=["val"]
+    )
+    summary = runner.train()
+    assert summary["best"]["epoch"] in (2, 3)
+    assert summary["best"]["agg_metrics"] == summary["test"]["val"]["agg_metrics"]
+    assert (runner.output_dir / checkpoint.BEST).exists()
+
+
+def test_without_validation_the_last_weights_are_the_best(tmp_path):
+    runner = toy_training.make_runner(tmp_path, valid_splits=[], max_epoch=2)
+    assert runner.train()["best"] == {}
+    best, last = (checkpoint.read(runner.output_dir / name) for name in (checkpoint.BEST, "checkpoint_1.pth"))
+    assert best["position"] == last["position"]
+    assert_same(best["model"], last["model"])
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"valid_splits": ["vall"]}, r"run\.valid_splits: the datasets have no split 'vall': did you mean 'val'\?"),
+        ({"test_splits": ["tset"]}, r"run\.test_splits: the datasets have no split 'tset'"),
+        ({"train_splits": []}, r"run\.train_splits is \[\]; to train, it must be \[train\]"),
+        ({"train_splits": ["train", "val"]}, r"run\.train_splits is \['train', 'val'\]"),
+    ],
+)
+def test_splits_are_checked_before_the_first_step(tmp_path, run, message):
+    runner = toy_training.make_runner(tmp_path, **run)
+    with pytest.raises(UserError, match=message):
+        runner.train()
+    assert not list(runner.output_dir.glob("*.pth"))
+
+
+def test_evaluation_checks_all_splits_before_it_begins(tmp_path):
+    runner = toy_training.make_runner(tmp_path, evaluate=True, train_splits=["nil"], test_splits=["val", "tset"])
+    with pytest.raises(UserError, match="no split 'tset'"):
+        runner.train()
+    assert not (runner.output_dir / "log.txt").exists()
+
+
+def test_a_split_of_two_datasets_cant_be_evaluated(tmp_path):
+    parts = {name: {split: toy_training.ToyPairs(16) for split in ("train", "val")} for name in ("a", "b")}
+    with pytest.raises(UserError, match=r"a and b each have a split 'val'.*datasets\.b\..*annotations\.val=null"):
+        toy_training.make_runner(tmp_path, datasets=parts).train()
+
+
+def test_a_task_of_lavis_trains_too_and_tells_its_model_how_far_it_is(tmp_path, monkeypatch):
+    seen, forward = [], toy_training.ToyModel.forward
+
+    def watched(model, samples):
+        seen.append((samples["epoch"], samples["num_iters_per_epoch"], samples["iters"]))
+        return forward(model, samples)
+
+    monkeypatch.setattr(toy_training.ToyModel, "forward", watched)
     runner = toy_training.make_runner(tmp_path, task="image_text_pretrain")
     summary = runner.train()
+    assert seen == [(epoch, 6, batch) for epoch in range(3) for batch in range(6)]
     assert summary["best"] == {}
+    assert (runner.output_dir / checkpoint.BEST).exists()
     assert records(runner, "step")[-1]["loss"] < records(runner, "step")[0]["loss"]
 
 
@@ -219,6 +328,11 @@ def test_the_report_is_one_page_with_its_picture(unbroken):
     assert not re.search(r"(src|href)=.?http|url\(|@import", text), "nothing is fetched"
     with Image.open(picture) as image:
         assert min(image.size) > 400
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(59.9, "00:00:59"), (3661, "01:01:01"), (26 * 3600 + 60, "26:01:00")])
+def test_the_time_left_may_be_more_than_a_day(seconds, shown):
+    assert clock(seconds) == shown
 
 
 def test_a_folder_without_a_log_has_no_report(tmp_path):

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import sys
 import time
 from types import SimpleNamespace
@@ -28,9 +30,9 @@ WIDTH = 8
 class ToyPairs(BaseDataset):
     """Pairs of a noisy vector and the word for its class: 'c0' to 'c3'; two captions per image."""
 
-    def __init__(self, length=48, broken=(), augmented=True, delay=0.0, unreadable=()):
+    def __init__(self, length=48, broken=(), augmented=True, delay=0.0, unreadable=(), deadly=()):
         self.length, self.broken, self.augmented, self.delay = length, broken, augmented, delay
-        self.unreadable = unreadable
+        self.unreadable, self.deadly = unreadable, deadly
 
     def __len__(self):
         return self.length
@@ -39,6 +41,8 @@ class ToyPairs(BaseDataset):
         time.sleep(self.delay)
         if index in self.unreadable:
             raise OSError("broken data stream")
+        if index in self.deadly:
+            os.kill(os.getpid(), signal.SIGKILL)
         image = index // 2
         generator = torch.Generator().manual_seed(image % 4)
         noise = random.random() + np.random.rand() + torch.rand(WIDTH)
@@ -106,7 +110,7 @@ DEFAULTS = {
 }  # fmt: skip
 
 
-def make_runner(output_dir, *, dropout=0.1, broken=(), unreadable=(), length=48, delay=0.0, datasets=None, **run):
+def make_runner(output_dir, *, dropout=0.1, broken=(), length=48, delay=0.0, datasets=None, **run):
     """Build the runner that the entry point would build for the toy."""
     from lavis.common.registry import registry
     from lavis.tasks import setup_task
@@ -120,7 +124,8 @@ def make_runner(output_dir, *, dropout=0.1, broken=(), unreadable=(), length=48,
     rng.seed_everything(options.seed)
     model = ToyModel(dropout)
     rng.seed_everything(rng.seed_of(options.seed, distributed.rank()))
-    toy = {"train": ToyPairs(length, broken, delay=delay, unreadable=unreadable), "val": ToyPairs(17, augmented=False)}
+    faults = {kind: run.pop(kind, ()) for kind in ("unreadable", "deadly")}
+    toy = {"train": ToyPairs(length, broken, delay=delay, **faults), "val": ToyPairs(17, augmented=False)}
     runner_class = registry.get_runner_class("xformer_runner")
     return runner_class(config, setup_task(config), model, datasets or {"toy": toy}, job_id)
 

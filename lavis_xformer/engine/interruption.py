@@ -5,29 +5,33 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 
 class Interruption:
-    """Catches the first signal inside ``deferred()``; anywhere else, or again, it exits at once.
+    """Catches the first signal inside ``deferred()``; anywhere else, or again some seconds later, it exits at once.
 
+    Launchers within each other, as torchrun within srun, send the same signal twice within milliseconds.
     Exiting is ``SystemExit(128 + signal number)``: 143 for SIGTERM, 130 for Ctrl-C.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    # So long after the first, another signal is the same wish.
+    SECONDS: ClassVar[dict[signal.Signals, float]] = {signal.SIGTERM: 5.0, signal.SIGINT: 1.0}
 
     def __init__(self) -> None:
         """Nothing is caught before the ``with`` block."""
         self.signum = 0
+        self._caught = 0.0
         self._deferred = False
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
         """Install the handlers; does nothing outside of the main thread."""
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._handle) for s in self.SIGNALS}
+            self._previous = {s: signal.signal(s, self._handle) for s in self.SECONDS}
         return self
 
     def __exit__(
@@ -52,7 +56,17 @@ class Interruption:
             raise SystemExit(128 + self.signum)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        first = self.signum == 0
-        self.signum = signum
-        if not (self._deferred and first):
+        now = time.monotonic()
+        first, again = self.signum == 0, now - self._caught < self.SECONDS[signal.Signals(signum)]
+        if first:
+            self.signum, self._caught = signum, now
+        if not (self._deferred and (first or again)):
             raise SystemExit(128 + signum)
+
+
+def leave_lost_workers_to_next() -> None:
+    """Let a loader's ``next`` alone tell that a worker died; torch's handler raises anywhere, as in an update."""
+    handler = signal.getsignal(signal.SIGCHLD)
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main and getattr(handler, "__module__", "").startswith("torch.utils.data"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)

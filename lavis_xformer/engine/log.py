@@ -144,13 +144,19 @@ class Progress:
             self._bar.update()
         elif self.shown and (self.done % self.every == 0 or self.done == self.total):
             pace = (time.monotonic() - self._start) / max(1, self.done - self._first)
-            left = time.strftime("%H:%M:%S", time.gmtime(pace * (self.total - self.done)))
+            left = clock(pace * (self.total - self.done))
             logger.info("%s %d/%d  %s  left %s", self.title, self.done, self.total, _short(values), left)
 
     def close(self) -> None:
         """Take the bar away."""
         if self._bar is not None:
             self._bar.close()
+
+
+def clock(seconds: float) -> str:
+    """Return ``hours:minutes:seconds``, of as many hours as there are."""
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest:02d}"
 
 
 def bar(batches: Iterable[T], title: str, *, shown: bool) -> Iterable[T]:

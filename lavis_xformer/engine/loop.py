@@ -16,11 +16,11 @@ from torch.utils.data import DataLoader
 from lavis_xformer import launch
 from lavis_xformer.distributed import is_main, rank, world_size
 from lavis_xformer.engine import rng
-from lavis_xformer.engine.interruption import Interruption
+from lavis_xformer.engine.interruption import Interruption, leave_lost_workers_to_next
 from lavis_xformer.engine.log import Averages, MetricsLog, Progress, peak_memory_mb
 from lavis_xformer.engine.step import Stepper
 from lavis_xformer.engine.weights import trainable_state
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, lost_worker
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,8 @@ class EpochLoop:
         """Train until ``batches`` batches of the epoch are done; return the epoch's mean terms.
 
         Raises:
-            UserError: a loss was not finite, or a rank's data can't be read; then what was trained is saved.
+            UserError: a loss was not finite, or a rank's data can't be read or its loader lost a worker; then what was
+                trained is saved.
             SystemExit: after a signal, when the step is done and saved.
         """
         progress = self._progress(batches)
@@ -144,8 +145,13 @@ class EpochLoop:
         window, fault = [], ""
         try:
             window = [next(iterator) for _ in range(count)]
+            leave_lost_workers_to_next()
         except UserError as error:
             fault = str(error)
+        except RuntimeError as error:
+            fault = lost_worker(error) or ""
+            if not fault:
+                raise
         if launch.total(torch.tensor(bool(fault), dtype=torch.float64)) == 0:
             return window
         faults = dict.fromkeys(text for text in launch.collect(fault) if text)
@@ -213,7 +219,7 @@ class EpochLoop:
 
     def _save_or_leave(self, verdict: Verdict, batches: int) -> None:
         at_end = self.position.batches >= batches  # the runner saves there
-        if (verdict.save or verdict.signum) and not (at_end and not verdict.signum):
+        if verdict.signum or (verdict.save and not at_end):
             self.save()
             self._last_save = time.monotonic()
         if verdict.signum:

@@ -94,6 +94,9 @@ class TrainingState:
         Raises:
             UserError: it is of another model, or its position is between two batches of this run.
         """
+        changes = jobs.differences(content.get("config", self.config), self.config)
+        if changes:
+            logger.warning("%s: the configuration was another: %s", source, "; ".join(changes))
         load_trainable(self.model, content["model"], source=source)
         self._restore_optimizer(content, source)
         self.position = self._restored_position(content, source)
@@ -105,11 +108,14 @@ class TrainingState:
         self._restore_rng(content.get("rng", []), source)
 
     def _restore_optimizer(self, content: dict[str, Any], source: str) -> None:
+        own = [{k: v for k, v in g.items() if k in ("weight_decay", "betas")} for g in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(content["optimizer"])
         except (KeyError, ValueError) as error:
             reason = f"its optimiser is of another model, or run.muon of another kind: {error}"
             raise UserError(f"{source}: {reason}") from error
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)  # this run's, not the checkpoint's
         if self.scaler is not None and content.get("scaler"):
             self.scaler.load_state_dict(content["scaler"])
 
