@@ -155,7 +155,7 @@ def reconstruction(model: Any, image: Tensor) -> Figures:
     if not model.fusion.aligns_mae or model.mae is None or not model.mask_ratio:
         return {}
     seen = model.encode_image(image, mask_ratio=model.mask_ratio)
-    _, aligned = model.fusion.refine(model.query_image(seen.clip).last_hidden_state, seen.mae_tokens)
+    aligned = model.fusion.align(seen.mae_tokens, model.query_image(seen.clip).last_hidden_state)
     ours, floor = (float(model.reconstruction_loss(tokens, seen)) for tokens in (aligned, seen.mae_tokens))
     return {"from M'": ours, "from M": floor}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 import lavis_xformer
 from lavis_xformer.errors import UserError
 from lavis_xformer.images import clip_to_mae
+from lavis_xformer.losses import NO_TARGET, token_losses
 
 
 def trained(model: Any) -> int:
@@ -98,6 +100,19 @@ def test_the_qformer_may_read_mae_alone(configured: Any, toy: Any, batch: dict[s
     assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
     with pytest.raises(UserError, match=r"model\.image_size is 64, but .* 32 pixels"):
         configured(toy, fusion="none", vit_model=toy.mae_model, image_size=64)
+    with pytest.raises(UserError, match=r"model\.freeze_vit is False, but a MAE as model\.vit_model stays frozen"):
+        configured(toy, fusion="none", vit_model=toy.mae_model, freeze_vit=False)
+
+
+def test_files_as_image_encoders_are_named_by_their_key(configured: Any, toy: Any, tmp_path: Path) -> None:
+    for name in ("eva_vit_g.pth", "mae_pretrain_vit_x_full.pth"):
+        torch.save({"model": {"blocks.0": torch.zeros(1)}}, tmp_path / name)
+    with pytest.raises(UserError, match=r"model\.vit_model: .* set vit_model: eva_clip_g and vit_weights: .*eva_vit_g"):
+        configured(toy, fusion="none", vit_model=str(tmp_path / "eva_vit_g.pth"))
+    with pytest.raises(UserError, match=r"model\.vit_model: .*_full\.pth' holds MAE's encoder only"):
+        configured(toy, fusion="none", vit_model=str(tmp_path / "mae_pretrain_vit_x_full.pth"))
+    with pytest.raises(UserError, match=r"model\.vit_model: there is no file '.*mae_nothing"):
+        configured(toy, fusion="none", vit_model=str(tmp_path / "mae_nothing.pth"))
 
 
 def test_m_may_come_with_positions(configured: Any, toy: Any, batch: dict[str, Any]) -> None:
@@ -220,3 +235,28 @@ def test_a_language_model_answers_without_an_image(make_stage2: Any, batch: dict
     assert len(alone) == 2
     model.projection.weight.data.normal_()
     assert model.predict_answers({"text_input": questions}, num_beams=2, max_len=3) == alone
+    assert model.predict_answers({"text_input": questions[0]}, num_beams=2, max_len=3) == alone[:1]
+    with pytest.raises(UserError, match=r"samples\['text_input'\] must be a string or a list of strings"):
+        model.predict_answers({})
+
+
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_answers_are_ranked_without_an_image(kind: str, make_stage2: Any) -> None:
+    model = make_stage2(kind, vqa_prompt="{}").eval()
+    answers = ["two", "three star", "red", "left"]
+    losses = []
+    for answer in answers:
+        logits, labels = model.language.predict(torch.zeros(1, 0, 32), [[("how many ?", f" {answer}")]])
+        losses.append(token_losses(logits, labels).sum())
+    (ranked,) = model.predict_answers({"text_input": "how many ?"}, inference_method="rank", answer_list=answers)
+    assert ranked == answers[int(torch.stack(losses).argmin())]
+
+
+def test_without_an_image_opt_predicts_as_after_an_empty_one(make_stage2: Any) -> None:
+    language = make_stage2("opt").language
+    logits, labels = language.predict(torch.zeros(1, 0, 32), [[("how many ?", " two")]])
+    ids = language.encode([[("how many ?", " two")]])[0]
+    assert logits.shape[:2] == labels.shape == (1, ids.shape[1] - 1)
+    expected = language.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1]
+    assert torch.allclose(logits, expected, atol=1e-5)
+    assert language.tokenizer.decode(labels[labels != NO_TARGET]) == " two\n"

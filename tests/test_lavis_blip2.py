@@ -62,6 +62,16 @@ def test_a_cell_of_lavis_class_gives_our_losses_with_equal_weights(images: torch
     assert torch.allclose(*features, atol=1e-5)
 
 
+@pytest.mark.parametrize("arch", ["lavis_blip2", "lavis_blip2_opt"])
+def test_cross_attention_is_as_frequent_as_configured(arch: str) -> None:
+    from lavis.common.registry import registry
+
+    cls = registry.get_model_class(arch)
+    cfg = OmegaConf.load(cls.default_config_path("mini")).model
+    layers = cls.from_config(OmegaConf.merge(cfg, {"cross_attention_freq": 1})).Qformer.bert.encoder.layer
+    assert all(layer.has_cross_attention for layer in layers)
+
+
 def test_stage2_of_lavis_class_reads_its_stage1_and_says_what_ours_says(images: torch.Tensor, tmp_path: Path) -> None:
     from lavis.common.registry import registry
 

@@ -70,6 +70,17 @@ def test_without_fusion_features_and_matching_are_lavis_blip2s(make_xformer: Any
     assert ours.generate(batch, num_beams=2) == theirs.generate(batch, num_beams=2)
 
 
+@pytest.mark.parametrize("mode", ["text", "multimodal"])
+def test_long_texts_are_cut_where_the_positions_end(mode: str, make_xformer: Any, batch: dict[str, Any]) -> None:
+    model = make_xformer("dual").eval()
+    words = "red blue green " * 30  # of 32 positions, two are [CLS] and [SEP]
+    long, cut = (
+        model.extract_features({**batch, "text_input": [text] * 4}, mode) for text in (words, words[: 15 * 10])
+    )
+    field = f"{mode}_embeds"
+    assert torch.allclose(getattr(long, field), getattr(cut, field), atol=1e-6)
+
+
 def test_dual_starts_as_blip2_with_maes_own_reconstruction(
     make_xformer: Any, batch: dict[str, Any], same_negatives: None, tiny_mae_model: Any
 ) -> None:

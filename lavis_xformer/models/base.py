@@ -92,8 +92,13 @@ class XFormerBase(CheckpointLoading, Blip2Base):
             token_positions: ``clip``, ``mae``: whose tokens get embeddings of their places; M' is decoded without.
             clip_layer: without ``mae``, M is what this block of CLIP gives, layer-normed; C itself where it is None.
             shuffle_mae: give each image the M of another one of its batch: what is lost then, M had told.
+
+        Raises:
+            UserError: ``freeze_vit`` is False, but the encoder is a MAE, which is always frozen.
         """
         super().__init__()
+        if not freeze_vit and is_frozen(visual_encoder):
+            raise UserError("model.freeze_vit is False, but a MAE as model.vit_model stays frozen; set it to True")
         self.tokenizer = tokenizer
         self.visual_encoder: Any = freeze(visual_encoder) if freeze_vit else visual_encoder
         self.ln_vision = LayerNorm(visual_encoder.num_features)

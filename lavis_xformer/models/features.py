@@ -99,7 +99,8 @@ class FeatureModel(XFormerBase):
         """Features of images, of texts, or of both together.
 
         Args:
-            samples: ``image`` (B, 3 or 6, S, S) and ``text_input`` (B strings), as the mode needs.
+            samples: ``image`` (B, 3 or 6, S, S) and ``text_input`` (B strings), as the mode needs. Texts are cut where
+                the Q-Former has no more positions, not at ``max_txt_len``.
             mode: ``image``: ``image_embeds`` (B, Q, D), which is Z', and ``image_embeds_proj`` (B, Q, E), normalised;
                 ``text``: ``text_embeds`` (B, T, D) and ``text_embeds_proj`` (B, T, E), normalised, the first token
                 standing for the text; ``multimodal``: ``multimodal_embeds`` (B, Q, D).
@@ -116,7 +117,10 @@ class FeatureModel(XFormerBase):
         if mode == "image":
             z, _ = self.forward_image(samples["image"])
             return BlipOutputFeatures(image_embeds=z, image_embeds_proj=F.normalize(self.vision_proj(z), dim=-1))
-        text = self.tokenizer(samples["text_input"], return_tensors="pt", padding=True).to(self.device)
+        most = self.Qformer.config.max_position_embeddings  # LAVIS cuts nothing, and fails on longer texts
+        text = self.tokenizer(
+            samples["text_input"], return_tensors="pt", padding=True, truncation=True, max_length=most
+        ).to(self.device)
         if mode == "text":
             hidden = self.encode_text(text.input_ids, text.attention_mask)  # (B, T, D)
             return BlipOutputFeatures(text_embeds=hidden, text_embeds_proj=F.normalize(self.text_proj(hidden), dim=-1))

@@ -144,8 +144,8 @@ class GenerativeModel(XFormerBase):
         """Answer B questions about images; the signature of LAVIS's ``Blip2T5`` and of its main branch.
 
         Args:
-            samples: ``image`` (B, 3 or 6, S, S) and ``text_input``, B questions. Without ``image`` the language model
-                answers alone, the baseline of what needs no image.
+            samples: ``image`` (B, 3 or 6, S, S) and ``text_input``, B questions or one for all. Without ``image`` the
+                language model answers alone, the baseline of what needs no image.
             num_beams: 1 means greedy.
             inference_method: ``generate``, or ``rank``: choose from ``answer_list``, as LAVIS's ``blip_vqa`` does.
             max_len: most tokens of a generated answer.
@@ -179,11 +179,13 @@ class GenerativeModel(XFormerBase):
 
     def _ask(self, samples: dict[str, Any], prompt: str | Sequence[str] | None) -> tuple[Tensor, list[str]]:
         """Prefixes (B, Q, L), of no queries where there are no images, and the questions in their prompts."""
+        questions = samples.get("text_input")
         if "image" in samples:
             prefix = self.projection(self.encode_queries(samples["image"]))  # (B, Q, L)
         else:
-            prefix = torch.zeros(len(samples["text_input"]), 0, self.language.width, device=self.device)
-        questions = one_per_image(samples.get("text_input"), len(prefix), name="samples['text_input']")
+            count = len(questions) if isinstance(questions, list | tuple) else 1
+            prefix = torch.zeros(count, 0, self.language.width, device=self.device)
+        questions = one_per_image(questions, len(prefix), name="samples['text_input']")
         templates = one_per_image(self.vqa_prompt if prompt is None else prompt, len(prefix), name="prompt")
         return prefix, [ask(template, question) for template, question in zip(templates, questions, strict=True)]
 

@@ -245,7 +245,8 @@ class OptLanguage(LanguageModel):
         with self.running():
             embeds, attention = self.embed(visual, ids, mask)
             logits = self.model(inputs_embeds=embeds, attention_mask=attention, use_cache=False).logits
-        return logits[:, visual.shape[1] - 1 : -1], labels
+        start = max(visual.shape[1], 1)  # without an image there is nothing to predict the first token from
+        return logits[:, start - 1 : -1], labels[:, start - visual.shape[1] :]
 
     def encode(self, dialogues: Sequence[Dialogue]) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids, attention mask and labels (B, T), padded on the right."""

@@ -76,12 +76,15 @@ class OwnParts(CheckpointLoading):
 
     @classmethod
     def init_Qformer(cls, num_query_token: int, vision_width: int, cross_attention_freq: int = 2) -> Any:
-        """LAVIS's Q-Former from ``model.bert``, and its queries (1, Q, D)."""
+        """LAVIS's Q-Former from ``model.bert``, and its queries (1, Q, D).
+
+        ``cross_attention_freq`` is the configuration's, which ``Blip2OPT`` doesn't pass on.
+        """
         qformer = towers.build_qformer(
             cls.config.bert,
             num_queries=num_query_token,
             vision_width=vision_width,
-            cross_attention_freq=cross_attention_freq,
+            cross_attention_freq=cls.config.get("cross_attention_freq", cross_attention_freq),
         )
         width, std = qformer.config.hidden_size, qformer.config.initializer_range
         return qformer, nn.Parameter(torch.randn(1, num_query_token, width) * std)

@@ -42,12 +42,13 @@ RENAMES = (
 )
 
 
-def load_meta_mae(path: Path, *, norm_pix_loss: bool | None = None) -> ViTMAEForPreTraining:
+def load_meta_mae(path: Path, *, norm_pix_loss: bool | None = None, key: str = "mae_model") -> ViTMAEForPreTraining:
     """Build ViTMAE from one of Meta's files.
 
     Args:
         path: ``mae_pretrain_vit_*_full.pth`` or ``mae_visualize_vit_*.pth``.
         norm_pix_loss: needed where the file's name doesn't tell its kind.
+        key: the configuration key that named it, for messages.
 
     Raises:
         UserError: the file holds no decoder, isn't MAE's, or doesn't tell whether it predicts normalised pixels.
@@ -55,21 +56,19 @@ def load_meta_mae(path: Path, *, norm_pix_loss: bool | None = None) -> ViTMAEFor
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)["model"]
     except Exception as error:
-        raise UserError(
-            f"model.mae_model: '{path}' is no intact MAE file (pickled code is refused): {error}"
-        ) from error
+        raise UserError(f"model.{key}: '{path}' is no intact MAE file (pickled code is refused): {error}") from error
     if "decoder_embed.weight" not in state:
         raise UserError(
-            f"model.mae_model: '{path}' holds MAE's encoder only, and X-Former reconstructs through its decoder; "
+            f"model.{key}: '{path}' holds MAE's encoder only, and X-Former reconstructs through its decoder; "
             f"download '{path.stem.removesuffix('_full')}_full.pth' or mae_visualize_vit_*.pth instead"
         )
-    config = meta_config(state, norm_pix_loss=_predicts_normalised(path, norm_pix_loss))
+    config = meta_config(state, norm_pix_loss=_predicts_normalised(path, norm_pix_loss, key=key))
     model = ViTMAEForPreTraining(config)
     model.load_state_dict(convert_meta_keys(state))
     return model
 
 
-def _predicts_normalised(path: Path, norm_pix_loss: bool | None) -> bool:
+def _predicts_normalised(path: Path, norm_pix_loss: bool | None, *, key: str) -> bool:
     if norm_pix_loss is not None:
         return norm_pix_loss
     if "visualize" in path.name:
@@ -77,7 +76,7 @@ def _predicts_normalised(path: Path, norm_pix_loss: bool | None) -> bool:
     if path.stem.endswith("_full"):
         return True
     raise UserError(
-        f"model.mae_model: the name of '{path}' doesn't say whether its decoder predicts normalised pixels "
+        f"model.{key}: the name of '{path}' doesn't say whether its decoder predicts normalised pixels "
         "(mae_pretrain_*_full.pth) or raw ones (mae_visualize_*.pth); set model.mae_norm_pix_loss"
     )
 

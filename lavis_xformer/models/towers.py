@@ -95,6 +95,10 @@ def build_clip(
         sizes = {key: config[key] for key in EVA_KEYS}
         model = eva_vit(**{**sizes, "img_size": image_size}, **options)
         state = load_file(_existing(folder / "model.safetensors", "vit_model"))
+    elif folder.is_file():
+        raise UserError(
+            f"model.vit_model: '{name}' is a file; for CLIP's weights set vit_model: eva_clip_g and vit_weights: {name}"
+        )
     else:
         raise UserError(f"model.vit_model: no model or folder '{name}'; {nearest(name, VIT_MODELS)}")
     interpolate_pos_embed(model, state)
@@ -106,7 +110,7 @@ def _is_mae(path: Path) -> bool:
     """Whether a folder, one of Meta's files or a hub id is a MAE, not a CLIP."""
     if (config := path / "config.json").is_file():
         return json.loads(config.read_text()).get("model_type") == "vit_mae"
-    return path.suffix == ".pth" or "vit-mae" in path.name
+    return (path.suffix == ".pth" and path.name.startswith("mae_")) or "vit-mae" in path.name
 
 
 def block_of(encoder: Any, layer: int) -> Any:
@@ -170,9 +174,9 @@ def build_mae(
     """
     path = resolve(name)
     if str(path).endswith(".pth"):
-        model = load_meta_mae(_existing(Path(path), "mae_model"), norm_pix_loss=norm_pix_loss)
+        model = load_meta_mae(_existing(Path(path), key), norm_pix_loss=norm_pix_loss, key=key)
     else:
-        model = _load_hub_mae(str(path), name)
+        model = _load_hub_mae(str(path), name, key=key)
     if image_size is not None and image_size != model.config.image_size:
         own = "image_size" if key == "vit_model" else "mae_image_size"
         raise UserError(f"model.{own} is {image_size}, but '{name}' was trained on {model.config.image_size} pixels")
@@ -183,20 +187,20 @@ def build_mae(
     return MaskedAutoencoder(model=model, norm_pix_loss=norm_pix_loss)
 
 
-def _load_hub_mae(path: str, name: str) -> ViTMAEForPreTraining:
+def _load_hub_mae(path: str, name: str, *, key: str) -> ViTMAEForPreTraining:
     try:
         config = ViTMAEConfig.from_pretrained(path)
         model, report = ViTMAEForPreTraining.from_pretrained(path, config=config, output_loading_info=True)
     except OSError as error:
-        raise offline_error(name, "mae_model", error) from error
+        raise offline_error(name, key, error) from error
     problems = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if any(str(key).startswith("decoder.") for key in report["missing_keys"]):
         raise UserError(
-            f"model.mae_model: '{name}' holds MAE's encoder only, and X-Former reconstructs through its decoder; use "
+            f"model.{key}: '{name}' holds MAE's encoder only, and X-Former reconstructs through its decoder; use "
             "facebook/vit-mae-{base,large,huge}, mae_pretrain_vit_*_full.pth or mae_visualize_vit_*.pth"
         )
     if problems:
-        raise UserError(f"model.mae_model: '{name}' doesn't fit ViTMAEForPreTraining: {problems[:5]}")
+        raise UserError(f"model.{key}: '{name}' doesn't fit ViTMAEForPreTraining: {problems[:5]}")
     return model
 
 
