@@ -96,6 +96,9 @@ def export(
     cfg, facts = _configuration(Path(checkpoint), arch, model_type)
     model = registry.get_model_class(cfg.model.arch).from_config(cfg.model)
     weights = {name: tensor.half() if half else tensor for name, tensor in _weights(model).items()}
+    if new := sorted({name.partition(".")[0] for name in model.load_report.missing_new}):
+        facts["as at the start"] = f"{', '.join(new)} (not in the checkpoint)"
+        logger.warning("%s has no %s: the folder has it as training starts with it", checkpoint, ", ".join(new))
     cfg.model |= {"pretrained": None, "finetuned": None, "blip2_pretrained": None, "train_only": None}
     _fit_processors(cfg, model)
 

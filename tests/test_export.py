@@ -121,6 +121,23 @@ def test_stage_1_with_its_tied_weights_comes_back(stage2_config: Any, tmp_path: 
     assert torch.equal(model.Qformer.cls.predictions.decoder.weight, words)
 
 
+def test_the_card_says_what_nothing_has_trained(
+    make_xformer: Any,
+    stage2_config: Any,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: Any,
+) -> None:
+    torch.save({"model": trainable_state(make_xformer("dual"))}, tmp_path / "stage1.pth")
+    OmegaConf.save(stage2_config, tmp_path / "toy.yaml")
+    monkeypatch.setitem(XFormerOPT.PRETRAINED_MODEL_CONFIG_DICT, "toy", str(tmp_path / "toy.yaml"))
+    folder = export(tmp_path / "stage1.pth", tmp_path / "out", arch="xformer_opt", model_type="toy")
+    assert "| as at the start | opt_proj (not in the checkpoint) |" in (folder / "README.md").read_text()
+    assert "stage1.pth has no opt_proj: the folder has it as training starts with it" in caplog.text
+    assert "as at the start" not in (export(checkpoint, tmp_path / "whole") / "README.md").read_text()
+
+
 def test_blip2_files_are_exported_whole(
     make_stage2: Any, stage2_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +147,7 @@ def test_blip2_files_are_exported_whole(
     OmegaConf.save(stage2_config, tmp_path / "toy.yaml")
     monkeypatch.setitem(XFormerOPT.PRETRAINED_MODEL_CONFIG_DICT, "toy", str(tmp_path / "toy.yaml"))
     folder = export(tmp_path / "blip2_caption.pth", tmp_path / "out", arch="xformer_opt", model_type="toy")
+    assert "| as at the start | fusion (not in the checkpoint) |" in (folder / "README.md").read_text()
     model, *_ = lavis_xformer.from_folder(folder)
     for name, tensor in trainable_state(source).items():
         assert torch.equal(model.state_dict()[name], tensor), name
