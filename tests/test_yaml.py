@@ -86,6 +86,13 @@ def test_a_blip2_twin_differs_in_the_model_alone(path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("projects/xformer/train/*.yaml")), ids=lambda path: path.stem)
+def test_the_command_in_a_recipe_starts_this_recipe(path: Path) -> None:
+    commands = [line for line in path.read_text().splitlines() if "run_scripts/train/" in line]
+    assert commands
+    assert all(str(path.relative_to(ROOT)) in line for line in commands)
+
+
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
 def test_every_model_yaml_is_some_models_type_and_names_processors(path: Path) -> None:
     from lavis.common.registry import registry
