@@ -31,6 +31,7 @@ from lavis_xformer.protocols import (
 class XFormerCaptionTask(WithProtocol, CaptionTask):
     """COCO and NoCaps captions."""
 
+    CONFIG_KEYS = WithProtocol.CONFIG_KEYS | {"report_metric"}
     PROTOCOLS: ClassVar[Mapping[str, Protocol]] = CAPTION_PROTOCOLS
 
     def valid_step(self, model: Any, samples: Row) -> list[Row]:
@@ -61,7 +62,7 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
 class XFormerRetrievalTask(RetrievalTask):
     """COCO and Flickr retrieval, by stage 1."""
 
-    CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset({"protocol"})
+    CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset({"protocol", "k_test"})
 
     @classmethod
     def setup_task(cls, cfg: Any) -> XFormerRetrievalTask:

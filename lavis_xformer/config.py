@@ -141,9 +141,16 @@ def parse_options(options: Sequence[str]) -> DictConfig:
                 f"with one of the sections {', '.join(SECTIONS)}"
             )
     try:
-        return OmegaConf.from_dotlist(list(options))
+        return _with_job_id(OmegaConf.from_dotlist(list(options)), options)
     except yaml.YAMLError as error:
         raise UserError(f"--options {' '.join(options)}: a value is not YAML: {error}") from error
+
+
+def _with_job_id(chosen: DictConfig, options: Sequence[str]) -> DictConfig:
+    """Keep ``run.job_id`` as it was written: to YAML, ``20250101_120000`` is a number."""
+    if isinstance(OmegaConf.select(chosen, "run.job_id"), (int, float)):
+        chosen.run.job_id = dict(option.split("=", 1) for option in options)["run.job_id"]
+    return chosen
 
 
 def _merge(*layers: Any) -> DictConfig:

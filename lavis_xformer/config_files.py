@@ -50,9 +50,9 @@ def _check_annotation(key: str, annotation: DictConfig, local: bool) -> None:
     if not files:
         raise UserError(f"{key}.storage is missing: the path of the annotation file")
     annotation.storage = files
+    annotation.url = urls if len(urls) == len(files) else files  # a list before as after it is fetched
     missing = next((file for file in files if not Path(file).is_file()), None)
     if missing is None:
-        annotation.url = urls if len(urls) == len(files) else files
         return
     if local or len(urls) != len(files):
         raise UserError(

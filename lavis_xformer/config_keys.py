@@ -14,11 +14,12 @@ from lavis_xformer.errors import UserError, nearest
 # attribute CONFIG_KEYS: model, dataset builder, task, runner or schedule.
 RUN_KEYS = frozenset(
     "accum_grad_iters amp batch_size_eval batch_size_train beta2 device dist_backend dist_url distributed evaluate "
-    "gpu inference_method init_lr iters_per_inner_epoch k_test log_freq lr_decay_rate lr_sched max_epoch max_iters "
-    "max_len min_len min_lr num_ans_candidates num_beams num_workers output_dir prompt rank report_metric "
-    "resume_ckpt_path runner seed task test_splits train_dataset_ratios train_splits use_dist_eval_sampler "
-    "valid_splits warmup_lr warmup_steps weight_decay world_size".split()
+    "gpu init_lr iters_per_inner_epoch log_freq lr_decay_rate lr_sched max_epoch max_iters max_len min_len min_lr "
+    "num_beams num_workers output_dir prompt rank resume_ckpt_path runner seed task test_splits train_dataset_ratios "
+    "train_splits use_dist_eval_sampler valid_splits warmup_lr warmup_steps weight_decay world_size".split()
 )
+LAVIS_TASK_KEYS = frozenset("inference_method k_test num_ans_candidates report_metric".split())  # of LAVIS's own tasks
+WORDS_TOO = ("run.amp", "run.resume")  # True or False, or a word
 RUN_KEYS_TABLE = "docs/engine.md"  # what they mean
 MODEL_KEYS = frozenset("arch model_type load_finetuned load_pretrained finetuned pretrained".split())
 DATASET_KEYS = frozenset(
@@ -35,7 +36,7 @@ def check_keys(project: DictConfig, chosen: DictConfig, defaults: DictConfig, cl
     """Refuse keys that nothing reads.
 
     In ``--options``, everywhere but in the model section of a class that lists no ``CONFIG_KEYS``, as LAVIS's
-    own. In the YAML, only in the sections that belong to classes of this package.
+    own. In the YAML, only in the sections that belong to classes of this package: ``run`` to the runner.
 
     Args:
         project: the user's YAML.
@@ -48,8 +49,8 @@ def check_keys(project: DictConfig, chosen: DictConfig, defaults: DictConfig, cl
     """
     allowed = _optional_keys(classes)
     exist = set(nodes(defaults))
-    ours = [section for section, cls in classes.items() if cls.__module__.startswith("lavis_xformer.")]
-    if {"runner", "task"}.issubset(ours):
+    ours = [section for section, cls in classes.items() if _is_ours(cls)]
+    if "runner" in ours:
         ours.append("run")
     for key in nodes(project, leaves=True):
         if any(key.startswith(f"{section}.") for section in ours):
@@ -57,8 +58,12 @@ def check_keys(project: DictConfig, chosen: DictConfig, defaults: DictConfig, cl
     usual = nodes(OmegaConf.merge(defaults, project))
     for key, value in nodes(chosen, leaves=True).items():
         _check_key("--options ", key, set(usual), allowed)
-        if isinstance(usual.get(key), (int, float)) and isinstance(value, str):
+        if isinstance(usual.get(key), (int, float)) and isinstance(value, str) and key not in WORDS_TOO:
             raise UserError(f"--options {key}={value}: expected a value like {usual[key]}")
+
+
+def _is_ours(cls: Any) -> bool:
+    return bool(cls.__module__.startswith("lavis_xformer."))
 
 
 def _check_key(source: str, key: str, exist: set[str], allowed: Iterable[str]) -> None:
@@ -78,6 +83,8 @@ def _optional_keys(classes: dict[str, Any]) -> list[str]:
         return frozenset().union(*(getattr(classes.get(name), "CONFIG_KEYS", ()) for name in names))
 
     keys = {"run": RUN_KEYS | own("runner", "task", "lr_sched"), "model": MODEL_KEYS | own("model")}
+    if not _is_ours(classes["task"]):
+        keys["run"] |= LAVIS_TASK_KEYS
     if not own("model"):
         keys["model"] = frozenset("*")
     for section in classes:

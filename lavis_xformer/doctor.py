@@ -214,10 +214,12 @@ def check_yaml(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
     from lavis_xformer import register
     from lavis_xformer.config import load_config
     from lavis_xformer.config_keys import nodes
+    from lavis_xformer.engine.options import check_needed
 
     register()
     try:
         config = load_config(cfg_path, options).config
+        check_needed(config.run)
     except UserError as error:
         yield Finding("YAML", "WRONG", str(error), "correct it, or override it with --options")
         return

@@ -50,6 +50,9 @@ def build_runner(config: Any, place: Any, *, runner_name: str | None = None) -> 
         config: of ``lavis_xformer.config``.
         place: of this process.
         runner_name: in place of ``run.runner``.
+
+    Raises:
+        UserError: a key is missing or wrong, or a file is.
     """
     from lavis.common.registry import registry
     from lavis.tasks import setup_task
@@ -57,9 +60,10 @@ def build_runner(config: Any, place: Any, *, runner_name: str | None = None) -> 
     from lavis_xformer import launch
     from lavis_xformer.engine import rng
     from lavis_xformer.engine.log import setup_logging
-    from lavis_xformer.engine.options import RunOptions
+    from lavis_xformer.engine.options import RunOptions, check_needed
 
     setup_logging(shown=place.rank == 0)
+    check_needed(config.run_cfg)
     options = RunOptions.from_config(config.run_cfg)
     job_id = choose_job(config, options)
     rng.seed_everything(options.seed)

@@ -96,7 +96,53 @@ def test_existing_annotations_need_no_url(load):
 def test_annotations_to_be_fetched_stay_lavis_business(load):
     text = YAML.replace("train: {storage: train.json}", "train: {}")
     train = load(text=text).datasets_cfg.coco_caption.build_info.annotations.train
-    assert train.url.startswith("https://")
+    assert train.url[0].startswith("https://")
+
+
+def test_a_run_that_has_fetched_its_annotations_is_the_same_run(load, tmp_path, monkeypatch):
+    from lavis.common.registry import registry
+
+    from lavis_xformer.engine import jobs
+
+    monkeypatch.setitem(registry.mapping["paths"], "cache_root", str(tmp_path / "cache"))
+    text = YAML.replace("train: {storage: train.json}", "train: {}")
+    before = load(text=text).to_dict()
+    info = before["datasets"]["coco_caption"]["build_info"]["annotations"]["train"]
+    (fetched,) = map(Path, info["storage"])
+    fetched.parent.mkdir(parents=True)
+    fetched.write_text("[]")
+    assert jobs.differences(before, load(text=text).to_dict()) == []
+
+
+@pytest.mark.parametrize("name", ["20250101_120000", "007", "1e3", "yes"])
+def test_a_job_id_among_the_options_is_text(load, name: str):
+    assert load(f"run.job_id={name}", text=OURS).run_cfg.job_id == name
+    assert load("run.job_id", name, text=OURS).run_cfg.job_id == name
+    assert load("run.job_id=null", text=OURS).run_cfg.job_id is None
+
+
+def test_a_job_id_that_is_a_number_to_yaml_has_to_be_quoted(load):
+    from lavis_xformer.engine.options import RunOptions
+
+    config = load(text=OURS + "  job_id: 20250101_120000\n")
+    with pytest.raises(UserError, match=r"run\.job_id is 20250101120000; it must be text: quote it"):
+        RunOptions.from_config(config.run_cfg)
+
+
+def test_words_are_options_where_the_yaml_has_true_or_false(load):
+    run = load("run.amp=bf16", "run.resume=auto", text=OURS + "  amp: True\n  resume: False\n").run_cfg
+    assert (run.amp, run.resume) == ("bf16", "auto")
+
+
+def test_keys_without_a_default_are_missed_before_anything_is_built(load):
+    from lavis_xformer.launch import Placement
+    from lavis_xformer.train import build_runner
+
+    message = r"^run\.num_workers, run\.batch_size_train, run\.batch_size_eval, run\.min_lr, run\.weight_decay: missing"
+    with pytest.raises(UserError, match=message):
+        build_runner(load(), Placement())
+    with pytest.raises(UserError, match=r"^run\.batch_size_train, run\.batch_size_eval: missing"):
+        build_runner(load("run.evaluate=True", "run.num_workers=0"), Placement())
 
 
 def test_interface_of_lavis_is_kept(load):
@@ -169,6 +215,37 @@ XFORMER = YAML.replace("arch: blip2\n  model_type: pretrain", "arch: xformer")
 
 def test_our_model_has_a_default_type(load):
     assert load(text=XFORMER).model_cfg.model_type == "mini"
+
+
+OURS = XFORMER.replace("runner: runner_base", "runner: xformer_runner")
+
+
+@pytest.mark.parametrize("task", ["image_text_pretrain", "xformer_stage1"])
+def test_our_runner_knows_every_key_of_run_whatever_the_task(load, task: str):
+    with pytest.raises(UserError, match=r"run\.max_grad_nrom: .* did you mean 'run\.max_grad_norm'\?"):
+        load(text=OURS.replace("task: image_text_pretrain", f"task: {task}\n  max_grad_nrom: 1.0"))
+
+
+@pytest.mark.parametrize(
+    ("task", "keys"),
+    [
+        ("vqa", {"inference_method", "num_ans_candidates", "k_test", "report_metric"}),  # LAVIS's, which lists none
+        ("xformer_vqa", {"inference_method", "num_ans_candidates"}),
+        ("xformer_captioning", {"report_metric"}),
+        ("xformer_retrieval", {"k_test"}),
+        ("xformer_benchmark", set()),
+        ("xformer_stage1", set()),
+        ("xformer_stage2", set()),
+    ],
+)
+def test_a_task_takes_the_keys_that_it_reads(load, task: str, keys: set[str]):
+    for key in ("inference_method", "num_ans_candidates", "k_test", "report_metric"):
+        text = OURS.replace("task: image_text_pretrain", f"task: {task}\n  {key}: 1")
+        if key in keys:
+            assert load(text=text).run_cfg[key] == 1
+        else:
+            with pytest.raises(UserError, match=rf"run\.{key}: no configuration knows this key"):
+                load(text=text)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import toy_training
 from PIL import Image
 
 from lavis_xformer.analysis import report
-from lavis_xformer.engine import checkpoint, interruption, jobs, rng
+from lavis_xformer.engine import checkpoint, jobs, rng
 from lavis_xformer.engine.log import clock
 from lavis_xformer.errors import UserError
 
@@ -199,23 +199,6 @@ def test_the_same_signal_twice_at_once_still_saves_the_step(tmp_path):
         runner.train()
     assert left.value.code == 143
     assert (runner.output_dir / "checkpoint_0_step4.pth").exists()
-
-
-def test_a_second_ctrl_c_a_while_later_leaves_at_once(tmp_path, monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr(interruption.time, "monotonic", lambda: now[0])
-
-    def twice():
-        signal.raise_signal(signal.SIGINT)
-        now[0] += 1.1
-        signal.raise_signal(signal.SIGINT)
-
-    runner = toy_training.make_runner(tmp_path)
-    signal_in_step(runner, 2, twice)
-    with pytest.raises(SystemExit) as left:
-        runner.train()
-    assert left.value.code == 130
-    assert not list(runner.output_dir.glob("*.pth"))
 
 
 def test_evaluation_repeats_itself_and_leaves_the_training_alone(unbroken):

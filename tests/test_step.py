@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from lavis_xformer.engine import interruption
 from lavis_xformer.engine.interruption import Interruption
 from lavis_xformer.engine.options import RunOptions
 from lavis_xformer.engine.sampling import EpochBatchSampler, ReplayDataset, train_loader
@@ -94,21 +95,26 @@ def test_a_batch_larger_than_the_data_is_refused_with_numbers():
         train_loader(Noisy(), batch_size=11, seed=0, num_workers=0)
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_waits_for_the_step_and_a_second_does_not(signum, status):
+@pytest.mark.parametrize(("signum", "status", "seconds"), [(signal.SIGTERM, 143, 5), (signal.SIGINT, 130, 1)])
+def test_a_signal_waits_for_the_step_and_so_does_its_echo_but_no_later_one(signum, status, seconds, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: now[0])
+
     def send():
         os.kill(os.getpid(), signum)
 
-    def send_twice(interruption):
-        with interruption.deferred():
+    def send_again_and_again(caught):
+        with caught.deferred():
             send()
-            assert interruption.signum == signum
+            send()
+            assert caught.signum == signum
+            now[0] += seconds + 0.1
             with pytest.raises(SystemExit) as at_once:
                 send()
             assert at_once.value.code == status
 
-    with Interruption() as interruption, pytest.raises(SystemExit) as left:
-        send_twice(interruption)
+    with Interruption() as caught, pytest.raises(SystemExit) as left:
+        send_again_and_again(caught)
     assert left.value.code == status
     with Interruption(), pytest.raises(SystemExit) as left:
         send()

@@ -10,6 +10,8 @@ from lavis_xformer.errors import UserError
 
 AMP_MODES = {"False": "no", "no": "no", "True": "fp16", "fp16": "fp16", "bf16": "bf16", "auto": "auto"}
 RESUME_MODES = {"False": "no", "no": "no", "auto": "auto"}
+NEEDED = ("num_workers", "batch_size_train", "batch_size_eval")
+NEEDED_TO_TRAIN = ("lr_sched", "init_lr", "min_lr", "weight_decay", "max_epoch")
 ON_CORRUPT = {"": "", "skip": "skip", "raise": "raise"}
 
 
@@ -80,12 +82,29 @@ class RunOptions:
         return cls(**values)
 
 
+def check_needed(run_cfg: Mapping[str, Any]) -> None:
+    """Refuse a ``run:`` section that lacks a key without a default.
+
+    Raises:
+        UserError: keys are missing.
+    """
+    needed = NEEDED if run_cfg.get("evaluate") else (*NEEDED, *NEEDED_TO_TRAIN)
+    given = {name for name in needed if run_cfg.get(name) is not None}
+    if run_cfg.get("max_iters"):  # LAVIS's runner_iter has it in place of max_epoch
+        given.add("max_epoch")
+    missing = [f"run.{name}" for name in needed if name not in given]
+    if missing:
+        raise UserError(f"{', '.join(missing)}: missing, and there is no default; docs/engine.md explains every key")
+
+
 def _checked(name: str, value: object, kind: type) -> object:
     choices = {"amp": AMP_MODES, "resume": RESUME_MODES, "on_corrupt": ON_CORRUPT}.get(name)
     if choices is not None:
         if str(value) not in choices:
             raise UserError(f"run.{name} is {value!r}; it can be {', '.join(filter(None, choices))}")
         return choices[str(value)]
+    if kind is str and not isinstance(value, str):
+        raise UserError(f"run.{name} is {value!r}; it must be text: quote it")
     try:
         converted = kind(value)
     except (TypeError, ValueError):
