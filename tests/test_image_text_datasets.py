@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lavis_xformer.data import image_text_datasets  # noqa: F401  (registers the builders)
-from lavis_xformer.data.guard import DataFault
+from lavis_xformer.data.guard import DataFault, guard
 from lavis_xformer.errors import UserError
 
 
@@ -98,13 +98,26 @@ def test_a_corrupt_image_is_skipped_or_fatal(photos: Path, captions: Path, damag
     bad = photos / "4.png"
     bad.write_bytes(bad.read_bytes()[:50] if damage == "cut" else damage)  # type: ignore[arg-type]
     settings = {"image_root": str(photos), "splits": {"train": {"annotations": str(captions)}}}
-    dataset = build("image_text_json", **settings)["train"]
+    dataset = build("image_text_json", **settings, on_corrupt="skip")["train"]
     assert dataset[8]["image_id"] == 5
     assert dataset.corrupt() == [f"{bad} (sample 8)", f"{bad} (sample 9)"]
     dataset = build("image_text_json", **settings, on_corrupt="raise")["train"]
     with pytest.raises(DataFault) as error:
         dataset[8]
     assert str(error.value).count(str(bad)) == 1
+
+
+@pytest.mark.parametrize("name", ["image_text_json", "image_question_json"])
+def test_what_a_corrupt_image_does_is_the_runs_choice_unless_the_dataset_has_its_own(
+    photos: Path, captions: Path, questions: Path, name: str
+) -> None:
+    (photos / "4.png").write_bytes(b"")
+    rows = captions if name == "image_text_json" else questions
+    splits = {"val": {"annotations": str(rows), "image_root": str(photos)}}
+    with pytest.raises(DataFault, match=r"4\.png"):
+        guard(build(name, splits=splits)["val"], on_corrupt="raise")[4]
+    own = build(name, splits=splits, on_corrupt="skip")["val"]
+    assert guard(own, on_corrupt="raise")[4]["instance_id"] == "5"
 
 
 def test_questions_for_training_are_in_lavis_form(photos: Path, questions: Path) -> None:

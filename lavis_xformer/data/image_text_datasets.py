@@ -200,7 +200,7 @@ class LocalFilesBuilder(BaseDatasetBuilder):
         """Read, check and wrap every split that is given.
 
         Returns:
-            Datasets by split, guarded as ``on_corrupt`` says.
+            Datasets by split, guarded where ``on_corrupt`` is set; otherwise the runner does, by ``run.on_corrupt``.
 
         Raises:
             UserError: no split is given, or a path, a key or a row is wrong.
@@ -214,8 +214,10 @@ class LocalFilesBuilder(BaseDatasetBuilder):
         if not given:
             split = next(iter(splits), "train")
             raise UserError(f"{self.name}: no annotation file: set datasets.{self.name}.splits.{split}.annotations")
-        on_corrupt = self.config.get("on_corrupt", "skip")
-        return {split: guard(self.build_split(split), on_corrupt=on_corrupt) for split in given}
+        built, on_corrupt = {split: self.build_split(split) for split in given}, self.config.get("on_corrupt")
+        if on_corrupt is None:
+            return built
+        return {split: guard(dataset, on_corrupt=on_corrupt) for split, dataset in built.items()}
 
     def build_split(self, split: str) -> BaseDataset:
         """Build one split."""
