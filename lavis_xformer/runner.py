@@ -118,14 +118,13 @@ class XFormerRunner(PortableRunner):
         )
         means = loop.run(self.train_loader, batches=self.batches_per_epoch)
         self._count_corrupt()
-        means["corrupt_samples"] = len(self.state.corrupt)
+        means["corrupt_samples"] = self.state.corrupt.count
         self._log("epoch", "train", means)
         return means
 
     def _count_corrupt(self) -> None:
         """Add what any rank has skipped since the start to what earlier parts of the run had."""
-        found = {name for names in launch.collect(self.corrupt()) for name in names}
-        self.state.corrupt = sorted(found.union(self.state.corrupt))
+        self.state.corrupt.update(name for names in launch.collect(self.corrupt()) for name in names)
 
     def eval_epoch(self, split_name: str, cur_epoch: int | str, skip_reload: bool = False) -> dict[str, Any] | None:
         """Evaluate a split with seeded randomness; the training's random state is untouched.
@@ -186,7 +185,8 @@ class XFormerRunner(PortableRunner):
             "finished": True,
             "steps": position.steps,
             "skipped": position.skipped,
-            "corrupt": self.state.corrupt,
+            "corrupt": self.state.corrupt.names,
+            "corrupt_count": self.state.corrupt.count,
             "best": self.state.best,
             "test": test,
             "device": self.device.type,

@@ -97,7 +97,8 @@ def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
     from lavis_xformer.analysis.report import write_report
     from lavis_xformer.engine import checkpoint
 
-    print_corrupt(summary.get("corrupt", []))
+    names = summary.get("corrupt", [])
+    print_corrupt(names, summary.get("corrupt_count", len(names)))
     folder = runner.output_dir
     page, picture = write_report(folder)
     best = folder / checkpoint.BEST
@@ -109,11 +110,11 @@ def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
         print(f"next        {as_called_here(follows)}")
 
 
-def print_corrupt(names: Sequence[str], most: int = 5) -> None:
-    """Say which samples were skipped because they can't be read."""
+def print_corrupt(names: Sequence[str], count: int, most: int = 5) -> None:
+    """Say how many samples were skipped because they can't be read, and which: ``names`` are the first of them."""
     if names:
-        more = f" and {len(names) - most} more in summary.json" if len(names) > most else ""
-        print(f"\n{len(names)} corrupt images skipped: {', '.join(names[:most])}{more}")
+        more = f" and {count - most} more (see summary.json)" if count > most else ""
+        print(f"\n{count} corrupt images skipped: {', '.join(names[:most])}{more}")
 
 
 def held_out(summary: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:

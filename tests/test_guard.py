@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import pickle
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_tensor
 
-from lavis_xformer.data.guard import DataFault, GuardedDataset, guard, sample_name
+from lavis_xformer.data.guard import DataFault, GuardedDataset, StreamGuard, guard, sample_name
 from lavis_xformer.errors import UserError
 
 
@@ -103,6 +105,28 @@ def test_names_reach_into_joined_datasets(tmp_path: Path) -> None:
     assert sample_name(joined, 6) == f"{tmp_path / 'b' / '0.png'} (sample 0)"
     assert GuardedDataset(joined)[6]["image_id"] == 1
     assert sample_name([1, 2], 1) == "sample 1 of list"
+
+
+def test_the_faults_of_a_stream_cost_the_same_however_many_there_were(caplog) -> None:
+    caplog.set_level("CRITICAL")
+    skipping = StreamGuard(max_in_a_row=10**9)
+    start = time.process_time()
+    for number in range(8000):
+        skipping.sample_fault(OSError("torn"))
+        skipping._present = f"/data/laion/00000.tar ({number:09d})"
+    assert time.process_time() - start < 5
+    assert len(skipping.corrupt()) == 8000
+
+
+def test_a_streams_guard_knows_what_another_process_has_named() -> None:
+    here = StreamGuard()
+    there = pickle.loads(pickle.dumps(here))
+    here.sample_fault(OSError("torn"))
+    there.sample_fault(OSError("torn"))
+    there._present = "another"
+    there.sample_fault(OSError("torn"))
+    assert here.corrupt() == there.corrupt() == ["a sample", "another"]
+    assert len(here._names.read_text().splitlines()) == 2
 
 
 def test_guard_wraps_once_and_leaves_streams_alone(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from test_distributed_training import torchrun
 from torchvision.transforms.functional import to_tensor
 
 from lavis_xformer.data.guard import DataFault, StreamGuard
+from lavis_xformer.engine.state import Corrupt
 from lavis_xformer.engine.streams import JoinedLoader, ShardStream, StreamLoader
 from lavis_xformer.errors import UserError
 
@@ -140,6 +141,18 @@ def test_or_ends_the_run_with_its_name(tmp_path):
     with pytest.raises(UserError, match=r"a/[03]\.tar \(00(03|20)\): not an image"):
         runner.train()
     assert make_runner(tmp_path, place).train()["corrupt"]
+
+
+def test_a_run_counts_all_bad_samples_and_keeps_the_first_names(monkeypatch):
+    monkeypatch.setattr(Corrupt, "MOST", 2)
+    corrupt = Corrupt()
+    corrupt.update("cab")
+    assert (corrupt.names, corrupt.count) == (["a", "b"], 3)
+    again = Corrupt(corrupt.names, corrupt.count)
+    for found in ("b", "bd"):  # after a restart
+        again.update(found)
+    assert (again.names, again.count) == (["a", "b"], 4)
+    assert Corrupt(["a", "b"]).count == 2, "of a checkpoint without a count"
 
 
 def test_a_torn_shard_is_named_and_the_others_are_read(tmp_path):

@@ -139,6 +139,8 @@ class StreamGuard:
         handle, name = tempfile.mkstemp(prefix="corrupt_", suffix=".txt")
         os.close(handle)
         self._names = Path(name)  # workers append to it: theirs is the only way to tell this process
+        self._known: set[str] = set()  # what it held when this process last looked,
+        self._looked = 0  # up to this byte
         weakref.finalize(self, self._names.unlink, missing_ok=True)
 
     def shard_fault(self, error: Exception) -> bool:
@@ -181,7 +183,17 @@ class StreamGuard:
 
     def corrupt(self) -> list[str]:
         """Name what was skipped so far, by this process or by a worker."""
-        return sorted(set(self._names.read_text(encoding="utf-8").splitlines()))
+        self._look()
+        return sorted(self._known)
+
+    def _look(self) -> None:
+        """Take in the names that any process has added since the last look."""
+        with self._names.open("rb") as file:
+            file.seek(self._looked)
+            lines = file.read().rpartition(b"\n")[0]
+        if lines:
+            self._known.update(lines.decode("utf-8").split("\n"))
+            self._looked += len(lines) + 1
 
     def _take(self, name: str, said: str, error: Exception) -> bool:
         if isinstance(error, DataFault):  # raised below, and passed through another stage
@@ -191,7 +203,8 @@ class StreamGuard:
             raise DataFault(f"{name}: {said}") from error
         if self._in_a_row >= self.max_in_a_row:
             raise DataFault(f"{self._in_a_row} bad samples in a row, the last one {name}: {said}") from error
-        if name not in self.corrupt():
+        self._look()
+        if name not in self._known:
             with self._names.open("a", encoding="utf-8") as file:
                 file.write(f"{name}\n")
             logging.warning("skipped a bad sample: %s: %s", name, said)

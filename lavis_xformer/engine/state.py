@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,26 @@ from lavis_xformer.engine.weights import load_trainable, trainable_state
 from lavis_xformer.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+
+class Corrupt:
+    """The samples that a run can't read: how many, and the names of the first of them.
+
+    One that is met again after a restart counts once as long as its name is kept.
+    """
+
+    MOST = 1000
+
+    def __init__(self, names: Sequence[str] = (), count: int = 0) -> None:
+        """Begin with what earlier parts of the run have met."""
+        self.names, self.count = list(names), max(count, len(names))
+        self._before, self._count_before = frozenset(names), self.count
+
+    def update(self, found: Iterable[str]) -> None:
+        """Take in all names that this part of the run has met so far."""
+        new = sorted(set(found) - self._before)
+        self.names = sorted([*self._before, *new[: self.MOST - len(self._before)]])
+        self.count = self._count_before + len(new)
 
 
 class TrainingState:
@@ -54,7 +75,7 @@ class TrainingState:
         self.position = Position()
         self.averages = Averages()
         self.best: dict[str, Any] = {}
-        self.corrupt: list[str] = []
+        self.corrupt = Corrupt()
 
     @property
     def epoch_done(self) -> bool:
@@ -82,7 +103,8 @@ class TrainingState:
             "averages": self.averages.state_dict(),
             "rng": rng_of_ranks,
             "best": self.best,
-            "corrupt": self.corrupt,
+            "corrupt": self.corrupt.names,
+            "corrupt_count": self.corrupt.count,
             "joined_batch": self.joined_batch,
             "config": self.config,
             "versions": jobs.versions(),
@@ -101,7 +123,7 @@ class TrainingState:
         self._restore_optimizer(content, source)
         self.position = self._restored_position(content, source)
         self.best = content.get("best", {})
-        self.corrupt = content.get("corrupt", [])
+        self.corrupt = Corrupt(content.get("corrupt", []), content.get("corrupt_count", 0))
         self.averages = Averages()
         if "averages" in content:
             self.averages.load_state_dict(content["averages"])
