@@ -5,7 +5,8 @@ The layers, later ones win: the default YAML of the model's type, those of the d
 
 - names (arch, type, dataset, task, runner, schedule, fusion, processor), keys and files are checked, and a
   :class:`UserError` names the key that is wrong;
-- ``model.model_type`` and ``datasets.X.type`` given by ``--options`` load the default YAML of that type;
+- ``model.model_type`` and ``datasets.X.type`` given by ``--options`` load the default YAML of that type; an exported
+  folder as ``model.model_type`` brings its weights too;
 - ``datasets: {X: }`` takes all of X's defaults; ``--options datasets.X=null`` leaves a dataset out, and
   ``datasets.X.build_info.annotations.test=null`` a split;
 - a relative ``run.output_dir`` is one of the current folder, never of site-packages.
@@ -57,6 +58,7 @@ class RunConfig(Config):
         user = _merge(project, chosen)
         _drop_and_fill_datasets(project, chosen, user)
         defaults, classes = _defaults(user)
+        _load_from_folder(chosen, user, classes["model"])
         check_keys(project, chosen, defaults, classes)
         self.config = _merge(defaults, user)
         _drop_null_splits(self.config)
@@ -193,6 +195,13 @@ def _model_defaults(cls: Any, model_type: str) -> Any:
     if hasattr(cls, "default_config"):
         return cls.default_config(model_type)
     return OmegaConf.load(cls.default_config_path(model_type))
+
+
+def _load_from_folder(chosen: DictConfig, user: DictConfig, cls: Any) -> None:
+    """Let an exported folder in ``--options`` bring its weights, whatever ``pretrained`` the YAML names, or null."""
+    model: Any = chosen.get("model", {})
+    if model.get("model_type") not in (None, *cls.PRETRAINED_MODEL_CONFIG_DICT) and "pretrained" not in model:
+        user.model.pretrained = model.model_type
 
 
 def _drop_null_splits(config: DictConfig) -> None:

@@ -91,8 +91,15 @@ def test_a_run_whose_type_is_a_folder_loads_its_weights(trained: XFormerOPT, che
         "run": {"task": "xformer_stage2", "output_dir": str(tmp_path)},
     }
     OmegaConf.save(run, tmp_path / "run.yaml")
-    model_cfg = load_config(str(tmp_path / "run.yaml")).model_cfg
-    assert_equal(XFormerOPT.from_config(model_cfg), trained)
+    by_options = tmp_path / "options.yaml"
+    OmegaConf.save(run | {"model": {"arch": "xformer_opt", "model_type": "mini", "pretrained": None}}, by_options)
+    for config in (
+        load_config(str(tmp_path / "run.yaml")),
+        load_config(str(by_options), [f"model.model_type={folder}"]),  # as of the shipped projects
+    ):
+        assert_equal(XFormerOPT.from_config(config.model_cfg), trained)
+    own = load_config(str(by_options), [f"model.model_type={folder}", "model.pretrained=mine.pth"])
+    assert own.model_cfg.pretrained == "mine.pth"
 
 
 def test_half_of_the_size_rounds_the_weights(trained: XFormerOPT, checkpoint: Path, tmp_path: Path) -> None:
