@@ -177,12 +177,18 @@ def test_each_image_may_get_anothers_m(
 
 
 @pytest.mark.parametrize("changes", [{}, {"mae_source": "clip"}])
-def test_an_image_alone_has_no_others_m(
+def test_an_image_alone_gets_the_m_of_the_one_before(
     configured: Any, toy: Any, batch: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     model = configured(toy, shuffle_mae=True, **changes)
-    with pytest.raises(UserError, match=r"model\.shuffle_mae .* a batch holds a single image"):
+    with pytest.raises(UserError, match=r"model\.shuffle_mae .* the first one came alone"):
         model.encode_image(batch["image"][:1])
+    model.encode_image(batch["image"][:3])
+    alone = model.encode_image(batch["image"][3:])
+    model.shuffle_mae = False
+    own = model.encode_image(batch["image"])
+    assert torch.allclose(alone.mae.tokens, own.mae.tokens[2:3], atol=1e-5)
+    assert torch.allclose(alone.clip, own.clip[3:], atol=1e-5)
 
 
 def test_an_untrained_mae_is_the_same_one_every_time(configured: Any, toy: Any, batch: dict[str, Any]) -> None:

@@ -91,7 +91,8 @@ class XFormerBase(CheckpointLoading, Blip2Base):
             max_txt_len: longest text in tokens.
             token_positions: ``clip``, ``mae``: whose tokens get embeddings of their places; M' is decoded without.
             clip_layer: without ``mae``, M is what this block of CLIP gives, layer-normed; C itself where it is None.
-            shuffle_mae: give each image the M of another one of its batch: what is lost then, M had told.
+            shuffle_mae: give each image the M of another one of its batch, or of the one before where it is alone:
+                what is lost then, M had told.
 
         Raises:
             UserError: ``freeze_vit`` is False, but the encoder is a MAE, which is always frozen.
@@ -116,6 +117,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         self.token_positions = frozenset(token_positions)
         self.clip_layer = clip_layer
         self.shuffle_mae = shuffle_mae
+        self._image_before: tuple[MaeFeatures, Tensor] | None = None  # M and pixels, for ``shuffle_mae``
 
     def drop_text_branch(self) -> None:
         """Remove what only text needs of the Q-Former, as BLIP-2 does for its second stage."""
@@ -143,8 +145,8 @@ class XFormerBase(CheckpointLoading, Blip2Base):
             noise: (B, N), decides which; drawn where it is None.
 
         Raises:
-            UserError: it is no tensor, or has another size or number of channels than the model wants; a single image
-                where ``shuffle_mae`` needs another one.
+            UserError: it is no tensor, or has another size or number of channels than the model wants; ``shuffle_mae``
+                needs another image, and there was none.
         """
         clip_pixels, mae_pixels = self._views(image)
         with towers.tap(self.visual_encoder, self.clip_layer) as middle:
@@ -181,11 +183,13 @@ class XFormerBase(CheckpointLoading, Blip2Base):
             mae = mae._replace(tokens=mae.tokens + mae.positions())
         if not self.shuffle_mae:
             return mae, pixels
-        if len(pixels) == 1:
-            raise UserError(
-                "model.shuffle_mae gives each image another one's M, and a batch holds a single image; choose a batch "
-                "size that leaves no image alone"
-            )
+        before, self._image_before = self._image_before, (MaeFeatures(*(part[-1:] for part in mae)), pixels[-1:])
+        if len(pixels) == 1:  # as a last batch may be
+            if before is None:
+                raise UserError(
+                    "model.shuffle_mae gives each image another one's M; this is the first image, and alone"
+                )
+            return before
         half = len(pixels) // 2  # away, where questions about one image stand side by side
         return MaeFeatures(*(part.roll(half, dims=0) for part in mae)), pixels.roll(half, dims=0)
 
