@@ -186,9 +186,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         before, self._image_before = self._image_before, (MaeFeatures(*(part[-1:] for part in mae)), pixels[-1:])
         if len(pixels) == 1:  # as a last batch may be
             if before is None:
-                raise UserError(
-                    "model.shuffle_mae gives each image another one's M; this is the first image, and alone"
-                )
+                raise UserError("model.shuffle_mae gives each image another one's M; the first one came alone")
             return before
         half = len(pixels) // 2  # away, where questions about one image stand side by side
         return MaeFeatures(*(part.roll(half, dims=0) for part in mae)), pixels.roll(half, dims=0)
