@@ -58,6 +58,7 @@ def test_training_skips_names_and_counts_bad_photos_of_several_datasets(tmp_path
     log = [json.loads(line) for line in (runner.output_dir / "log.jsonl").read_text().splitlines()]
     assert [record["corrupt_samples"] for record in log if record["kind"] == "epoch"] == [3, 3]
     assert checkpoint.read(runner.output_dir / "checkpoint_1.pth")["corrupt"] == names
+    capsys.readouterr()  # what the training has said
     print_corrupt(names, 3)
     assert capsys.readouterr().out.startswith(f"\n3 corrupt images skipped: {names[0]}, ")
 
