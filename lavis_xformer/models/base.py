@@ -305,7 +305,10 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         """
         if model_type.startswith("mini"):
             logging.warning("%s: this small model knows synthetic scenes only, no photos", model_type)
-        return cls.from_config(cls.default_config(model_type).model)
+        model = cls.from_config(cls.default_config(model_type).model)
+        if not model.load_report.loaded:
+            logging.warning("%s: no weights are known for this type; load a checkpoint, or train it", model_type)
+        return model
 
 
 def _ones(tokens: Tensor) -> Tensor:

@@ -93,8 +93,7 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
     With ``train_only`` everything else is frozen then, so that a checkpoint of such a training holds these parts alone:
     it is loaded as ``pretrained`` on top of the ``blip2_pretrained`` that the training began with.
 
-    Where nothing is named, or ``load_pretrained`` is False, the log says so: a warning in stage 2, which begins with a
-    stage 1.
+    Where nothing is named, or ``load_pretrained`` is False, the log says so.
 
     Args:
         model: an X-Former; its ``STAGE1_WEIGHTS`` and ``NEW_WEIGHTS`` say what a file of stage 1 has beyond the model's
@@ -122,9 +121,8 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
         )
     report = LoadReport()
     if not (own or blip2):
-        level = logging.INFO if model.NEW_WEIGHTS == NOTHING else logging.WARNING
         reason = "model.pretrained names no checkpoint" if wanted else "model.load_pretrained is False"
-        logging.log(level, "%s: %s, so nothing is loaded: what is trained starts anew", type(model).__name__, reason)
+        logging.info("%s: %s, so nothing is loaded: what is trained starts anew", type(model).__name__, reason)
     if blip2:
         report += _load_blip2(model, blip2)
         train_only(model, parts)
