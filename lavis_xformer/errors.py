@@ -41,6 +41,11 @@ def lost_worker(error: BaseException) -> str | None:
     """Say what a user can do about an error of torch's loader whose worker died or is overdue; None for others."""
     if not isinstance(error, RuntimeError) or not _LOST_WORKER.match(str(error)):
         return None
+    return worker_is_gone(error)
+
+
+def worker_is_gone(error: BaseException) -> str:
+    """Say what a user can do about a data worker that died, as this error tells."""
     return (
         f"a data worker is gone, killed perhaps for want of memory or shared memory ({first_line(error)}). "
         "Fewer run.num_workers need less; run.resume=auto goes on from the last checkpoint"
@@ -48,5 +53,5 @@ def lost_worker(error: BaseException) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return str(error).strip().splitlines()[0]
+    """Return the first line of an error's message, or what kind of error it is."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,6 +16,7 @@ import torch
 import toy_training
 from lavis.datasets.datasets.caption_datasets import CaptionDataset
 from PIL import Image
+from torch.utils.data import dataloader
 
 from lavis_xformer import cli
 from lavis_xformer.data.guard import guard
@@ -132,6 +133,21 @@ def test_a_worker_that_dies_during_a_step_spares_the_step(tmp_path, capsys):
     assert "error: a data worker is gone" in capsys.readouterr().err
     (path,) = runner.output_dir.glob("checkpoint_*.pth")
     assert checkpoint.read(path)["position"]["batches"] >= 2
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_dies_while_it_hands_over_a_batch_is_gone_too(tmp_path, capsys, monkeypatch, error):
+    """Then the pipe tells first, and torch does not know yet that the worker is dead."""
+    runner = toy_training.make_runner(tmp_path, length=80)
+
+    def torn(self):
+        raise error
+
+    after_steps(runner, 2, lambda: monkeypatch.setattr(dataloader._SingleProcessDataLoaderIter, "_next_data", torn))
+    assert cli.run(lambda argv: runner.train(), []) == 2
+    assert "error: a data worker is gone" in capsys.readouterr().err
+    (path,) = runner.output_dir.glob("checkpoint_*.pth")
+    assert checkpoint.read(path)["position"]["batches"] == 2
 
 
 def after_steps(runner, count, act):

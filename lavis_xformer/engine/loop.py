@@ -20,7 +20,7 @@ from lavis_xformer.engine.interruption import Interruption, leave_lost_workers_t
 from lavis_xformer.engine.log import Averages, MetricsLog, Progress, peak_memory_mb
 from lavis_xformer.engine.step import Stepper
 from lavis_xformer.engine.weights import trainable_state
-from lavis_xformer.errors import UserError, lost_worker
+from lavis_xformer.errors import UserError, lost_worker, worker_is_gone
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +148,8 @@ class EpochLoop:
             leave_lost_workers_to_next()
         except UserError as error:
             fault = str(error)
+        except (ConnectionError, EOFError) as error:  # of the pipe from a worker that is just dying
+            fault = worker_is_gone(error)
         except RuntimeError as error:
             fault = lost_worker(error) or ""
             if not fault:
