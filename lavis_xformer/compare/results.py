@@ -42,7 +42,10 @@ def collect(plan: Plan) -> Json:
         "claim": plan.claim,
         "planned": len(cells),
         "finished": len(done),
-        "asked": {stage.name: how([cell for cell in done if cell.stage is stage]) for stage in plan.stages},
+        "asked": {
+            stage.name: distinct(way for of in variants.values() for way in of["asked"].get(stage.name, ()))
+            for stage in plan.stages
+        },
         "tasks": tasks([answer for of in variants.values() for answer in of["answers"]]),
         "variants": variants,
         "differences": {
@@ -54,9 +57,10 @@ def collect(plan: Plan) -> Json:
 
 
 def of_variant(cells: Sequence[Cell]) -> Json:
-    """Return a variant's costs, figures, accuracies (by seed, with mean and spread), provenance and answers."""
+    """Return a variant's costs, figures, accuracies (by seed), how it was asked, provenance and answers."""
     costs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     values: dict[str, dict[int, float]] = defaultdict(dict)
+    asked: dict[str, list[Json]] = defaultdict(list)
     answers: list[Json] = []
     runs, blind = [], False
     for cell in cells:
@@ -65,14 +69,17 @@ def of_variant(cells: Sequence[Cell]) -> Json:
         for key in ("seconds", "peak_memory_mb", "trainable"):
             if note.get(key) is not None:
                 costs[cell.stage.name][key].append(note[key])
-        for name, value in _figures(cell):
+        results = list(_results(cell))
+        for name, value in _figures(cell, results):
             values[f"{cell.stage.name}.{name}"][cell.seed] = value
-        for result in _results(cell):
+        for result in results:
+            asked[cell.stage.name].append({key: result[key] for key in HOW if key in result})
             blind = blind or bool(result.get("blind"))
             answers += [{**answer, "seed": cell.seed, "stage": cell.stage.name} for answer in _scored(result)]
     return {
         "seeds": sorted({cell.seed for cell in cells}),
         "blind": blind,
+        "asked": {stage: distinct(ways) for stage, ways in asked.items()},
         "costs": {stage: {key: fmean(given) for key, given in cost.items()} for stage, cost in costs.items()},
         "figures": {name: {**mean_and_spread(given.values()), "seeds": given} for name, given in values.items()},
         "accuracy": accuracies(answers),
@@ -82,9 +89,8 @@ def of_variant(cells: Sequence[Cell]) -> Json:
     }
 
 
-def how(cells: Iterable[Cell]) -> list[Json]:
-    """Return by which protocols, scorers and templates which questions were asked: each way once."""
-    ways = [{key: result[key] for key in HOW if key in result} for cell in cells for result in _results(cell)]
+def distinct(ways: Iterable[Json]) -> list[Json]:
+    """Return each way of asking once: by which protocol, scorer and template, and which questions."""
     return list({json.dumps(way, sort_keys=True): way for way in ways}.values())
 
 
@@ -100,11 +106,12 @@ def _scored(result: Json) -> list[Json]:
     return [answer for answer in result.get("answers", []) if "correct" in answer]
 
 
-def _figures(cell: Cell) -> Iterable[tuple[str, float]]:
+def _figures(cell: Cell, results: Iterable[Json]) -> Iterable[tuple[str, float]]:
     """Figures of one run: a training's on its test splits, an evaluation's but for the accuracies of its answers."""
-    for result in _results(cell):
+    for result in results:
+        shown = ASKED if _scored(result) else ""  # every name begins with ""
         numbers = ((k, v) for k, v in result["figures"].items() if isinstance(v, int | float) and k != "agg_metrics")
-        yield from ((k, v) for k, v in numbers if k.startswith(ASKED) or not _scored(result))
+        yield from ((k, v) for k, v in numbers if k.startswith(shown))
     if not cell.stage.evaluate:
         for figures in read_json(cell.folder / "summary.json")["test"].values():
             yield from ((name, value) for name, value in (figures or {}).items() if name in SHOWN)

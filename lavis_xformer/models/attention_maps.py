@@ -40,7 +40,7 @@ def attention_maps(model: XFormerBase, samples: dict[str, Any], *, layer: int = 
     """
     explained = "text_input" in samples
     with recording(model) as found, torch.set_grad_enabled(explained):
-        score = _score(model, samples) if explained else _look(model, samples["image"])
+        score = _score(model, samples) if explained else model.encode_queries(samples["image"])
     looking = [name for name in found if name.startswith("Qformer.")]
     if not -len(looking) <= layer < len(looking):
         raise UserError(f"layer {layer}: the Q-Former has {len(looking)} layers that look at the image")
@@ -53,7 +53,7 @@ def attention_maps(model: XFormerBase, samples: dict[str, Any], *, layer: int = 
         wanted = {name: (weights * gradient).clamp_min(0) for (name, weights), gradient in pairs}
     means = {name: weights.detach().mean(dim=1) for name, weights in wanted.items()}  # (B, Q, S)
     if isinstance(model.fusion, Concat):
-        means["C"], means["M"] = means["C"].tensor_split([-_mae_tokens(model, means["C"])], dim=-1)
+        means["C"], means["M"] = model.split_tokens(means["C"], dim=-1)
     return {name: _square(weights) for name, weights in means.items()}
 
 
@@ -86,12 +86,6 @@ def recording(model: XFormerBase) -> Iterator[dict[str, Tensor]]:
             hook.remove()
 
 
-def _look(model: XFormerBase, image: Tensor) -> Tensor:
-    """Run the attentions alone: image (B, 3 or 6, S, S) -> Z' (B, Q, D)."""
-    tokens = model.encode_image(image)
-    return model.fusion.refine(model.query_image(tokens.clip).last_hidden_state, tokens.mae_tokens)[0]
-
-
 def _score(model: Any, samples: dict[str, Any]) -> Tensor:
     """What the model thinks of the texts, summed over the images, which don't see each other."""
     if not isinstance(model, FeatureModel):
@@ -99,11 +93,6 @@ def _score(model: Any, samples: dict[str, Any]) -> Tensor:
     text = model.tokenize(samples["text_input"])
     tokens = model.encode_image(samples["image"])
     return model.match(tokens.clip, tokens.mae_tokens, text.input_ids, text.attention_mask).diff(dim=1).sum()
-
-
-def _mae_tokens(model: XFormerBase, weights: Tensor) -> int:
-    """How many of the S tokens that ``concat`` reads are M's: the last ones."""
-    return weights.shape[-1] // 2 if model.mae is None else 1 + model.mae.num_patches
 
 
 def _square(weights: Tensor) -> Tensor:

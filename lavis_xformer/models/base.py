@@ -61,6 +61,9 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         "max_txt_len train_only blip2_pretrained".split()
     )
 
+    #: the last image's M and pixels, for ``shuffle_mae``
+    _image_before: tuple[MaeFeatures, Tensor] | None = None
+
     def __init__(
         self,
         *,
@@ -117,7 +120,6 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         self.token_positions = frozenset(token_positions)
         self.clip_layer = clip_layer
         self.shuffle_mae = shuffle_mae
-        self._image_before: tuple[MaeFeatures, Tensor] | None = None  # M and pixels, for ``shuffle_mae``
 
     def drop_text_branch(self) -> None:
         """Remove what only text needs of the Q-Former, as BLIP-2 does for its second stage."""
@@ -166,6 +168,12 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         _, pixels = self._views(image)
         mae, pixels = self._place(self._run_mae(pixels, mask_ratio, noise), pixels)
         return tokens._replace(mae=mae, pixels=pixels)
+
+    def split_tokens(self, joined: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
+        """Take apart C's and M's tokens, which stand behind each other along ``dim`` (Nc + Nm)."""
+        count = joined.shape[dim] // 2 if self.mae is None else 1 + self.mae.num_patches  # Nm; or C once more
+        clip, mae = joined.tensor_split([-count], dim=dim)
+        return clip, mae
 
     def _views(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """What CLIP and what MAE sees of images, each (B, 3, S, S)."""
@@ -240,6 +248,12 @@ class XFormerBase(CheckpointLoading, Blip2Base):
             use_cache=use_cache,
             return_dict=True,
         )
+
+    def encode_queries(self, image: Tensor) -> Tensor:
+        """Image (B, 3 or 6, S, S) -> Z' (B, Q, D)."""
+        tokens = self.encode_image(image)
+        zq = self.query_image(tokens.clip).last_hidden_state  # (B, Q, D)
+        return self.fusion.refine(zq, tokens.mae_tokens)[0]
 
     def query_image_and_text(self, clip: Tensor, text_ids: Tensor, text_mask: Tensor) -> Tensor:
         """Let queries and text see each other: C (B, Nc, Dc) and (B, T) ids -> Zq (B, Q, D)."""

@@ -215,9 +215,7 @@ class FeatureModel(XFormerBase):
         """Undo :meth:`_join`."""
         if not self.fusion.needs_mae:
             return joined, None
-        if self.mae is None:  # C once more, so both are of one shape
-            clip, mae = joined.chunk(2, dim=1)
+        clip, mae = self.split_tokens(joined, dim=1)
+        if self.mae is None:  # C once more, so both are of one width
             return clip, mae
-        count = 1 + self.mae.num_patches  # Nm
-        clip, mae = joined[:, :-count], joined[:, -count:]
         return clip[..., : self.ln_vision.normalized_shape[0]], mae[..., : self.mae.width]

@@ -69,12 +69,6 @@ class GenerativeModel(XFormerBase):
         """From Z' to the language model: ``opt_proj`` or ``t5_proj``."""
         return getattr(self, f"{self.language.kind}_proj")
 
-    def encode_queries(self, image: Tensor) -> Tensor:
-        """Image (B, 3 or 6, S, S) -> Z' (B, Q, D)."""
-        tokens = self.encode_image(image)
-        zq = self.query_image(tokens.clip).last_hidden_state  # (B, Q, D)
-        return self.fusion.refine(zq, tokens.mae_tokens)[0]
-
     @torch.no_grad()
     def generate(
         self,
