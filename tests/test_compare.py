@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -343,6 +344,43 @@ def test_a_failed_run_says_why(plan: Plan) -> None:
     with pytest.raises(UserError, match=r"a, seed 1, first failed: .*error.*console\.txt"):
         run.run_cell(plan.cells()[0])
     assert not plan.cells()[0].finished
+
+
+def test_runs_side_by_side_and_what_they_share_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = content(tmp_path)
+    given["variants"]["c"] = {"asked": {"z": 1}}  # the trainings of "b" but for y
+    cells = make(tmp_path, given).cells(["a", "b", "c"], [1])
+    together, ran = threading.Barrier(2, timeout=10), []
+
+    def fake(cell: Cell) -> None:
+        if cell.variant != "c" and cell.stage.name == "first":
+            together.wait()  # passed by two at once only
+        finish(cell)
+        ran.append(cell)
+
+    monkeypatch.setattr(run, "run_cell", fake)
+    run.run_all(cells, jobs=2)
+    assert sorted(cell.folder for cell in ran) == sorted({cell.folder for cell in cells})
+    for name in "abc":
+        stages = [cell.stage.name for cell in ran if cell.variant == name]
+        assert stages == [stage for stage in ("first", "second", "asked") if stage in stages], "in order"
+    run.run_all(cells, jobs=2)
+    assert len(ran) == 8, "nothing is run again"
+    with pytest.raises(UserError, match="--jobs 0: at least one"):
+        run.main([SHIPPED, "--jobs", "0"])
+
+
+def test_after_a_failed_run_no_other_begins(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    def fail(cell: Cell) -> None:
+        begun.append(cell)
+        raise UserError("out of memory")
+
+    monkeypatch.setattr(run, "run_cell", fail)
+    with pytest.raises(UserError, match="out of memory"):
+        run.run_all(plan.cells())
+    assert len(begun) == 1
 
 
 def test_the_list_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,10 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,22 +45,61 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--lenient", action="store_true", help="keep runs of another code or other library versions too"
     )
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="how many runs side by side; small ones share a GPU well"
+    )
     parser.add_argument("--list", action="store_true", help="list the runs and which are finished; run nothing")
     args = parser.parse_args(argv)
+    if args.jobs < 1:
+        raise UserError(f"--jobs {args.jobs}: at least one run at a time")
     plan = replace(read_plan(args.plan), lenient=args.lenient)
     cells = plan.cells(args.only, args.seeds)
     if args.list:
         print(listing(cells))
         return 0
-    for number, cell in enumerate(cells, start=1):
-        if not cell.finished:
-            title = f"{cell.variant}, seed {cell.seed}, {cell.stage.name}"
-            print(f"[{number}/{len(cells)}] {title}  ({cell.folder / SAID})", flush=True)
-            if reasons := cell.stale():
-                print(f"  anew, since {reason(reasons)}; the old run is {set_aside(cell)}", flush=True)
-            run_cell(cell)
+    run_all(cells, args.jobs)
     print(write(plan))
     return 0
+
+
+def run_all(cells: Sequence[Cell], jobs: int = 1) -> None:
+    """Run what is not finished: the stages of a variant's seed one after the other, ``jobs`` such chains side by side.
+
+    A run that chains share is run by the first of them, and waited for by the others.
+
+    Raises:
+        UserError: a run has failed; those in progress were waited for, and no other was begun.
+    """
+    numbered = enumerate(cells, start=1)
+    chains = [list(chain) for _, chain in itertools.groupby(numbered, key=lambda pair: (pair[1].variant, pair[1].seed))]
+    locks = {cell.folder: threading.Lock() for cell in cells}
+    halted = threading.Event()
+
+    def run_chain(chain: Sequence[tuple[int, Cell]]) -> None:
+        try:
+            for number, cell in chain:
+                with locks[cell.folder]:
+                    if not halted.is_set() and not cell.finished:
+                        announce(cell, f"[{number}/{len(cells)}]")
+                        run_cell(cell)
+        except BaseException:
+            halted.set()
+            raise
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for chain in as_completed([pool.submit(run_chain, chain) for chain in chains]):
+                chain.result()
+        except BaseException:  # Ctrl-C, which every run has got as well
+            halted.set()
+            raise
+
+
+def announce(cell: Cell, number: str) -> None:
+    """Say what is run now and where, and move an old run aside that is out of date."""
+    print(f"{number} {cell.variant}, seed {cell.seed}, {cell.stage.name}  ({cell.folder / SAID})", flush=True)
+    if reasons := cell.stale():
+        print(f"  anew, since {reason(reasons)}; the old run is {set_aside(cell)}", flush=True)
 
 
 def listing(cells: Sequence[Cell]) -> str:
