@@ -78,12 +78,12 @@ RECIPES = {
     "full": Recipe(
         scenes=60_000,
         wordings=4,
-        documents=40_000,
+        documents=160_000,
         heldout=1000,
         clip=Schedule(steps=10_000, batch=128, lr=1e-3, horizon=20_000, cooldown=0.4),
         mae=Schedule(steps=10_000, batch=256, lr=1.5e-3, horizon=20_000, cooldown=0.25),
         opt=Schedule(steps=15_600, batch=13, lr=3e-3),
-        notes=Schedule(steps=24_000, batch=8, lr=1e-3, muon=2.0),
+        notes=Schedule(steps=4200, batch=96, lr=1.5e-3, muon=2.0),  # minutes of a GPU, hours of a CPU
         t5=Schedule(steps=15_600, batch=64, lr=3e-3),
     ),
 }

@@ -36,7 +36,7 @@ from lavis_xformer.mini.language import Document, Turn
 PRESET = "standard"
 TRAIN, HELD_OUT = "pretrain", "pretrain-heldout"
 CHUNK = 500
-ASKED = (*QUESTION_KINDS, "attribute", "count_group", *4 * ("position",), *6 * ("relation",))
+ASKED = (*QUESTION_KINDS, "attribute", *3 * ("count_group",), *4 * ("position",), *6 * ("relation",))
 """What is asked of a scene: kinds of many forms, or of two objects to be looked up, more than once."""
 
 PLACES = 32
