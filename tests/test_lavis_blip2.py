@@ -72,6 +72,13 @@ def test_cross_attention_is_as_frequent_as_configured(arch: str) -> None:
     assert all(layer.has_cross_attention for layer in layers)
 
 
+def test_lavis_class_has_only_its_own_types() -> None:
+    from lavis.common.registry import registry
+
+    with pytest.raises(UserError, match=r"LavisBlip2 has no 'my/export'; There is: mini"):
+        registry.get_model_class("lavis_blip2").default_config_path("my/export")
+
+
 def test_stage2_of_lavis_class_reads_its_stage1_and_says_what_ours_says(images: torch.Tensor, tmp_path: Path) -> None:
     from lavis.common.registry import registry
 

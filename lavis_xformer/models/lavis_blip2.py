@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from lavis_xformer.assets import resolve
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.images import unpack
 from lavis_xformer.models import towers
 from lavis_xformer.models.checkpoints import CheckpointLoading, load_pretrained
@@ -44,8 +44,15 @@ class OwnParts(CheckpointLoading):
 
     @classmethod
     def default_config_path(cls, model_type: str) -> str:
-        """The YAML of a model type."""
-        return config_path(cls.PRETRAINED_MODEL_CONFIG_DICT[model_type])  # type: ignore[attr-defined]
+        """The YAML of a model type.
+
+        Raises:
+            UserError: there is no such type; an exported folder is none here.
+        """
+        types: dict[str, str] = cls.PRETRAINED_MODEL_CONFIG_DICT  # type: ignore[attr-defined]
+        if model_type not in types:
+            raise UserError(f"model_type: {cls.__name__} has no '{model_type}'; {nearest(model_type, types)}")
+        return config_path(types[model_type])
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> Any:
