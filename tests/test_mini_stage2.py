@@ -30,9 +30,11 @@ def test_it_says_something_about_any_image(loaded: Any) -> None:
         assert len(answers) == 1
 
 
-@pytest.mark.parametrize(("kind", "least"), [("count", 0.45), ("attribute", 0.35)])
+@pytest.mark.parametrize(
+    ("kind", "least"), [("count", 0.6), ("attribute", 0.55), ("mark", 0.5), ("position", 0.65), ("relation", 0.65)]
+)
 def test_it_sees_scenes_that_it_was_not_trained_on(kind: str, least: float, loaded: Any) -> None:
-    """What the card says of it, with a margin for 100 scenes; the most frequent answer is right for 0.17 and 0.10."""
+    """What docs/mini_world.md says of it, with a margin for up to 100 scenes; a guesser is right for 0.55 at most."""
     model, vis, _ = loaded
     scenes = [make_scene(0, "test", index) for index in range(100)]
     asked = [(scene, ask(scene, scene_rng(0, "test", scene.index, 9), kind)) for scene in scenes]
