@@ -7,6 +7,7 @@ import datetime
 import itertools
 import os
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,9 +104,20 @@ def process_group(device: str) -> Iterator[Placement]:
         world_size=place.world_size,
         timeout=TIMEOUT,
     )
-    yield place
-    dist.barrier()
+    try:
+        yield place
+        dist.barrier()
+    except BaseException:
+        _leave_group()
+        raise
     dist.destroy_process_group()
+
+
+def _leave_group() -> None:
+    """Stop torch's threads, which may abort an exit; within seconds, for a peer may hang in a collective."""
+    leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
+    leaving.start()
+    leaving.join(timeout=5)
 
 
 def share(value: T) -> T:
