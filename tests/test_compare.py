@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import os
+import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -368,6 +371,26 @@ def test_runs_side_by_side_and_what_they_share_once(tmp_path: Path, monkeypatch:
     assert len(ran) == 8, "nothing is run again"
     with pytest.raises(UserError, match="--jobs 0: at least one"):
         run.main([SHIPPED, "--jobs", "0"])
+
+
+def test_sigterm_stops_the_runs_in_progress(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = "print('begun', flush=True); import time; time.sleep(60)"
+    monkeypatch.setattr(Cell, "arguments", lambda cell: ["-c", code])
+    cells = plan.cells(["a", "b"], [1])
+    said = [cells[0].folder / run.SAID, cells[3].folder / run.SAID]
+
+    def stop() -> None:
+        while not all(path.is_file() and "begun" in path.read_text() for path in said):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run.run_all(cells, jobs=2)
+    assert time.monotonic() - start < 30, "they were not waited for to their ends"
+    assert not run.IN_PROGRESS
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_after_a_failed_run_no_other_begins(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

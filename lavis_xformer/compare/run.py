@@ -9,15 +9,17 @@ The command may be stopped and started at will.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +32,7 @@ from lavis_xformer.compare.tables import markdown
 from lavis_xformer.errors import UserError
 
 SAID = "console.txt"
+IN_PROGRESS: set[subprocess.Popen[bytes]] = set()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -86,13 +89,30 @@ def run_all(cells: Sequence[Cell], jobs: int = 1) -> None:
             halted.set()
             raise
 
-    with ThreadPoolExecutor(jobs) as pool:
+    with sigterm_for_all(), ThreadPoolExecutor(jobs) as pool:
         try:
             for chain in as_completed([pool.submit(run_chain, chain) for chain in chains]):
                 chain.result()
         except BaseException:  # Ctrl-C, which every run has got as well
             halted.set()
             raise
+
+
+@contextlib.contextmanager
+def sigterm_for_all() -> Iterator[None]:
+    """Within the block, hand SIGTERM on to every run, which saves its step and ends, and stop as by Ctrl-C."""
+
+    def hand_on(signum: int, frame: object) -> None:
+        for process in IN_PROGRESS.copy():
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(process.pid, signal.SIGTERM)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, hand_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def announce(cell: Cell, number: str) -> None:
@@ -142,8 +162,10 @@ def run_cell(cell: Cell) -> None:
     command, start = [sys.executable, *cell.arguments()], time.monotonic()
     with open(cell.folder / SAID, "a", encoding="utf-8") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        IN_PROGRESS.add(process)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
+        IN_PROGRESS.discard(process)
     if process.returncode != 0:
         lines = (cell.folder / SAID).read_text(encoding="utf-8").strip().splitlines()
         raise UserError(f"{cell.variant}, seed {cell.seed}, {cell.stage.name} failed: {lines[-1] if lines else ''} "
