@@ -15,6 +15,7 @@ import hashlib
 import json
 import platform
 import subprocess
+import threading
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,6 +34,7 @@ SOFTWARE = ("code", "python", *LIBRARIES)
 PLACES = ("run.output_dir", "run.job_id", "run.resume")  # where a run lies, not what it computes
 
 Json = dict[str, Any]
+_PARSING = threading.Lock()  # in two threads at once Python 3.11's parser may raise SystemError
 
 
 def inputs_of(config: str, options: Mapping[str, Any]) -> dict[str, str]:
@@ -125,10 +127,11 @@ def code() -> str:
 def code_now() -> str:
     """Return :func:`code` as the files are at this moment, not as they were when this process first asked."""
     trees = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = path.relative_to(PACKAGE)
-        if name.parts[0].removesuffix(".py") not in APART:
-            trees[name.as_posix()] = ast.dump(without_docstrings(ast.parse(path.read_text(encoding="utf-8"))))
+    with _PARSING:
+        for path in sorted(PACKAGE.rglob("*.py")):
+            name = path.relative_to(PACKAGE)
+            if name.parts[0].removesuffix(".py") not in APART:
+                trees[name.as_posix()] = ast.dump(without_docstrings(ast.parse(path.read_text(encoding="utf-8"))))
     return _digest(trees)
 
 
