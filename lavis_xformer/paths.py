@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, nearest
 
 CACHE_VARIABLE = "LAVIS_XFORMER_CACHE"
 LAVIS_CACHE = "/export/home/.cache/lavis"  # what LAVIS 1.0.2 hard-wires
@@ -30,6 +31,18 @@ def config_path(relative: str) -> str:
         relative: path below ``configs/``, as ``models/xformer_mini.yaml``.
     """
     return str(shipped_folder("configs") / relative)
+
+
+def type_path(model: Any, model_type: str) -> str:
+    """Return the path of the YAML of a model type, as LAVIS's ``default_config_path`` does.
+
+    Raises:
+        UserError: the class has no such type.
+    """
+    types: dict[str, str] = model.PRETRAINED_MODEL_CONFIG_DICT
+    if model_type not in types:
+        raise UserError(f"model_type: {model.__name__} has no '{model_type}'; {nearest(model_type, types)}")
+    return config_path(types[model_type])
 
 
 def project_path(path: str) -> Path:

@@ -32,7 +32,7 @@ from lavis_xformer.compare.tables import markdown
 from lavis_xformer.errors import UserError
 
 SAID = "console.txt"
-IN_PROGRESS: set[subprocess.Popen[bytes]] = set()
+IN_PROGRESS: set[int] = set()  # processes of the runs that SIGTERM is handed on to
 
 
 def main(argv: Sequence[str]) -> int:
@@ -103,9 +103,9 @@ def sigterm_for_all() -> Iterator[None]:
     """Within the block, hand SIGTERM on to every run, which saves its step and ends, and stop as by Ctrl-C."""
 
     def hand_on(signum: int, frame: object) -> None:
-        for process in IN_PROGRESS.copy():
+        for process_id in IN_PROGRESS.copy():
             with contextlib.suppress(ProcessLookupError):  # it has just ended
-                os.kill(process.pid, signal.SIGTERM)
+                os.kill(process_id, signal.SIGTERM)
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, hand_on)
@@ -162,10 +162,10 @@ def run_cell(cell: Cell) -> None:
     command, start = [sys.executable, *cell.arguments()], time.monotonic()
     with open(cell.folder / SAID, "a", encoding="utf-8") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
-        IN_PROGRESS.add(process)
+        IN_PROGRESS.add(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        IN_PROGRESS.discard(process)
+        IN_PROGRESS.discard(process.pid)
     if process.returncode != 0:
         lines = (cell.folder / SAID).read_text(encoding="utf-8").strip().splitlines()
         raise UserError(f"{cell.variant}, seed {cell.seed}, {cell.stage.name} failed: {lines[-1] if lines else ''} "

@@ -25,14 +25,14 @@ from typing_extensions import Self
 
 from lavis_xformer import losses
 from lavis_xformer.distributed import world_size
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError
 from lavis_xformer.images import unpack
 from lavis_xformer.models import towers
 from lavis_xformer.models.checkpoints import CheckpointLoading
 from lavis_xformer.models.frozen import Precision, compute_dtype, freeze, is_frozen, own_autocast
 from lavis_xformer.models.fusion import Fusion
 from lavis_xformer.models.mae import MaeFeatures, MaskedAutoencoder, sincos, unmasked
-from lavis_xformer.paths import config_path
+from lavis_xformer.paths import type_path
 
 
 class Tokens(NamedTuple):
@@ -291,12 +291,10 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         Raises:
             UserError: there is no such type.
         """
-        types = cls.PRETRAINED_MODEL_CONFIG_DICT
-        if model_type not in types:
-            if (exported := Path(model_type) / "config.yaml").is_file():
-                return str(exported)
-            raise UserError(f"model_type: {cls.__name__} has no '{model_type}'; {nearest(model_type, types)}")
-        return config_path(types[model_type])
+        exported = Path(model_type) / "config.yaml"
+        if model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT and exported.is_file():
+            return str(exported)
+        return type_path(cls, model_type)
 
     @classmethod
     def default_config(cls, model_type: str) -> Any:

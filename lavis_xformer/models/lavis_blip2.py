@@ -22,13 +22,13 @@ from omegaconf import DictConfig
 from torch import nn
 
 from lavis_xformer.assets import resolve
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError
 from lavis_xformer.images import unpack
 from lavis_xformer.models import towers
 from lavis_xformer.models.checkpoints import CheckpointLoading, load_pretrained
 from lavis_xformer.models.fusion import NoFusion
 from lavis_xformer.models.stage2 import XFormerStage2
-from lavis_xformer.paths import config_path
+from lavis_xformer.paths import type_path
 
 Samples = dict[str, Any]
 
@@ -49,10 +49,7 @@ class OwnParts(CheckpointLoading):
         Raises:
             UserError: there is no such type; an exported folder is none here.
         """
-        types: dict[str, str] = cls.PRETRAINED_MODEL_CONFIG_DICT  # type: ignore[attr-defined]
-        if model_type not in types:
-            raise UserError(f"model_type: {cls.__name__} has no '{model_type}'; {nearest(model_type, types)}")
-        return config_path(types[model_type])
+        return type_path(cls, model_type)
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> Any:
