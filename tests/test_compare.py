@@ -168,12 +168,18 @@ def test_what_names_no_file_has_no_content(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_code_is_what_runs_execute_without_its_words() -> None:
-    def dumped(source: str) -> str:
-        return ast.dump(inputs.without_docstrings(ast.parse(source)))
+    def written(source: str) -> object:
+        return inputs.written(inputs.without_docstrings(ast.parse(source)))
 
-    assert dumped('"""A."""\ndef f():\n    """B."""\n    return 1') == dumped("def f(): return 1  # one")
-    assert dumped("def f(): return 1") != dumped("def f(): return 2")
+    assert written('"""A."""\ndef f():\n    """B."""\n    return 1') == written("def f(): return 1  # one")
+    assert written("def f(): return 1") != written("def f(): return 2")
+    assert written("x = 0") != written("x = None") != written("x = []"), "constants are no empty fields"
     assert len(inputs.code_now()) == 12
+
+
+def test_code_is_the_same_in_every_python() -> None:
+    function = ["FunctionDef", {"name": "'f'", "args": ["arguments", {}], "body": [["Pass", {}]]}]
+    assert inputs.written(ast.parse("def f(): pass")) == ["Module", {"body": [function]}], "type_params are 3.12's"
 
 
 def test_a_yaml_may_state_its_difference_alone(tmp_path: Path) -> None:
@@ -391,6 +397,16 @@ def test_sigterm_stops_the_runs_in_progress(plan: Plan, monkeypatch: pytest.Monk
     assert time.monotonic() - start < 30, "they were not waited for to their ends"
     assert not run.IN_PROGRESS
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_run_begun_just_as_sigterm_comes_stops_too(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cell, "arguments", lambda cell: ["-c", "import time; time.sleep(60)"])
+    monkeypatch.setattr(run, "TERMINATED", threading.Event())
+    run.TERMINATED.set()
+    start = time.monotonic()
+    with pytest.raises(UserError, match="a, seed 1, first failed"):
+        run.run_cell(plan.cells()[0])
+    assert time.monotonic() - start < 30
 
 
 def test_after_a_failed_run_no_other_begins(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from lavis_xformer.errors import UserError
 
 SAID = "console.txt"
 IN_PROGRESS: set[int] = set()  # processes of the runs that SIGTERM is handed on to
+TERMINATED = threading.Event()  # SIGTERM has come
 
 
 def main(argv: Sequence[str]) -> int:
@@ -79,6 +80,7 @@ def run_all(cells: Sequence[Cell], jobs: int = 1) -> None:
     halted = threading.Event()
 
     def run_chain(chain: Sequence[tuple[int, Cell]]) -> None:
+        """Run what is to do of a chain, unless another one has failed."""
         try:
             for number, cell in chain:
                 with locks[cell.folder]:
@@ -103,11 +105,14 @@ def sigterm_for_all() -> Iterator[None]:
     """Within the block, hand SIGTERM on to every run, which saves its step and ends, and stop as by Ctrl-C."""
 
     def hand_on(signum: int, frame: object) -> None:
+        """Send SIGTERM to the runs in progress; one that is just being begun gets it from ``run_cell``."""
+        TERMINATED.set()
         for process_id in IN_PROGRESS.copy():
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.kill(process_id, signal.SIGTERM)
         raise KeyboardInterrupt
 
+    TERMINATED.clear()
     before = signal.signal(signal.SIGTERM, hand_on)
     try:
         yield
@@ -163,6 +168,8 @@ def run_cell(cell: Cell) -> None:
     with open(cell.folder / SAID, "a", encoding="utf-8") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
         IN_PROGRESS.add(process.pid)
+        if TERMINATED.is_set():  # while it was begun
+            process.terminate()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         IN_PROGRESS.discard(process.pid)
