@@ -69,7 +69,8 @@ def _verify(folder: Path, part: str) -> None:
     names = [name for name in sums if name.startswith(f"{part}/")]
     if not names:
         parts = {name.split("/")[0] for name in sums}
-        raise UserError(f"{SCHEME}{folder.name}/{part}: no such part, {nearest(part, parts)}")
+        own = "; one of your own is named by its path (lavis-xformer build-mini --only t5 --out DIR makes DIR/t5)"
+        raise UserError(f"{SCHEME}{folder.name}/{part} does not ship; {nearest(part, parts)}{own}")
     for name in names:
         path = folder / name
         if not path.is_file():

@@ -11,10 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from lavis.common.registry import registry
 from lavis.tasks.captioning import CaptionTask
 from lavis.tasks.retrieval import RetrievalTask
 
+from lavis_xformer import metrics
 from lavis_xformer.distributed import is_main
 from lavis_xformer.protocols import (
     CAPTION_PROTOCOLS,
@@ -78,6 +80,16 @@ class XFormerRetrievalTask(RetrievalTask):
         asked = {"k_test": cfg.run_cfg.k_test, "image_size": task.config.get("model", {}).get("image_size")}
         task.protocol = protocol | asked
         return task
+
+    def evaluation(self, model: Any, data_loader: Any, **unused: object) -> Row | None:
+        """Rank as LAVIS; beside its recalls (``txt_r1``: from image to text) stands what chance gives."""
+        figures: Row | None = super().evaluation(model, data_loader)
+        if figures is None:
+            return None
+        image_of = data_loader.dataset.txt2img
+        chance = metrics.chance_recalls(torch.tensor([image_of[text] for text in range(len(image_of))]))
+        names = {"i2t": "txt", "t2i": "img"}
+        return {**figures, **{f"chance_{names[key[:3]]}{key[3:]}": value for key, value in chance.items()}}
 
     def after_evaluation(self, val_result: Row | None, split_name: str, **unused: object) -> Row | None:
         """Write recalls at 1, 5 and 10, in percent, with how they were ranked."""

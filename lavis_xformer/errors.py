@@ -24,17 +24,17 @@ def nearest(name: str, options: Iterable[str]) -> str:
         options: the names that exist.
 
     Returns:
-        ``"did you mean 'a'? There is: a, b, c"``; without the question where nothing is similar. Of many names only
+        ``"did you mean 'a'? There is: a, b, c"``; ``"there is: a, b, c"`` where nothing is similar. Of many names only
         the most similar are shown, and how many others there are.
     """
     known = sorted(options)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     ordered = close + [option for option in known if option not in close]
-    question = f"did you mean '{close[0]}'? " if close else ""
+    there_is = f"did you mean '{close[0]}'? There is" if close else "there is"
     if len(known) <= 1.5 * _SHOWN:
-        return f"{question}There is: {', '.join(ordered) or 'nothing'}"
+        return f"{there_is}: {', '.join(ordered) or 'nothing'}"
     ordered = difflib.get_close_matches(name, known, n=_SHOWN, cutoff=0.0)
-    return f"{question}There is: {', '.join(ordered)} and {len(known) - len(ordered)} others"
+    return f"{there_is}: {', '.join(ordered)} and {len(known) - len(ordered)} others"
 
 
 def lost_worker(error: BaseException) -> str | None:

@@ -174,7 +174,7 @@ class PortableRunner(RunnerBase):
 
     @property
     def dataloaders(self) -> dict[str, Any]:
-        """One loader for each split; several training datasets are joined.
+        """One loader for each split, of a run that trains nothing for each to evaluate; training datasets are joined.
 
         Raises:
             UserError: a split that ``run:`` names does not exist, or several datasets have one to evaluate.
@@ -183,11 +183,14 @@ class PortableRunner(RunnerBase):
             run = self.config.run_cfg
             self._check_splits()
             self.datasets = concat_datasets(reorg_datasets_by_split(self.datasets))
+            if self.evaluate_only:
+                asked = {*self.valid_splits, *self.test_splits}
+                self.datasets = {split: dataset for split, dataset in self.datasets.items() if split in asked}
             loaders = self.create_loaders(
                 datasets=list(self.datasets.values()),
                 num_workers=int(run.num_workers),
                 batch_sizes=[run.batch_size_train if s == "train" else run.batch_size_eval for s in self.datasets],
-                is_trains=[split in self.train_splits for split in self.datasets],
+                is_trains=[split in self.train_splits and not self.evaluate_only for split in self.datasets],
                 collate_fns=[getattr(dataset, "collater", None) for dataset in self.datasets.values()],
                 dataset_ratios=run.get("train_dataset_ratios"),
             )

@@ -102,6 +102,8 @@ def test_retrieval_by_hand_with_its_protocol(tmp_path: Path) -> None:
     figures = task.after_evaluation(task.evaluation(Ranker(), SimpleNamespace(dataset=dataset)), "test", epoch="best")
     assert (figures["txt_r1"], figures["txt_r5"]) == (50, 100)
     assert figures["img_r1"] == pytest.approx(200 / 3)  # text 2 is nearer to image 0
+    assert figures["chance_txt_r1"] == pytest.approx(50), "a third for image 0, two for image 1"
+    assert figures["chance_img_r1"] == pytest.approx(50)
     result = json.loads((tmp_path / "result" / "test_coco_caption.json").read_text())
     assert result["protocol"] == {"name": "paper", "k_test": 2, "image_size": 364}
     assert result["figures"] == figures

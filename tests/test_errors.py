@@ -7,8 +7,8 @@ from lavis_xformer.errors import nearest
 
 def test_all_of_few_names_the_similar_ones_first():
     assert nearest("bat", ["dog", "cat", "cow"]) == "did you mean 'cat'? There is: cat, cow, dog"
-    assert nearest("zzz", ["dog", "cat"]) == "There is: cat, dog"
-    assert nearest("zzz", []) == "There is: nothing"
+    assert nearest("zzz", ["dog", "cat"]) == "there is: cat, dog"
+    assert nearest("zzz", []) == "there is: nothing"
 
 
 def test_the_nearest_of_many_names_and_how_many_others():

@@ -75,7 +75,7 @@ def test_cross_attention_is_as_frequent_as_configured(arch: str) -> None:
 def test_lavis_class_has_only_its_own_types() -> None:
     from lavis.common.registry import registry
 
-    with pytest.raises(UserError, match=r"LavisBlip2 has no 'my/export'; There is: mini"):
+    with pytest.raises(UserError, match=r"LavisBlip2 has no 'my/export'; there is: mini"):
         registry.get_model_class("lavis_blip2").default_config_path("my/export")
 
 

@@ -275,6 +275,15 @@ def test_evaluation_checks_all_splits_before_it_begins(tmp_path):
         runner.train()
 
 
+def test_an_evaluation_needs_no_batch_of_training_data(tmp_path):
+    few = {"toy": {"train": toy_training.ToyPairs(1), "val": toy_training.ToyPairs(16)}}
+    runner = toy_training.make_runner(tmp_path, datasets=few, evaluate=True, valid_splits=["val"], test_splits=[])
+    assert list(runner.train()["test"]) == ["val"]
+    assert list(runner.dataloaders) == ["val"]
+    with pytest.raises(UserError, match="has only 1 samples"):
+        toy_training.make_runner(tmp_path / "trains", datasets=few).train()
+
+
 def test_a_split_of_two_datasets_cant_be_evaluated(tmp_path):
     parts = {name: {split: toy_training.ToyPairs(16) for split in ("train", "val")} for name in ("a", "b")}
     with pytest.raises(UserError, match=r"a and b each have a split 'val'.*datasets\.b\..*annotations\.val=null"):
