@@ -23,7 +23,7 @@ from lavis_xformer import launch, scoring
 from lavis_xformer.distributed import is_main
 from lavis_xformer.engine import jobs
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.protocols import Protocol, protocol_of
+from lavis_xformer.protocols import PROTOCOL_KEYS, Protocol, protocol_of
 from lavis_xformer.tasks import own_batches
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ SAVED = Item._fields[:-1]
 class BenchmarkTask(BaseTask):
     """Asks the questions of one dataset: GVT-bench, POPE, MMVP, or scenes (``xformer_scenes_vqa``)."""
 
-    CONFIG_KEYS = frozenset({"protocol", "scorer", "blind"})
+    CONFIG_KEYS = frozenset({"protocol", "scorer", "blind", *PROTOCOL_KEYS})
 
     def __init__(
         self, *, protocol: Protocol, scorer: str = "strict", blind: bool = False, config: dict[str, Any] | None = None
@@ -115,20 +115,27 @@ class BenchmarkTask(BaseTask):
     ) -> dict[str, float]:
         """Score the answers, write ``result/<split>_<dataset>.json`` and return the figures in percent.
 
-        A question without an answer, as of an image that could not be read, counts as answered by "".
+        A question without an answer, as of an image that could not be read, counts as answered by "". The answers
+        are written before they are scored, so that they are kept whatever scoring says.
         """
         found = items(self._dataset, val_result)
+        self.write(split_name, found, {})
         scores = score(found, self.scorer)
-        if is_main():
-            name = next(iter(self.config.get("datasets", {"questions": None})))
-            path = Path(registry.get_path("result_dir")) / f"{split_name}_{name}.json"
-            jobs.write_json(path, {"benchmark": name, "split": split_name, **self.report(found, scores)})
-            logger.info("result  %s", path)
+        self.write(split_name, found, scores)
         return figures(scores)
 
+    def write(self, split: str, found: Sequence[Item], scores: Mapping[str, scoring.Score]) -> None:
+        """Write the result file on the main rank; without scores, say where the answers are."""
+        if is_main():
+            name = next(iter(self.config.get("datasets", {"questions": None})))
+            path = Path(registry.get_path("result_dir")) / f"{split}_{name}.json"
+            jobs.write_json(path, {"benchmark": name, "split": split, **self.report(found, scores)})
+            if not scores:
+                logger.info("result  %s", path)
+
     def report(self, found: Sequence[Item], scores: Mapping[str, scoring.Score]) -> dict[str, Any]:
-        """Return everything there is to know about an evaluation, ready for JSON."""
-        right = {number: ok for group in scores for number, ok in correct_of(found, scores, group)}
+        """Return everything there is to know about an evaluation, ready for JSON; ``scores`` may be empty."""
+        right = {number: {"correct": ok} for group in scores for number, ok in correct_of(found, scores, group)}
         return {
             "protocol": asdict(self.protocol),
             "scorer": self.scorer,
@@ -136,10 +143,10 @@ class BenchmarkTask(BaseTask):
             "question_files": getattr(self._dataset, "question_files", []),
             "question_sha256": getattr(self._dataset, "question_sha256", [fingerprint(found)]),
             "template": getattr(self._dataset, "template", "raw"),
-            "figures": figures(scores),
+            "figures": figures(scores) if scores else {},
             "scores": {group: entry.summary() for group, entry in scores.items()},
             "answers": [
-                {key: getattr(item, key) for key in SAVED} | {"correct": right[item.question_id]} for item in found
+                {key: getattr(item, key) for key in SAVED} | right.get(item.question_id, {}) for item in found
             ],
             "config": self.config,
             "versions": jobs.versions(),

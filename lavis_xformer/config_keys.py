@@ -14,11 +14,16 @@ from lavis_xformer.errors import UserError, nearest
 # attribute CONFIG_KEYS: model, dataset builder, task, runner or schedule.
 RUN_KEYS = frozenset(
     "accum_grad_iters amp batch_size_eval batch_size_train beta2 device dist_backend dist_url distributed evaluate "
-    "gpu init_lr iters_per_inner_epoch log_freq lr_decay_rate lr_sched max_epoch max_iters max_len min_len min_lr "
-    "num_beams num_workers output_dir prompt rank resume_ckpt_path runner seed task test_splits train_dataset_ratios "
-    "train_splits use_dist_eval_sampler valid_splits warmup_lr warmup_steps weight_decay world_size".split()
+    "gpu init_lr iters_per_inner_epoch log_freq lr_sched max_epoch max_iters min_lr num_workers output_dir rank "
+    "resume_ckpt_path runner seed task test_splits train_dataset_ratios train_splits use_dist_eval_sampler "
+    "valid_splits warmup_lr warmup_steps weight_decay world_size".split()
 )
-LAVIS_TASK_KEYS = frozenset("inference_method k_test num_ans_candidates report_metric".split())  # of LAVIS's own tasks
+LAVIS_KEYS = {  # of LAVIS's own classes, by role
+    "task": frozenset(
+        "inference_method k_test max_len min_len num_ans_candidates num_beams prompt report_metric".split()
+    ),
+    "lr_sched": frozenset({"lr_decay_rate"}),
+}
 WORDS_TOO = ("run.amp", "run.resume")  # True or False, or a word
 RUN_KEYS_TABLE = "docs/engine.md"  # what they mean
 MODEL_KEYS = frozenset("arch model_type load_finetuned load_pretrained finetuned pretrained".split())
@@ -83,8 +88,9 @@ def _optional_keys(classes: dict[str, Any]) -> list[str]:
         return frozenset().union(*(getattr(classes.get(name), "CONFIG_KEYS", ()) for name in names))
 
     keys = {"run": RUN_KEYS | own("runner", "task", "lr_sched"), "model": MODEL_KEYS | own("model")}
-    if not _is_ours(classes["task"]):
-        keys["run"] |= LAVIS_TASK_KEYS
+    for role, names in LAVIS_KEYS.items():
+        if role in classes and not _is_ours(classes[role]):
+            keys["run"] |= names
     if not own("model"):
         keys["model"] = frozenset("*")
     for section in classes:

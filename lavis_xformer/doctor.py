@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     """Run all checks, print a line for each, and return 1 where something is wrong, else 0."""
     parser = argparse.ArgumentParser(prog="lavis-xformer doctor", description=__doc__)
     parser.add_argument("--cfg-path", help="a run's YAML, whose names, keys and files are checked too")
-    parser.add_argument("--options", nargs="+", default=[], help="section.key=value, as for the run")
+    parser.add_argument("--options", nargs="+", action="extend", default=[], help="section.key=value, as for the run")
     arguments = parser.parse_args(argv)
     findings: list[Finding] = []
     for finding in examine(arguments.cfg_path, arguments.options):
@@ -214,12 +214,12 @@ def check_yaml(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
     from lavis_xformer import register
     from lavis_xformer.config import load_config
     from lavis_xformer.config_keys import nodes
-    from lavis_xformer.engine.options import check_needed
+    from lavis_xformer.engine.options import check_lavis_keys
 
     register()
     try:
         config = load_config(cfg_path, options).config
-        check_needed(config.run)
+        check_lavis_keys(config.run)
     except UserError as error:
         yield Finding("YAML", "WRONG", str(error), "correct it, or override it with --options")
         return

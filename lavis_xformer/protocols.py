@@ -49,6 +49,8 @@ CAPTION_PROTOCOLS = {
 #: stage 1 ranks by ITC, and so many of the best anew by ITM
 RETRIEVAL_PROTOCOLS = {name: {"name": name, "k_test": 128} for name in ("paper", "lavis")}
 
+PROTOCOL_KEYS = ("prompt", "num_beams", "max_len", "min_len")  # of ``run:``, which may change a protocol
+
 
 def named(run: Any, protocols: Mapping[str, Any]) -> Any:
     """Return the protocol that ``run.protocol`` names, ``paper`` where it says nothing.
@@ -68,14 +70,14 @@ def protocol_of(run: Any, protocols: Mapping[str, Protocol] = PROTOCOLS) -> Prot
     Raises:
         UserError: there is no such protocol.
     """
-    changes = {key: run[key] for key in ("prompt", "num_beams", "max_len", "min_len") if run.get(key) is not None}
+    changes = {key: run[key] for key in PROTOCOL_KEYS if run.get(key) is not None}
     return replace(named(run, protocols), **changes)
 
 
 class WithProtocol:
     """Before a task of LAVIS: asks by ``run.protocol`` and writes down how."""
 
-    CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset({"protocol"})
+    CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset({"protocol", *PROTOCOL_KEYS})
     PROTOCOLS: ClassVar[Mapping[str, Protocol]] = PROTOCOLS
     protocol: Protocol
     config: dict[str, Any]
@@ -89,7 +91,7 @@ class WithProtocol:
         """
         task = super().setup_task(cfg)  # type: ignore[misc]
         task.protocol, task.config = protocol_of(cfg.run_cfg, cls.PROTOCOLS), cfg.to_dict()
-        for name in ("prompt", "num_beams", "max_len", "min_len"):
+        for name in PROTOCOL_KEYS:
             setattr(task, name, getattr(task.protocol, name))
         return task
 

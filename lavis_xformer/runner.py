@@ -9,7 +9,7 @@ import logging
 import math
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lavis.common.registry import registry
@@ -20,11 +20,11 @@ from lavis_xformer import launch
 from lavis_xformer.distributed import is_main, rank, world_size
 from lavis_xformer.engine import checkpoint, jobs, rng
 from lavis_xformer.engine.interruption import Interruption
-from lavis_xformer.engine.log import MetricsLog, peak_memory_mb
+from lavis_xformer.engine.log import MetricsLog, peak_memory_mb, plain
 from lavis_xformer.engine.loop import EpochLoop, Rules
 from lavis_xformer.engine.state import TrainingState
 from lavis_xformer.engine.step import Stepper
-from lavis_xformer.engine.weights import load_trainable
+from lavis_xformer.engine.weights import load_trainable, weights_told
 from lavis_xformer.errors import UserError
 from lavis_xformer.portable_runner import PortableRunner, size_of
 
@@ -41,6 +41,7 @@ class XFormerRunner(PortableRunner):
         self.interruption = Interruption()
         self.metrics_log: MetricsLog | None = None
         self._save_error = ""
+        self._lock: IO[str] | None = None
 
     @cached_property
     def stepper(self) -> Stepper:
@@ -82,6 +83,7 @@ class XFormerRunner(PortableRunner):
         with self.interruption:
             if self.evaluate_only:
                 return self._evaluate_only()
+            self._lock = jobs.claim(self.output_dir)
             finished = self._resume()
             if finished is not None:
                 return finished
@@ -149,7 +151,8 @@ class XFormerRunner(PortableRunner):
             results = self.task.evaluation(model, loader, cuda_enabled=self.device.type == "cuda")
             if results is None:
                 return None
-            return self.task.after_evaluation(val_result=results, split_name=split_name, epoch=cur_epoch)
+            figures = self.task.after_evaluation(val_result=results, split_name=split_name, epoch=cur_epoch)
+            return figures and {name: plain(value) for name, value in figures.items()}  # a checkpoint may hold them
 
     def _validate(self, epoch: int) -> None:
         """Evaluate the validation splits; the best epoch's checkpoint gets a second name."""
@@ -237,19 +240,17 @@ class XFormerRunner(PortableRunner):
 
     def _announce(self) -> None:
         """Say what is about to be done."""
-        model, run = self.state.model, self.config.run_cfg
-        frozen, trained = (
-            sum(p.numel() for p in model.parameters() if p.requires_grad is wanted) / 1e6 for wanted in (False, True)
-        )
-        sizes = ", ".join(f"{split} {size_of(data)}" for split, data in self.datasets.items())
-        workers = f"{world_size()} process(es), {self.device.type}, mixed precision: {self.amp}"
+        batch = f"{self.config.run_cfg.batch_size_train} x {world_size()} x {self.accum_grad_iters}"
         steps = f"{self.max_epoch} epochs of {self.steps_per_epoch} steps"
-        batch = f"{run.batch_size_train} x {world_size()} x {self.accum_grad_iters}"
-        logger.info("model   %s: %.2f M trained, %.2f M frozen", type(model).__name__, trained, frozen)
-        logger.info("data    %s", sizes)
-        logger.info("train   %s, batch x processes x accumulation: %s", steps, batch)
-        logger.info("on      %s", workers)
-        logger.info("output  %s", self.output_dir)
+        told = {
+            "model": weights_told(self.state.model),
+            "data": ", ".join(f"{split} {size_of(data)}" for split, data in self.datasets.items()),
+            "train": f"{steps}, batch x processes x accumulation: {batch}",
+            "on": f"{world_size()} process(es), {self.device.type}, mixed precision: {self.amp}",
+            "output": self.output_dir,
+        }
+        for name, value in told.items():
+            logger.info("%-7s %s", name, value)
 
     # --- checkpoints ------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lavis.common.registry import registry
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset, IterableDataset
 
 from lavis_xformer import launch
 from lavis_xformer.errors import UserError
@@ -40,7 +40,7 @@ class Stage2Task(NamedLossTask):
     exact match, beside the most frequent answer to questions of the kind. ``agg_metrics`` is the mean of both.
     """
 
-    CONFIG_KEYS = frozenset({"max_answer_len"})
+    CONFIG_KEYS = frozenset({"num_beams", "max_len", "max_answer_len"})
 
     def __init__(self, *, num_beams: int = 1, max_len: int = 30, max_answer_len: int = 10) -> None:
         """Say how texts are generated.
@@ -67,7 +67,11 @@ class Stage2Task(NamedLossTask):
         )
 
     def build_datasets(self, cfg: Any) -> dict[str, Any]:
-        """Build the datasets; where some ask questions and some don't, join those of a split."""
+        """Build the datasets; where some ask questions and some don't, join those of a split.
+
+        Raises:
+            UserError: a dataset is empty, or one that would have to be joined is a stream.
+        """
         datasets = super().build_datasets(cfg)
         splits: dict[str, list[Any]] = defaultdict(list)
         for dataset in datasets.values():
@@ -75,6 +79,8 @@ class Stage2Task(NamedLossTask):
                 splits[split].append(part)
         if all(len({asks(part) for part in parts}) == 1 for parts in splits.values()):
             return datasets
+        if any(isinstance(part, IterableDataset) for parts in splits.values() for part in parts):
+            raise UserError(f"{' and '.join(datasets)}: shards can't be joined with questions; train on either")
         return {"captions_and_questions": {split: CaptionsAndQuestions(parts) for split, parts in splits.items()}}
 
     def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
@@ -136,16 +142,8 @@ class Stage2Task(NamedLossTask):
         return rows
 
 
-class CaptionsAndQuestions(Dataset[Samples]):
+class CaptionsAndQuestions(ConcatDataset[Samples]):
     """Datasets of captions and of questions as one of questions: a caption answers the empty one."""
-
-    def __init__(self, datasets: Sequence[Any]) -> None:
-        """Join map-style datasets."""
-        self.joined: ConcatDataset[Any] = ConcatDataset(datasets)
-
-    def __len__(self) -> int:
-        """Return the number of captions and questions."""
-        return len(self.joined)
 
     def __getitem__(self, index: int) -> Samples:
         """Return image, text_input (the question or ""), answers, weights and kind.
@@ -153,7 +151,7 @@ class CaptionsAndQuestions(Dataset[Samples]):
         Raises:
             UserError: a question without an answer.
         """
-        sample = self.joined[index]
+        sample = super().__getitem__(index)
         answer = sample.get("answer")  # datasets for evaluation give one, those for training ``answers``
         if answers := sample.get("answers", [answer] if answer else None):
             asked = {"answers": answers, "weights": sample.get("weights", [1.0]), "kind": sample.get("kind", "answer")}
@@ -178,9 +176,13 @@ class CaptionsAndQuestions(Dataset[Samples]):
 def asks(dataset: Any) -> bool:
     """Whether a dataset gives questions with answers, by its first annotation; no image is opened.
 
+    A stream of shards, which has no annotations, gives captions.
+
     Raises:
         UserError: it is empty.
     """
+    if isinstance(dataset, IterableDataset):
+        return False
     if not len(dataset):
         raise UserError(f"{type(dataset).__name__} has no samples")
     row = dataset.annotation[0]

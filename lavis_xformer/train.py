@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -17,7 +16,9 @@ def arguments(argv: Sequence[str], doc: str | None) -> argparse.Namespace:
     """Parse LAVIS's arguments."""
     parser = argparse.ArgumentParser(prog="python -m lavis." + Path(sys.argv[0]).stem, description=doc)
     parser.add_argument("--cfg-path", required=True, help="the run's YAML")
-    parser.add_argument("--options", nargs="+", default=[], help="change values of the YAML: run.max_epoch=3 ...")
+    parser.add_argument(
+        "--options", nargs="+", action="extend", default=[], help="change values of the YAML: run.max_epoch=3 ..."
+    )
     parser.add_argument("--traceback", action="store_true", help="show where an error comes from")
     return parser.parse_args(argv)
 
@@ -60,10 +61,10 @@ def build_runner(config: Any, place: Any, *, runner_name: str | None = None) -> 
     from lavis_xformer import launch
     from lavis_xformer.engine import rng
     from lavis_xformer.engine.log import setup_logging
-    from lavis_xformer.engine.options import RunOptions, check_needed
+    from lavis_xformer.engine.options import RunOptions, check_lavis_keys
 
     setup_logging(shown=place.rank == 0)
-    check_needed(config.run_cfg)
+    check_lavis_keys(config.run_cfg)
     options = RunOptions.from_config(config.run_cfg)
     job_id = choose_job(config, options)
     rng.seed_everything(options.seed)
@@ -106,7 +107,7 @@ def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
     print(f"\ncheckpoint  {show(newest)}\nlog         {show(folder / 'log.jsonl')}")
     print(f"curves      {show(picture)}\nreport      {show(page)}")
     if runner.options.next_command:
-        follows = runner.options.next_command.replace("{checkpoint}", show(newest))
+        follows = runner.options.next_command.replace("{checkpoint}", shlex.quote(show(newest)))
         print(f"next        {as_called_here(follows)}")
 
 
@@ -140,11 +141,13 @@ def show(path: Path | None) -> str:
 
 
 def as_called_here(command: str) -> str:
-    """Name this interpreter in a ``python ...`` command where ``python`` is another one, as without activation."""
-    found = shutil.which("python")
-    if found and Path(found).absolute() == Path(sys.executable).absolute():
+    """Name this environment's own program in a command where its name finds another or none, as without activation."""
+    name, _, rest = command.partition(" ")
+    own = {"python": Path(sys.executable), "lavis-xformer": Path(sys.executable).with_name("lavis-xformer")}.get(name)
+    found = shutil.which(name)
+    if own is None or (found and Path(found).absolute() == own.absolute()):
         return command
-    return re.sub(r"^python(?= )", lambda _: shlex.quote(show(Path(sys.executable))), command)
+    return f"{shlex.quote(show(own))} {rest}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

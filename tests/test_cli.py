@@ -13,7 +13,7 @@ import pytest
 
 from lavis_xformer import __version__, cli
 from lavis_xformer.errors import UserError
-from lavis_xformer.train import as_called_here
+from lavis_xformer.train import arguments, as_called_here
 
 
 def fail(error: BaseException):
@@ -99,6 +99,11 @@ def test_every_command_exists_and_shows_its_help(name: str, capsys):
     assert "usage:" in capsys.readouterr().out
 
 
+def test_options_may_come_in_several_parts():
+    words = "--cfg-path a.yaml --options run.seed=1 run.max_epoch=2 --options run.amp=bf16".split()
+    assert arguments(words, None).options == ["run.seed=1", "run.max_epoch=2", "run.amp=bf16"]
+
+
 def test_the_next_command_names_the_interpreter_that_python_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +113,7 @@ def test_the_next_command_names_the_interpreter_that_python_is_not(
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.chdir(tmp_path)
     assert as_called_here("python -m lavis.train") == "'a venv/bin/python' -m lavis.train"
+    assert as_called_here("lavis-xformer compare a.yaml") == "'a venv/bin/lavis-xformer' compare a.yaml"
     assert as_called_here("torchrun -m lavis.train") == "torchrun -m lavis.train"
     monkeypatch.setenv("PATH", str(python.parent))
     assert as_called_here("python -m lavis.train") == "python -m lavis.train"

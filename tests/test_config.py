@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 import lavis_xformer
 from lavis_xformer.errors import UserError
@@ -226,26 +227,57 @@ def test_our_runner_knows_every_key_of_run_whatever_the_task(load, task: str):
         load(text=OURS.replace("task: image_text_pretrain", f"task: {task}\n  max_grad_nrom: 1.0"))
 
 
+ASKING = {"prompt", "num_beams", "max_len", "min_len"}
+
+
 @pytest.mark.parametrize(
     ("task", "keys"),
     [
-        ("vqa", {"inference_method", "num_ans_candidates", "k_test", "report_metric"}),  # LAVIS's, which lists none
-        ("xformer_vqa", {"inference_method", "num_ans_candidates"}),
-        ("xformer_captioning", {"report_metric"}),
+        # LAVIS's, which lists none
+        ("vqa", ASKING | {"inference_method", "num_ans_candidates", "k_test", "report_metric"}),
+        ("xformer_vqa", ASKING | {"inference_method", "num_ans_candidates"}),
+        ("xformer_captioning", ASKING | {"report_metric"}),
         ("xformer_retrieval", {"k_test"}),
-        ("xformer_benchmark", set()),
+        ("xformer_benchmark", ASKING),
         ("xformer_stage1", set()),
-        ("xformer_stage2", set()),
+        ("xformer_stage2", {"num_beams", "max_len"}),
     ],
 )
 def test_a_task_takes_the_keys_that_it_reads(load, task: str, keys: set[str]):
-    for key in ("inference_method", "num_ans_candidates", "k_test", "report_metric"):
+    for key in (*ASKING, "inference_method", "num_ans_candidates", "k_test", "report_metric"):
         text = OURS.replace("task: image_text_pretrain", f"task: {task}\n  {key}: 1")
         if key in keys:
             assert load(text=text).run_cfg[key] == 1
         else:
             with pytest.raises(UserError, match=rf"run\.{key}: no configuration knows this key"):
                 load(text=text)
+
+
+def test_a_schedule_takes_the_keys_that_it_reads(load):
+    assert load("run.lr_sched=linear_warmup_step_lr", "run.lr_decay_rate=0.5", text=OURS).run_cfg.lr_decay_rate == 0.5
+    with pytest.raises(UserError, match=r"run\.lr_decay_rate: no configuration knows this key"):
+        load("run.lr_sched=xformer_warmup_cosine_lr", "run.lr_decay_rate=0.5", text=OURS)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("run.accum_grad_iters=0", r"run\.accum_grad_iters is 0; it must be at least 1"),
+        ("run.batch_size_train=0", r"run\.batch_size_train is 0; it must be at least 1"),
+        ("run.num_workers=-1", r"run\.num_workers is -1; it must be at least 0"),
+        ("run.max_epoch=1.7", r"run\.max_epoch is 1\.7; it must be a whole number"),
+        ("run.init_lr=abc", r"run\.init_lr is 'abc'; it must be a float"),
+        ("run.valid_splits=val", r"run\.valid_splits is 'val'; it must be a list: \[val\]"),
+    ],
+)
+def test_impossible_values_of_laviss_keys(option: str, message: str):
+    from lavis_xformer.engine.options import NEEDED, NEEDED_TO_TRAIN, check_lavis_keys
+
+    key, _, value = option.removeprefix("run.").partition("=")
+    given = dict.fromkeys((*NEEDED, *NEEDED_TO_TRAIN), 1) | {"warmup_lr": -1}
+    check_lavis_keys(given)
+    with pytest.raises(UserError, match=message):
+        check_lavis_keys(given | {key: yaml.safe_load(value)})
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 from lavis.common.registry import registry
 
 import lavis_xformer
-from lavis_xformer.config_keys import RUN_KEYS
+from lavis_xformer.config_keys import LAVIS_KEYS, RUN_KEYS
 from lavis_xformer.engine.options import RunOptions
 
 PAGE = Path(__file__).parents[1] / "docs" / "engine.md"
@@ -22,6 +22,6 @@ def test_every_run_key_is_explained_and_no_other():
     explained = [key for row in rows for key in re.findall(r"`(\w+)`", row)]
     assert len(explained) == len(set(explained))
     tasks = registry.mapping["task_name_mapping"].values()
-    wanted = RUN_KEYS.union(*(getattr(task, "CONFIG_KEYS", ()) for task in tasks))
+    wanted = RUN_KEYS.union(*LAVIS_KEYS.values(), *(getattr(task, "CONFIG_KEYS", ()) for task in tasks))
     wanted |= {option.name for option in fields(RunOptions)}
     assert set(explained) == wanted

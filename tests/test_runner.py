@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import toy_training
@@ -171,6 +173,45 @@ def test_a_loss_that_is_not_finite_names_term_step_and_images(tmp_path):
     content = torch.load(bundle, weights_only=True)
     assert any("i3" in samples["image_id"] for samples in content["window"])
     assert all(value.isfinite().all() for value in content["model"].values())
+
+
+def test_what_was_trained_before_it_is_saved_and_repeats_or_skips_it(tmp_path):
+    skipping = toy_training.make_runner(tmp_path / "skips", broken=[7], skip_nonfinite=9)
+    skipping.train()
+    step = next(record["step"] for record in records(skipping, "step") if "nan" in record.values())
+    assert 1 < step <= 6, "else there was nothing to save in the first epoch"
+    for _ in range(2):
+        runner = toy_training.make_runner(tmp_path, broken=[7], resume="auto")
+        with pytest.raises(UserError, match=f"not finite in step {step - 1} of epoch 0: .*'i3'"):
+            runner.train()
+        assert [path.name for path in checkpoint.listed(runner.output_dir)] == [f"checkpoint_0_step{step - 1}.pth"]
+    again = toy_training.make_runner(tmp_path, broken=[7], resume="auto", skip_nonfinite=9)
+    assert again.train()["skipped"] == 3
+    assert_same(weights(again), weights(skipping))
+
+
+def test_figures_of_numpy_and_torch_leave_the_checkpoints_readable(tmp_path, monkeypatch):
+    runner = toy_training.make_runner(tmp_path, test_splits=["val"])
+    monkeypatch.setattr(
+        runner.task, "after_evaluation", lambda **_: {"agg_metrics": np.float64(1.5), "CIDEr": torch.tensor(0.5)}
+    )
+    assert runner.train()["best"] == {"epoch": 0, "split": "val", "agg_metrics": 1.5, "CIDEr": 0.5}
+    for path in runner.output_dir.glob("*.pth"):
+        assert checkpoint.read(path)["model"]
+
+
+def test_two_processes_dont_train_in_one_folder(tmp_path):
+    holder = f"from pathlib import Path; from lavis_xformer.engine import jobs; lock = jobs.claim(Path('{tmp_path}/a'))"
+    runner = toy_training.make_runner(tmp_path, job_id="a", max_epoch=1)
+    other = subprocess.Popen(
+        [sys.executable, "-c", f"{holder}; print(lock is not None, flush=True); input()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert other.stdout.readline() == "True\n"
+    with pytest.raises(UserError, match=r"another process trains in .*/a: wait for it or stop it"):
+        runner.train()
+    other.communicate("\n")
+    assert runner.train()["finished"]
 
 
 def test_such_steps_may_be_skipped(tmp_path):

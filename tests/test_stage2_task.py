@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import ChainDataset, DataLoader, Dataset
 
+from lavis_xformer.data.guard import guard, guards_in
 from lavis_xformer.data.image_text_datasets import QuestionEvalDataset
+from lavis_xformer.engine.sampling import Mixture
 from lavis_xformer.errors import UserError
 from lavis_xformer.stage2_task import (
     CAPTION,
@@ -23,6 +25,7 @@ from lavis_xformer.stage2_task import (
     score_captions,
     word_f1,
 )
+from lavis_xformer.tasks import NamedLossTask
 
 
 class Rows(Dataset[Any]):
@@ -62,6 +65,25 @@ def test_captions_and_questions_share_a_batch() -> None:
         asks(Rows())
     with pytest.raises(UserError, match="questions without answers"):
         CaptionsAndQuestions([CAPTIONS, Rows({"text_input": "where?", "question_id": 7})])[2]
+
+
+def test_joined_datasets_are_guarded_named_and_shared_one_by_one() -> None:
+    torn = Rows({"text_input": "a", "image": "a.png"}, {"text_input": "b", "image": "b.png"})
+    torn.__class__ = type("Torn", (Rows,), {"__getitem__": lambda self, index: self.rows[index]["missing"]})
+    joined = guard(CaptionsAndQuestions([QUESTIONS, torn]), on_corrupt="raise")
+    assert len(guards_in(joined)) == 2
+    with pytest.raises(UserError, match=r"^b\.png \(sample 1\): "):
+        joined[3]
+    assert Mixture.of(joined, [3, 1], samples=8).counts() == [6, 2]
+
+
+def test_a_stream_gives_captions_and_is_not_joined_with_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = {"stream": {"train": ChainDataset([])}, "captions": {"train": CAPTIONS}}
+    monkeypatch.setattr(NamedLossTask, "build_datasets", lambda self, cfg: built)
+    assert Stage2Task().build_datasets(None) is built
+    built["captions"] = {"train": QUESTIONS}
+    with pytest.raises(UserError, match="stream and captions: shards can't be joined with questions"):
+        Stage2Task().build_datasets(None)
 
 
 def test_a_caption_is_the_answer_to_no_question(make_stage2: Any) -> None:

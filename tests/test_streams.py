@@ -243,6 +243,12 @@ def test_laviss_names_of_an_iteration_based_run_are_read(location, tmp_path):
     assert (runner.state.position.steps, runner.max_epoch) == (15, 3)
 
 
+def test_iterations_alone_are_one_epoch(tmp_path):
+    runner = toy_training.make_runner(tmp_path, max_iters=4, max_epoch=None)
+    runner.train()
+    assert (runner.state.position.steps, runner.max_epoch) == (4, 1)
+
+
 def test_map_style_epochs_of_a_given_length_go_through_all_data(tmp_path):
     runner = toy_training.make_runner(tmp_path, iters_per_epoch=4, max_epoch=3, batch_size_train=8)
     indices = []

@@ -232,7 +232,7 @@ def guard(dataset: Any, *, on_corrupt: str = "skip") -> Any:
 def guards_in(dataset: Any) -> list[GuardedDataset]:
     """Find a dataset's guards: its own, and those of what it wraps or joins."""
     inside = getattr(dataset, "__dict__", {})
-    parts = [inside.get("dataset"), inside.get("joined"), *inside.get("datasets", [])]
+    parts = [inside.get("dataset"), *inside.get("datasets", [])]
     own = [dataset] if isinstance(dataset, GuardedDataset) else []
     return own + [found for part in parts if part is not None for found in guards_in(part)]
 

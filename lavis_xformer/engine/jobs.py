@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import platform
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from lavis_xformer import launch
+from lavis_xformer.distributed import is_main
 from lavis_xformer.engine import checkpoint
+from lavis_xformer.errors import UserError
 
-CONFIG_NAME, SUMMARY_NAME = "config.json", "summary.json"
+CONFIG_NAME, SUMMARY_NAME, LOCK_NAME = "config.json", "summary.json", ".lock"
 
 # What may differ between a run and its restart: where and how it runs, not what it computes.
 INCIDENTAL = {
@@ -66,6 +70,36 @@ def newest_matching(output_dir: Path, config: Mapping[str, Any]) -> str | None:
         if changes:
             logger.info("%s is another run: %s", path.parent, "; ".join(changes[:3]))
     return None
+
+
+def claim(folder: Path) -> IO[str] | None:
+    """Take a run's folder for this training; all ranks call it.
+
+    Returns:
+        The main process's open file, whose lock holds the folder until that process ends; ``None`` on other ranks.
+
+    Raises:
+        UserError: another process trains in it.
+    """
+    file = _locked(folder) if is_main() else None
+    if not launch.share(file is not None):
+        raise UserError(
+            f"another process trains in {folder}: wait for it or stop it (run.resume=auto then goes on), "
+            "or give this run a run.job_id of its own"
+        )
+    return file
+
+
+def _locked(folder: Path) -> IO[str] | None:
+    file = (folder / LOCK_NAME).open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its workers don't inherit it
+    except (BlockingIOError, PermissionError):
+        file.close()
+        return None
+    except OSError as error:  # a file system without locks
+        logger.warning("%s can't be locked (%s): see that no other process trains in it", folder, error)
+    return file
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

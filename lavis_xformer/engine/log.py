@@ -24,6 +24,11 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
+def plain(value: Any) -> Any:
+    """Return numbers of numpy or torch as Python's own, which a checkpoint may hold; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 class Averages:
     """Means of named values over the steps of an epoch."""
 

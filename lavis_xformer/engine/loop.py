@@ -112,8 +112,8 @@ class EpochLoop:
         """Train until ``batches`` batches of the epoch are done; return the epoch's mean terms.
 
         Raises:
-            UserError: a loss was not finite, or a rank's data can't be read or its loader lost a worker; then what was
-                trained is saved.
+            UserError: a loss was not finite, or a rank's data can't be read or its loader lost a worker; what was
+                trained until then is saved.
             SystemExit: after a signal, when the step is done and saved.
         """
         progress = self._progress(batches)
@@ -240,10 +240,20 @@ class EpochLoop:
             logger.warning("%s; skipped (%d)", about, self.position.skipped)
             return
         bundle = self._save_bundle(window, before, bad) if bad else None
+        self._save_before(before)
         raise UserError(
             f"{about}; the batch, weights and random state are in {bundle}; "
             "run.skip_nonfinite sets how many such steps to skip"
         )
+
+    def _save_before(self, before: dict[str, Any]) -> None:
+        """Save the run as it was before the present step; at an epoch's beginning it is saved already."""
+        self.position.skipped -= 1
+        self.stepper.discard()
+        rng.restore(before)
+        if self.position.batches:
+            self.save()
+            logger.info("step %d saved", self.position.steps)
 
     def _save_bundle(self, window: list[Any], before: dict[str, Any], bad: list[str]) -> Path:
         path = self.folder / f"nonfinite_step{self.position.steps}_rank{rank()}.pt"

@@ -12,6 +12,14 @@ AMP_MODES = {"False": "no", "no": "no", "True": "fp16", "fp16": "fp16", "bf16": 
 RESUME_MODES = {"False": "no", "no": "no", "auto": "auto"}
 NEEDED = ("num_workers", "batch_size_train", "batch_size_eval")
 NEEDED_TO_TRAIN = ("lr_sched", "init_lr", "min_lr", "weight_decay", "max_epoch")
+#: LAVIS's own numbers: of what kind, and the least that makes sense
+NUMBERS: dict[str, tuple[type, float]] = {
+    **dict.fromkeys(("batch_size_train", "batch_size_eval", "accum_grad_iters", "max_epoch", "max_iters"), (int, 1)),
+    **dict.fromkeys(("num_workers", "warmup_steps"), (int, 0)),
+    **dict.fromkeys(("init_lr", "min_lr", "weight_decay"), (float, 0)),
+    "warmup_lr": (float, -1),  # LAVIS's word for none
+}
+LISTS = ("train_splits", "valid_splits", "test_splits")
 ON_CORRUPT = {"": "", "skip": "skip", "raise": "raise"}
 
 
@@ -41,7 +49,8 @@ class RunOptions:
         wandb: also log to Weights & Biases, which then has to be installed.
         iters_per_epoch: batches of each process in an epoch. 0 is as many as the data fill, once; streams of shards,
             which have no length, need a number. Map-style datasets go on where the epoch before left off. LAVIS's
-            ``runner_iter`` calls it ``iters_per_inner_epoch``, which is read too.
+            ``runner_iter`` calls it ``iters_per_inner_epoch``, which is read too; with ``max_iters`` alone there is
+            one epoch of so many.
         loader_timeout: seconds to wait for a batch before a data worker is taken for dead; 0 waits.
         next_command: a command to suggest when the run has ended; ``{checkpoint}`` stands for the best one's path.
     """
@@ -72,7 +81,7 @@ class RunOptions:
         """
         given = {f.name: run_cfg.get(f.name) for f in fields(cls)}
         if given["iters_per_epoch"] is None:
-            given["iters_per_epoch"] = run_cfg.get("iters_per_inner_epoch")
+            given["iters_per_epoch"] = run_cfg.get("iters_per_inner_epoch", run_cfg.get("max_iters"))
         defaults = cls()
         values: dict[str, Any] = {
             name: _checked(name, value, type(getattr(defaults, name)))
@@ -82,11 +91,11 @@ class RunOptions:
         return cls(**values)
 
 
-def check_needed(run_cfg: Mapping[str, Any]) -> None:
-    """Refuse a ``run:`` section that lacks a key without a default.
+def check_lavis_keys(run_cfg: Mapping[str, Any]) -> None:
+    """Refuse a ``run:`` section that lacks a key of LAVIS's without a default, or gives one that makes no sense.
 
     Raises:
-        UserError: keys are missing.
+        UserError: keys are missing, a number is none or too small, or splits are no list.
     """
     needed = NEEDED if run_cfg.get("evaluate") else (*NEEDED, *NEEDED_TO_TRAIN)
     given = {name for name in needed if run_cfg.get(name) is not None}
@@ -95,6 +104,12 @@ def check_needed(run_cfg: Mapping[str, Any]) -> None:
     missing = [f"run.{name}" for name in needed if name not in given]
     if missing:
         raise UserError(f"{', '.join(missing)}: missing, and there is no default; docs/engine.md explains every key")
+    for name, (kind, least) in NUMBERS.items():
+        if run_cfg.get(name) is not None and _number(name, run_cfg[name], kind) < least:
+            raise UserError(f"run.{name} is {run_cfg[name]!r}; it must be at least {least}")
+    for name in LISTS:
+        if isinstance(run_cfg.get(name), str):
+            raise UserError(f"run.{name} is {run_cfg[name]!r}; it must be a list: [{run_cfg[name]}]")
 
 
 def _checked(name: str, value: object, kind: type) -> object:
@@ -105,10 +120,17 @@ def _checked(name: str, value: object, kind: type) -> object:
         return choices[str(value)]
     if kind is str and not isinstance(value, str):
         raise UserError(f"run.{name} is {value!r}; it must be text: quote it")
+    converted = _number(name, value, kind)
+    if kind in (int, float) and converted < 0:
+        raise UserError(f"run.{name} is {value!r}; it can't be negative")
+    return converted
+
+
+def _number(name: str, value: Any, kind: type) -> Any:
     try:
         converted = kind(value)
     except (TypeError, ValueError):
         raise UserError(f"run.{name} is {value!r}; it must be a {kind.__name__}") from None
-    if kind in (int, float) and converted < 0:
-        raise UserError(f"run.{name} is {value!r}; it can't be negative")
+    if kind is int and isinstance(value, float) and converted != value:
+        raise UserError(f"run.{name} is {value!r}; it must be a whole number")
     return converted

@@ -29,6 +29,14 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in model.state_dict().items() if name in names}
 
 
+def weights_told(model: nn.Module) -> str:
+    """Say how many weights a model has, as ``XFormer: 1.22 M trained, 3.40 M frozen``."""
+    trained, frozen = (
+        sum(p.numel() for p in model.parameters() if p.requires_grad is wanted) / 1e6 for wanted in (True, False)
+    )
+    return f"{type(model).__name__}: {trained:.2f} M trained, {frozen:.2f} M frozen"
+
+
 def load_trainable(model: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
     """Load a trained state into ``model``; frozen weights may be missing from it.
 
