@@ -145,9 +145,7 @@ class BenchmarkTask(BaseTask):
             "template": getattr(self._dataset, "template", "raw"),
             "figures": figures(scores) if scores else {},
             "scores": {group: entry.summary() for group, entry in scores.items()},
-            "answers": [
-                {key: getattr(item, key) for key in SAVED} | right.get(item.question_id, {}) for item in found
-            ],
+            "answers": [{key: getattr(item, key) for key in SAVED} | right.get(item.question_id, {}) for item in found],
             "config": self.config,
             "versions": jobs.versions(),
         }

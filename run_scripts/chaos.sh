@@ -7,6 +7,7 @@
 # Uses the interpreter PYTHON, or the active one. The exit status is 1 where a kill cost anything.
 set -euo pipefail
 
+unset CDPATH # it would lead cd elsewhere, and cd print where to
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 PYTHON="${PYTHON:-python}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

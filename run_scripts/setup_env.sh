@@ -1,6 +1,7 @@
 # Makes .venv with the tested set and this plugin, or reuses it at once. To be sourced; sets ROOT and PYTHON.
 set -euo pipefail
 
+unset CDPATH # it would lead cd elsewhere, and cd print where to
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="$ROOT/.venv"
 PYTHON="$VENV/bin/python"

@@ -109,6 +109,17 @@ def test_an_unanswered_question_is_wrong() -> None:
         benchmark_task.score([], "strict")
 
 
+def test_answers_are_kept_where_they_cannot_be_scored(tmp_path: Path) -> None:
+    dataset = Questions(("a", "presence", "is there a star?", "maybe"), ("b", "presence", "is there a cross?", "no"))
+    with pytest.raises(UserError, match="truth 'maybe': expected yes or no"):
+        evaluate(BenchmarkTask(protocol=PROTOCOLS["paper"]), Parrot("yes", "no"), tmp_path, dataset)
+    (file,) = tmp_path.iterdir()
+    result = json.loads(file.read_text())
+    assert [answer["answer"] for answer in result["answers"]] == ["yes", "no"]
+    assert (result["figures"], result["scorer"], "torch" in result["versions"]) == ({}, "strict", True)
+    assert "correct" not in result["answers"][0]
+
+
 def test_the_fingerprint_is_of_questions_not_of_answers() -> None:
     before = fingerprint(items(SCENES, {}))
     assert fingerprint(items(SCENES, {0: "2"})) == before

@@ -78,11 +78,13 @@ def test_pope_subsets(tmp_path: Path) -> None:
     assert batch(dataset)["question_id"].tolist() == [0, 1, 2, 3]
 
 
-def test_mmvp_pairs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("index", ["lndex", "Index"])  # as published, with a small L; and as it is meant
+def test_mmvp_pairs(tmp_path: Path, index: str) -> None:
     for number in (1, 2):
         picture(tmp_path / f"{number}.jpg")
     options = "(a) Open (b) Closed"
-    table = f'Index,Question,Options,Correct Answer\n1,"Open, or not?",{options},(a)\n2,"Open, or not?",{options},(b)\n'
+    rows = "".join(f'{number},"Open, or not?",{options},({letter})\n' for number, letter in enumerate("ab", start=1))
+    table = f"{index},Question,Options,Correct Answer\n{rows}"
     (tmp_path / "Questions.csv").write_text(table)
     dataset = build("mmvp", tmp_path / "Questions.csv", tmp_path)
     assert dataset.column("pair") == [0, 0]
@@ -113,6 +115,44 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         build("pope", file, tmp_path)
     with pytest.raises(UserError, match="is a benchmark"):
         build("gvt_vcr_mci", file, tmp_path, splits={"train": {"annotations": str(file)}})
+
+
+YES_NO = {"image": "a.jpg", "text": "Is there a cat?", "label": "yes"}
+CHOICE = {"Index": 1, "Question": "Open?", "Options": "(a) Open (b) Closed", "Correct Answer": "(a)"}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        ("pope", YES_NO | {"label": "maybe"}, "the answer 'maybe' is not yes or no"),
+        ("pope", YES_NO | {"label": None}, "'label' holds no text"),
+        ("pope", YES_NO | {"image": {}}, "'image' holds no text"),
+        ("gvt_coco_mci", gvt(139, "Does it exist?", "2"), "the answer '2' is not yes or no"),
+        ("gvt_coco_oc", gvt(139, "How many?", "two."), "the answer 'two' is not a whole number"),
+        ("gvt_coco_oc", gvt(139, "How many?", "2") | {"n_obj_exist": None}, "'n_obj_exist' holds no text"),
+        ("gvt_coco_oc", gvt(139, "How many?", "2") | {"n_obj_exist": 2.5}, "'n_obj_exist': '2.5' is no whole number"),
+        ("gvt_coco_oc", gvt("a.jpg", "How many?", "2"), "'image_id': 'a.jpg' is no whole number"),
+        ("mmvp", CHOICE | {"Index": "one"}, "'Index': 'one' is no whole number"),
+        ("mmvp", CHOICE | {"Correct Answer": "Open"}, r"the answer 'Open' is not a letter, as \(a\)"),
+    ],
+)
+def test_a_row_that_could_not_be_scored_is_named_at_loading(
+    tmp_path: Path, name: str, row: dict[str, Any], message: str
+) -> None:
+    good = {"pope": YES_NO, "mmvp": CHOICE, "gvt_coco_mci": gvt(1, "Does it exist?", "No.")}
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([good.get(name, gvt(1, "How many?", "2")), row]))
+    with pytest.raises(UserError, match=rf"rows\.json: 1 of 2 rows are wrong: row 2: {message}"):
+        build(name, file, tmp_path, check_files=False)
+
+
+def test_numbers_may_be_texts_and_texts_numbers(tmp_path: Path) -> None:
+    picture(tmp_path / "000000000139.jpg")
+    row = {"image_id": "139", "text_in": "How many people?", "text_out": 2, "n_obj_exist": "3"}
+    (tmp_path / "coco_oc.json").write_text(json.dumps([row]))
+    dataset = build("gvt_coco_oc", tmp_path / "coco_oc.json", tmp_path)
+    assert (dataset.column("image"), dataset.truths) == (["000000000139.jpg"], ["2"])
+    assert dataset.column("n_objects") == [3]
 
 
 @pytest.mark.parametrize("name", NAMES)

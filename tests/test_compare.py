@@ -95,6 +95,11 @@ def test_only_and_seeds_choose(plan: Plan) -> None:
     assert {(c.variant, c.seed) for c in plan.cells(["b"], [2])} == {("b", 2)}
     with pytest.raises(UserError, match=r"--only bb: toy has no such variant; did you mean 'b'"):
         plan.cells(["bb"])
+    with pytest.raises(UserError, match=r"--seeds 9: toy has no such seed; there is: 1, 2, 7"):
+        plan.cells(seeds=[1, 9])
+    with pytest.raises(UserError, match=r"--seeds 2: blind has no such seed; there is: 7"):
+        plan.cells(["blind"], [2])
+    assert {c.variant for c in plan.cells(["b", "blind"], [2])} == {"b"}
 
 
 def test_a_cell_is_kept_until_what_decides_it_changes(tmp_path: Path, plan: Plan) -> None:
@@ -192,6 +197,20 @@ def test_a_yaml_may_state_its_difference_alone(tmp_path: Path) -> None:
     assert child.claim == "", "b is none of its variants"
     with pytest.raises(UserError, match=r"variants\.z: base\.yaml has no such variant"):
         make(tmp_path, {"extends": "base.yaml", "variants": {"z": None}}, "other")
+    with pytest.raises(UserError, match=r"common\.frist: base\.yaml has no such stage; did you mean 'first'"):
+        make(tmp_path, {"extends": "base.yaml", "common": {"frist": {"x": 5}}}, "other")
+
+
+@pytest.mark.parametrize("named", ["quick.yaml", SHIPPED])
+def test_a_shipped_yaml_is_extended_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = make(tmp_path, {"extends": named, "seeds": [4]}, "quick")  # never itself, though it has the name
+    assert list(own.variants) == list(read_plan(SHIPPED).variants)
+    assert own.seeds == (4,)
+    make(tmp_path, content(tmp_path), "mini")
+    assert list(make(tmp_path, {"extends": "mini.yaml"}, "near").variants) == ["a", "b", "blind"], "a neighbour first"
+    with pytest.raises(UserError, match=r"extends: there is no quik\.yaml .*; did you mean 'quick\.yaml'"):
+        make(tmp_path, {"extends": "quik.yaml"}, "far")
 
 
 @pytest.mark.parametrize(
@@ -203,6 +222,8 @@ def test_a_yaml_may_state_its_difference_alone(tmp_path: Path) -> None:
         ({"variants": {"a": {"frist": {}}}}, r"variants\.a\.frist: did you mean 'first'"),
         ({"common": {"first": {}}}, r"common\.first\.config is missing"),
         ({"output": None}, "'output' is missing"),
+        ({"seeds": 1}, r"seeds: 1 is no list of whole numbers, as \[1, 2, 3\]"),
+        ({"variants": {"a": {"seeds": ["x"]}}}, r"variants\.a\.seeds: \['x'\] is no list of whole numbers"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import ViTMAEForPreTraining
 
+from lavis_xformer.errors import UserError
 from lavis_xformer.mini import build, probe
 from lavis_xformer.mini.features import Standardise, mae_tokens, pixel_tokens
 from lavis_xformer.mini.mae import mae_config
@@ -109,6 +110,14 @@ def test_interval_is_students():
     assert mean == pytest.approx(2.0)
     assert half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-3)
     assert probe.interval([1.0]) == (1.0, math.inf)
+
+
+def test_an_unknown_source_is_named_before_anything_is_drawn(tmp_path, monkeypatch):
+    folder = tmp_path / "mini"
+    build.main(["--preset", "smoke", "--only", "clip", "--only", "mae", "--out", str(folder)])
+    monkeypatch.setattr(probe, "make_exam", lambda *args, **kwargs: pytest.fail("exams are drawn"))
+    with pytest.raises(UserError, match=r"--sources 'pixel': did you mean 'pixels'\?"):
+        probe.main(["--set", str(folder), "--sources", "C, pixel"])
 
 
 def test_command_writes_table_figures_and_json(tmp_path):

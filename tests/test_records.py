@@ -59,6 +59,13 @@ def test_rows_key_chooses_among_several_lists(tmp_path: Path) -> None:
         ("a.json", '[{"image": "a"}, 7]', "1 of 2 rows are wrong: row 2: not an object"),
         ("a.jsonl", '{"image": "a"}\n{"image', "1 of 2 rows are wrong: row 2: not JSON"),
         ("a.jsonl", "x\n" * 5, "row 3: .*; and 2 more"),
+        (
+            "a.csv",
+            "image,caption\na.jpg,one\nb.jpg,a kite, over a beach\n",
+            "1 of 2 rows are wrong: row 2: more fields than the header; quote texts that hold commas",
+        ),
+        ("a.csv", 'image,caption\n"a.jpg","one"\nb.jpg\n', "row 2: fewer fields than the header: no 'caption'"),
+        ("a.csv", 'image,caption\na.jpg,"' + "x" * 200_000, "not CSV: field larger than field limit"),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path: Path, name: str, text: str, message: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import astuple, replace
 import numpy as np
 import pytest
 
-from lavis_xformer.data.scenes import PRESETS, make_scene, relations, render, visible_shares
+from lavis_xformer.data.scenes import PRESETS, QUESTION_KINDS, make_scene, relations, render, visible_shares
 from lavis_xformer.data.scenes.sheet import main
 from lavis_xformer.data.scenes.sprites import AREAS, sprite
 from lavis_xformer.data.scenes.words import COLOURS, GROUNDS, MARKS, SHAPES
@@ -153,6 +153,17 @@ def test_scenes_are_made_faster_than_they_are_used():
 def test_unknown_preset_names_the_nearest():
     with pytest.raises(UserError, match="did you mean 'standard'"):
         make_scene(0, "train", 0, "standart")
+
+
+def test_answers_are_counted(tmp_path, capsys):
+    assert main(["--out", str(tmp_path / "scenes.png"), "--answers", "300"]) == 0
+    _, title, *lines = capsys.readouterr().out.splitlines()
+    assert title == "most frequent answer"
+    shares = {line.split()[0]: float(line.split()[1]) for line in lines}
+    assert list(shares) == list(QUESTION_KINDS)
+    assert 50 <= shares["presence"] < 57, "one of two"
+    assert 25 <= shares["relation"] < 35, "one of four"
+    assert 11 < shares["count"] < 17, "one of nine"
 
 
 def test_contact_sheet_is_written(tmp_path, capsys):

@@ -132,6 +132,18 @@ def test_a_users_own_environment_is_left_alone(machine: Machine):
     assert machine.installs() == 0
 
 
+def test_an_exported_cdpath_leads_nowhere_else(machine: Machine):
+    machine.add("python3.11", "3.11")
+    environment = {"PATH": str(machine.bin), "HOME": "/", "PIP_LOG": str(machine.log), "CDPATH": f".:{machine.bin}"}
+    asked = {"capture_output": True, "text": True, "check": True}
+    command = [shutil.which("bash"), "-c", 'source run_scripts/setup_env.sh; echo "$ROOT"']
+    assert subprocess.run(command, cwd=machine.clone, env=environment, **asked).stdout == f"{machine.clone}\n"
+    said = subprocess.run(
+        ["bash", "run_scripts/chaos.sh"], cwd=ROOT, env={**os.environ, "CDPATH": ".:/tmp", "PYTHON": "echo"}, **asked
+    ).stdout
+    assert f"--cfg-path {ROOT}/projects/xformer/pretrain.yaml --options" in said
+
+
 @pytest.mark.parametrize("script", ["run_scripts/quickstart.sh", "run_scripts/test.sh", ".ci/run"])
 def test_scripts_parse_and_can_be_run(script: str):
     assert os.access(ROOT / script, os.X_OK)

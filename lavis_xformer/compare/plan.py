@@ -18,7 +18,7 @@ import yaml
 
 from lavis_xformer.compare.inputs import SOFTWARE, changes, inputs_of
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.paths import project_path
+from lavis_xformer.paths import project_path, shipped_folder
 
 KEYS = ("extends", "output", "seeds", "baseline", "claim", "processes", "common", "variants")
 STAGE_KEYS = ("config", "evaluate", "options")
@@ -136,18 +136,18 @@ class Plan:
             seeds: all where there are none.
 
         Raises:
-            UserError: there is no such variant.
+            UserError: there is no such variant, or none of them has such a seed.
         """
         for name in only:
             if name not in self.variants:
                 raise UserError(f"--only {name}: {self.name} has no such variant; {nearest(name, self.variants)}")
-        return [
-            cell
-            for name, variant in self.variants.items()
-            for seed in variant.get("seeds", self.seeds)
-            if (not only or name in only) and (not seeds or seed in seeds)
-            for cell in self._chain(name, seed)
-        ]
+        chosen = {name: variant for name, variant in self.variants.items() if not only or name in only}
+        pairs = [(name, seed) for name, variant in chosen.items() for seed in variant.get("seeds", self.seeds)]
+        for seed in seeds:
+            if seed not in (known := {own for _, own in pairs}):
+                whose = ", ".join(only) or self.name
+                raise UserError(f"--seeds {seed}: {whose} has no such seed; {nearest(str(seed), map(str, known))}")
+        return [cell for name, seed in pairs if not seeds or seed in seeds for cell in self._chain(name, seed)]
 
     def _chain(self, name: str, seed: int) -> list[Cell]:
         """A variant's stages of one seed, each starting from the weights of the training before it."""
@@ -174,9 +174,9 @@ def read_plan(path: str) -> Plan:
     """Read a comparison's YAML.
 
     Args:
-        path: here or among the shipped ``projects/``. ``extends`` names another such YAML beside it, of which this one
-            states its differences: ``common`` then holds more options of each stage, and a variant with nothing behind
-            its name is the other's.
+        path: here or among the shipped ``projects/``. ``extends`` names another such YAML, beside it or a shipped one,
+            of which this one states its differences: ``common`` then holds more options of each stage, and a variant
+            with nothing behind its name is the other's.
 
     Raises:
         UserError: a file, key or value is missing or wrong.
@@ -192,6 +192,7 @@ def read_plan(path: str) -> Plan:
         for key in [*given, *given.get("skip", ())]:
             if key not in (*VARIANT_KEYS, *names):
                 raise UserError(f"{file}: variants.{variant}.{key}: {nearest(key, (*VARIANT_KEYS, *names))}")
+        _seeds(f"{file}: variants.{variant}.seeds", given.get("seeds", []))
     for key in ("baseline", "claim"):
         if content.get(key) and content[key] not in content["variants"]:
             raise UserError(f"{file}: {key}: {nearest(str(content[key]), content['variants'])}")
@@ -199,7 +200,7 @@ def read_plan(path: str) -> Plan:
         name=file.stem,
         output=Path(content["output"]).absolute(),
         baseline=content["baseline"],
-        seeds=tuple(content["seeds"]),
+        seeds=_seeds(f"{file}: seeds", content["seeds"]),
         stages=stages,
         variants=content["variants"],
         processes=int(content.get("processes", 1)),
@@ -217,7 +218,14 @@ def as_text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _seeds(key: str, given: object) -> tuple[int, ...]:
+    if not isinstance(given, list) or not all(type(seed) is int for seed in given):
+        raise UserError(f"{key}: {given} is no list of whole numbers, as [1, 2, 3]")
+    return tuple(given)
+
+
+def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a YAML and what it extends; ``above`` are those that extend it, none of which is read again."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -230,18 +238,34 @@ def _read(file: Path) -> dict[str, Any]:
     variants: dict[str, Any] = content.get("variants") or {}
     if "extends" not in content:
         return content | {"variants": {name: given or {} for name, given in variants.items()}}
-    base = _read(file.parent / content["extends"])
+    above = (*above, file.resolve())
+    base = _read(_extended(file, str(content["extends"]), above), above)
     for name, given in variants.items():
         if given is None and name not in base["variants"]:
             raise UserError(f"{file}: variants.{name}: {content['extends']} has no such variant")
     own = {name: base["variants"][name] if given is None else given for name, given in variants.items()}
+    stages, more = base.get("common") or {}, content.get("common") or {}
+    for name in more:
+        if name not in stages:
+            raise UserError(f"{file}: common.{name}: {content['extends']} has no such stage; {nearest(name, stages)}")
     common = {
-        name: {**stage, "options": {**stage.get("options", {}), **content.get("common", {}).get(name, {})}}
-        for name, stage in base["common"].items()
+        name: {**stage, "options": {**stage.get("options", {}), **(more.get(name) or {})}}
+        for name, stage in stages.items()
     }
     variants = own or base["variants"]
     claim = content.get("claim", base.get("claim") if base.get("claim") in variants else None)
     return {**base, **content, "common": common, "variants": variants, "claim": claim}
+
+
+def _extended(file: Path, name: str, above: Sequence[Path]) -> Path:
+    """Find what a YAML extends: beside it, else here, else among the shipped ``projects/`` or their comparisons."""
+    projects = shipped_folder("projects")
+    shipped = projects / "xformer" / "compare"
+    for folder in (file.parent, Path(), projects.parent, shipped):
+        if (folder / name).is_file() and (folder / name).resolve() not in above:
+            return folder / name
+    known = nearest(name, [path.name for path in shipped.glob("*.yaml")])
+    raise UserError(f"{file}: extends: there is no {name} beside it, here or shipped with lavis_xformer; {known}")
 
 
 def _stage(file: Path, name: str, given: Mapping[str, Any]) -> Stage:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig
 
 from lavis_xformer.data.image_text_datasets import LocalFilesBuilder, QuestionEvalDataset
-from lavis_xformer.data.records import Row, file_exists, forget_listings, read_rows, report, sha256
+from lavis_xformer.data.records import Row, file_exists, forget_listings, read_rows, report, sha256, strings
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.paths import config_path
 
@@ -33,6 +34,12 @@ GVT_SHA256 = {
     "0445315cc4f3c69a3005727ee44437a7652cf56196b9b96d805e7bf232c1d8de": "gvt_vcr_mci",
 }
 TEMPLATES = ("raw", "repaired")
+# What the truths of each kind look like, and how to say so: answers can't be scored against any other.
+TRUTHS = {
+    "count": (r"\d+", "a whole number"),
+    "presence": ("yes|no", "yes or no"),
+    "pairs": (r"\(?[A-Za-z]\)?\.?", "a letter, as (a)"),
+}
 
 
 class BenchmarkDataset(QuestionEvalDataset):
@@ -79,12 +86,46 @@ class Format:
     Attributes:
         kind: ``count``, ``presence`` or ``pairs``.
         needs: keys that every row must have.
-        parse: makes our annotation of a row; knows the builder's configuration.
+        parse: makes our annotation of a row; knows the builder's configuration. Raises ValueError where a value
+            is not what it should be.
+        renamed: keys as a published file writes them, to those of ``needs``.
     """
 
     kind: str
     needs: tuple[str, ...]
     parse: Callable[[Row, DictConfig], Sample]
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    def read(self, row: Row, config: DictConfig) -> Sample | str:
+        """Return our annotation of a row, or what is wrong with it."""
+        row = {self.renamed.get(key, key): value for key, value in row.items()}
+        for key in self.needs:
+            if key not in row:
+                return f"no '{key}' (the row has {', '.join(row)})"
+        try:
+            sample = self.parse(row, config)
+        except ValueError as error:
+            return str(error)
+        (truth,), (pattern, expected) = sample["answers"], TRUTHS[self.kind]
+        return sample if re.fullmatch(pattern, truth) else f"the answer '{truth}' is not {expected}"
+
+
+def _text(row: Row, key: str) -> str:
+    texts = strings(row[key])
+    if len(texts) != 1:
+        raise ValueError(f"'{key}' holds no text")
+    return texts[0]
+
+
+def _whole(row: Row, key: str) -> int:
+    text = _text(row, key).strip()
+    if not text.isdecimal():
+        raise ValueError(f"'{key}': '{text}' is no whole number")
+    return int(text)
+
+
+def _word(row: Row, key: str) -> str:
+    return _text(row, key).strip().rstrip(".").lower()
 
 
 def parse_gvt(row: Row, config: DictConfig) -> Sample:
@@ -93,37 +134,34 @@ def parse_gvt(row: Row, config: DictConfig) -> Sample:
     In vcr_mci.json the questions tell their answer: "Does X exist in the image?" where it is yes, "Does X exis
     in the image?" where it is no. ``template: repaired`` writes "exist" in both.
     """
-    question = row["text_in"]
+    question = _text(row, "text_in")
     if config.get("template") == "repaired":
         question = question.replace(" exis in ", " exist in ")
+    numbered = "{image_id:" in config.image_name  # with zeros before it
     return {
-        "image": config.image_name.format(image_id=row["image_id"]),
+        "image": config.image_name.format(image_id=(_whole if numbered else _text)(row, "image_id")),
         "question": question,
-        "answers": [row["text_out"].strip().rstrip(".").lower()],
+        "answers": [_word(row, "text_out")],
         "image_id": str(row["image_id"]),
-        "n_objects": int(row["n_obj_exist"]),
+        "n_objects": _whole(row, "n_obj_exist"),
     }
 
 
 def parse_pope(row: Row, config: DictConfig) -> Sample:
     """Read ``{question_id, image, text, label}``; POPE has one file for each of its three subsets."""
-    return {
-        "image": row["image"],
-        "question": row["text"],
-        "answers": [row["label"].strip().lower()],
-        "image_id": row["image"],
-    }
+    image = _text(row, "image")
+    return {"image": image, "question": _text(row, "text"), "answers": [_word(row, "label")], "image_id": image}
 
 
 def parse_mmvp(row: Row, config: DictConfig) -> Sample:
     """Read ``Index, Question, Options, Correct Answer``; rows 1 and 2 are a pair, 3 and 4, and so on."""
-    number = int(row["Index"])
+    number, options = _whole(row, "Index"), _text(row, "Options")
     return {
         "image": config.image_name.format(image_id=number),
-        "question": f"{row['Question']} {row['Options']}",
-        "answers": [row["Correct Answer"].strip()],
+        "question": f"{_text(row, 'Question')} {options}",
+        "answers": [_text(row, "Correct Answer").strip()],
         "image_id": str(number),
-        "options": row["Options"],
+        "options": options,
         "pair": (number - 1) // 2,
     }
 
@@ -132,7 +170,8 @@ _GVT_KEYS = ("image_id", "text_in", "text_out", "n_obj_exist")
 GVT_COUNT = Format("count", _GVT_KEYS, parse_gvt)
 GVT_PRESENCE = Format("presence", _GVT_KEYS, parse_gvt)
 POPE = Format("presence", ("image", "text", "label"), parse_pope)
-MMVP = Format("pairs", ("Index", "Question", "Options", "Correct Answer"), parse_mmvp)
+# The published header has a small L for the I of Index.
+MMVP = Format("pairs", ("Index", "Question", "Options", "Correct Answer"), parse_mmvp, {"lndex": "Index"})
 
 
 class BenchmarkBuilder(LocalFilesBuilder):
@@ -153,13 +192,16 @@ class BenchmarkBuilder(LocalFilesBuilder):
         if template not in TEMPLATES:
             raise UserError(f"datasets.{self.name}.template: '{template}': {nearest(template, TEMPLATES)}")
         files = self.files(split)
-        annotation = [sample for file in files for sample in self.read(file, self.image_root(split))]
+        tables = [read_rows(file, rows_key=self.config.get("rows_key")) for file in files]
+        digests = [self.fingerprint(file) for file in files]  # another benchmark's rows are not wrong one by one
+        root = self.image_root(split)
+        annotation = [s for file, rows in zip(files, tables, strict=True) for s in self.samples(file, rows, root)]
         for number, sample in enumerate(annotation):
             sample["question_id"] = number
         return BenchmarkDataset(
             kind=self.format.kind,
             question_files=files,
-            question_sha256=[self.fingerprint(file) for file in files],
+            question_sha256=digests,
             template=template,
             annotation=annotation,
             **self.shared(split),
@@ -174,16 +216,15 @@ class BenchmarkBuilder(LocalFilesBuilder):
         logging.info("%s: %s, sha256 %s (%s)", self.name, file, digest, "published" if published else "not pinned")
         return digest
 
-    def read(self, file: str, image_root: Path) -> list[Sample]:
-        """Read one question file.
+    def samples(self, file: str, rows: Sequence[tuple[int, Row]], image_root: Path) -> list[Sample]:
+        """Check and annotate the rows of one question file.
 
         Raises:
-            UserError: it is missing, or a row lacks a key or its image.
+            UserError: a row lacks a key or its image, or could not be scored.
         """
-        rows = read_rows(file, rows_key=self.config.get("rows_key"))
-        absent = [(number, key, row) for number, row in rows for key in self.format.needs if key not in row]
-        report(file, [(number, f"no '{key}' (the row has {', '.join(row)})") for number, key, row in absent], len(rows))
-        samples = [(number, self.format.parse(row, self.config)) for number, row in rows]
+        read = [(number, self.format.read(row, self.config)) for number, row in rows]
+        report(file, [(number, what) for number, what in read if isinstance(what, str)], len(rows))
+        samples = [(number, sample) for number, sample in read if not isinstance(sample, str)]
         if self.config.get("check_files", True):
             if not image_root.is_dir():
                 raise UserError(f"{image_root}: no such image folder (datasets.{self.name}.image_root)")

@@ -38,8 +38,8 @@ def read_rows(path: str | Path, *, rows_key: str | None = None) -> list[tuple[in
         Row numbers, from 1 (lines of a JSONL file), and the rows.
 
     Raises:
-        UserError: the file is missing, is none of these forms, holds no row, or a row that is no
-            object.
+        UserError: the file is missing, is none of these forms, holds no row, a row that is no object, or
+            one of CSV with more or fewer fields than the header.
     """
     path = expand(path)
     try:
@@ -48,10 +48,7 @@ def read_rows(path: str | Path, *, rows_key: str | None = None) -> list[tuple[in
         raise UserError(f"{path}: no such annotation file") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: can't be read: {error}") from error
-    if path.suffix.lower() == ".csv":
-        rows: list[tuple[int, Any]] = list(enumerate(csv.DictReader(io.StringIO(text, newline="")), start=1))
-    else:
-        rows = _parse_json(text, path, rows_key)
+    rows = _parse_csv(text, path) if path.suffix.lower() == ".csv" else _parse_json(text, path, rows_key)
     if not rows:
         raise UserError(f"{path}: holds no rows")
     report(path, [(n, "not an object") for n, row in rows if not isinstance(row, dict)], len(rows))
@@ -72,6 +69,23 @@ def read_strings(path: str | Path) -> list[str]:
     if not isinstance(content, list) or not all(isinstance(one, str) for one in content):
         raise UserError(f"{path}: not a JSON list of strings")
     return content
+
+
+def _parse_csv(text: str, path: Path) -> list[tuple[int, Any]]:
+    try:
+        rows = list(enumerate(csv.DictReader(io.StringIO(text, newline="")), start=1))
+    except csv.Error as error:
+        raise UserError(f"{path}: not CSV: {error}") from error
+    report(path, [(number, what) for number, row in rows if (what := _misfit(row))], len(rows))
+    return rows
+
+
+def _misfit(row: dict[str | None, Any]) -> str:
+    """Say how a row differs from the header: DictReader keeps what is left over under None, and fills up with None."""
+    if None in row:
+        return "more fields than the header; quote texts that hold commas"
+    absent = next((key for key, value in row.items() if value is None), None)
+    return "" if absent is None else f"fewer fields than the header: no '{absent}'"
 
 
 def _parse_json(text: str, path: Path, rows_key: str | None) -> list[tuple[int, Any]]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lavis_xformer.assets import resolve
+from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.mini.features import Encoder, Standardise, encoders, extract
 from lavis_xformer.mini.positions import position_r2
 from lavis_xformer.mini.spectrum import similarity_curves
@@ -169,7 +170,11 @@ def majority(exam: Exam) -> dict[str, float]:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; returns its exit status.
+
+    Raises:
+        UserError: there is no such set of models or source of tokens.
+    """
     parser = argparse.ArgumentParser(prog="lavis-xformer probe", description=__doc__)
     parser.add_argument("--set", default="assets://mini", help="folder with clip and mae")
     parser.add_argument("--out", type=Path, default=Path("output/probe"))
@@ -182,10 +187,13 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     begin = time.monotonic()
     folder = resolve(f"{args.set}/clip").parent
+    sources = encoders(folder)
+    wanted = [name.strip() for name in args.sources.split(",")] if args.sources else list(sources)
+    for name in wanted:
+        if name not in sources:
+            raise UserError(f"--sources '{name}': {nearest(name, sources)}")
     counts = {TRAIN: args.scenes, STOP: args.held_out, f"probe-{args.report}": args.held_out}
     exams = {split: make_exam(split, seed=0, count=count) for split, count in counts.items()}
-    sources = encoders(folder)
-    wanted = args.sources.split(",") if args.sources else list(sources)
     bar = tqdm(wanted, desc="probe")
     results = {name: train_probe(sources[name], exams, steps=args.steps, seeds=args.seeds) for name in bar}
     shown = exams[f"probe-{args.report}"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lavis_xformer.data.scenes.qa import questions
+from lavis_xformer.data.scenes.qa import QUESTION_KINDS, majority_share, questions
 from lavis_xformer.data.scenes.render import render
 from lavis_xformer.data.scenes.text import LEVELS, captions
 from lavis_xformer.data.scenes.world import PRESETS, Scene, find_preset, make_scene, scene_rng
@@ -107,6 +107,22 @@ def contact_sheet(preset: str, seed: int, path: str | Path, split: str = "train"
         raise UserError(f"--out {path}: {error}") from error
 
 
+def answer_table(preset: str, seed: int, split: str, scenes: int) -> str:
+    """Return a line for each kind of question: its most frequent answer and the share that has it.
+
+    Args:
+        preset: a name of :data:`lavis_xformer.data.scenes.PRESETS`.
+        seed: of the world.
+        split: whose scenes.
+        scenes: how many; every kind is asked once about each that allows it.
+    """
+    drawn = (make_scene(seed, split, index, preset) for index in range(scenes))
+    asked = (one for scene in drawn for one in questions(scene, scene_rng(seed, split, scene.index, 3)))
+    found = sorted(majority_share(asked).items(), key=lambda pair: QUESTION_KINDS.index(pair[0]))
+    lines = [f"{kind:<12}{100 * share:5.1f} %  {answer}" for kind, (answer, share) in found]
+    return "\n".join(["most frequent answer", *lines])
+
+
 def main(argv: Sequence[str]) -> int:
     """Run ``lavis-xformer scenes``; returns the exit status."""
     parser = argparse.ArgumentParser(prog="lavis-xformer scenes", description=__doc__)
@@ -114,7 +130,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--preset", default="standard", help=", ".join(PRESETS))
     parser.add_argument("--seed", type=int, default=0, help="seed of the world (default: 0)")
     parser.add_argument("--split", default="train", help="train, val or test (default: train)")
+    parser.add_argument("--answers", type=int, metavar="N", help="also count the answers to questions about N scenes")
     given = parser.parse_args(argv)
     contact_sheet(given.preset, given.seed, given.out, given.split)
     print(f"{given.out}: {COLUMNS * ROWS} scenes of preset '{given.preset}'")
+    if given.answers:
+        print(answer_table(given.preset, given.seed, given.split, given.answers))
     return 0
