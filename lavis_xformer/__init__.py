@@ -62,8 +62,8 @@ def load_model_and_preprocess(
 
     Args:
         name: a model of LAVIS's registry, as ``xformer``.
-        model_type: one of its types; left out, the class's ``DEFAULT_MODEL_TYPE`` (``mini`` for the models of
-            this package: it runs offline), or its only type.
+        model_type: one of its types; left out, the class's ``DEFAULT_MODEL_TYPE`` (``mini``, which runs
+            offline, for the models of this package but T5's, which has none), or its only type.
         is_eval: whether to put the model in eval mode.
         device: where to put it.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from lavis.tasks.retrieval import RetrievalTask
 
 from lavis_xformer import metrics
 from lavis_xformer.distributed import is_main
+from lavis_xformer.errors import UserError
 from lavis_xformer.protocols import (
     CAPTION_PROTOCOLS,
     RETRIEVAL_PROTOCOLS,
@@ -35,6 +37,20 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
 
     CONFIG_KEYS = WithProtocol.CONFIG_KEYS | {"report_metric"}
     PROTOCOLS: ClassVar[Mapping[str, Protocol]] = CAPTION_PROTOCOLS
+
+    def build_model(self, cfg: Any) -> Any:
+        """Build the model as LAVIS does.
+
+        Raises:
+            UserError: it can't be asked by a protocol.
+        """
+        arch = cfg.model_cfg.arch
+        if "length_penalty" not in signature(registry.get_model_class(arch).generate).parameters:
+            raise UserError(
+                f"run.task: xformer_captioning asks with a prompt and a length penalty, and model.arch {arch} takes "
+                "none, as no model of stage 1 does; it captions under LAVIS's own run.task: captioning"
+            )
+        return super().build_model(cfg)
 
     def valid_step(self, model: Any, samples: Row) -> list[Row]:
         """Caption a batch by the protocol, its prompt and length penalty included."""

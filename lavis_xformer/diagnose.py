@@ -25,13 +25,15 @@ from torch import Tensor
 
 from lavis_xformer.models.attention_maps import recording
 
-#: parts of a model by their weights' names; a weight belongs to the first that fits
+#: parts of a fusion that aligns M, and of any model, by their weights' names; a weight belongs to the first that fits
+CROSS_ATTENTIONS = {
+    "CA1 (M asks Zq)": r"fusion\.(mae_in|align_blocks|mae_out)\.",
+    "CA2 (Zq asks M')": r"fusion\.enrich_blocks\.",
+}
 PARTS = {
     "queries Z": r"query_tokens$",
     "Q-Former, attention to C": r"Qformer\..*\.crossattention\.",
     "Q-Former, the rest": r"Qformer\.",
-    "CA1 (M asks Zq)": r"fusion\.(mae_in|align_blocks|mae_out)\.",
-    "CA2 (Zq asks M')": r"fusion\.enrich_blocks\.",
     "fusion": r"fusion\.",
     "captions' reader of Z'": r"itg_reader\.",
 }
@@ -47,7 +49,9 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="lavis-xformer diagnose", description=__doc__)
     parser.add_argument("--cfg-path", required=True, help="the training's YAML")
-    parser.add_argument("--options", nargs="+", default=[], help="as model.pretrained=.../checkpoint_best.pth")
+    parser.add_argument(
+        "--options", nargs="+", action="extend", default=[], help="as model.pretrained=.../checkpoint_best.pth"
+    )
     parser.add_argument("--split", default="val", help="whose samples are looked at")
     parser.add_argument("--batches", type=int, default=8, help="of how many batches, beside the evaluation")
     args = parser.parse_args(argv)
@@ -131,14 +135,20 @@ def spread(weights: Tensor) -> Figures:
 
 
 def gradients(model: Any, samples: Mapping[str, Any]) -> Figures:
-    """Return ``term > part``: the norm of the gradient of each (unweighted) loss term at each part of the model."""
+    """Return ``term > part``: the norm of the gradient of each (unweighted) loss term at each part of the model.
+
+    Frozen parts, and terms that depend on frozen ones alone, are left out.
+    """
+    patterns = (CROSS_ATTENTIONS if model.fusion.aligns_mae else {}) | PARTS
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():
-        part = next((part for part, pattern in PARTS.items() if re.match(pattern, name)), None)
+        part = next((part for part, pattern in patterns.items() if re.match(pattern, name)), None)
         if part is not None and parameter.requires_grad:
             parts[part].append(parameter)
+    if not parts:
+        return {}
     with torch.enable_grad():
-        terms = {name: term for name, term in model(samples).items() if name.startswith("loss_")}
+        terms = {name: term for name, term in model(samples).items() if name.startswith("loss_") and term.requires_grad}
     found, weights = {}, [weight for members in parts.values() for weight in members]
     for term, value in terms.items():
         reached = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)

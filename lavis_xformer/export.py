@@ -106,7 +106,7 @@ def export(
     save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
     (target / WEIGHTS).chmod(0o644)
     OmegaConf.save(cfg, target / CONFIG)
-    (target / CARD).write_text(_card(model, cfg, Path(checkpoint), weights, facts), encoding="utf-8")
+    (target / CARD).write_text(_card(model, cfg, target, Path(checkpoint), facts), encoding="utf-8")
     return target
 
 
@@ -132,10 +132,12 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
     else:
         path = find("model", arch, "--model").default_config_path(choose_model_type(arch, model_type))
         cfg = OmegaConf.load(path)
-    blip2 = cfg.model.get("fusion", "dual") != "none" and is_blip2(read_checkpoint(str(checkpoint), key="pretrained"))
+    parts = cfg.model.get("train_only")  # the file may hold no fusion then
+    has_fusion = cfg.model.get("fusion", "dual") != "none"
+    blip2 = has_fusion and not parts and is_blip2(read_checkpoint(str(checkpoint), key="pretrained"))
     cfg.model |= {"load_finetuned": False, "load_pretrained": True, "pretrained": None}
     cfg.model |= {"blip2_pretrained" if blip2 else "pretrained": str(checkpoint)}
-    if not (blip2 or cfg.model.get("train_only")):
+    if not (blip2 or parts):
         cfg.model.blip2_pretrained = None  # the training began with it and has changed all of it
     return cfg, _training(content) | _figures(checkpoint, content)
 
@@ -172,11 +174,11 @@ def _training(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _weights(model: Any) -> dict[str, Any]:
-    """What training changed, and what the checkpoint brought of the frozen parts; a tied weight once."""
+    """What training changed, what files brought of the frozen parts, and what none brought; a tied weight once."""
     parameters = dict(model.named_parameters())
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - parameters.keys()
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
-    names = (trained | set(model.load_report.loaded)) - tied
+    names = (trained | {*model.load_report.loaded, *model.load_report.missing_new}) - tied
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
 
 
@@ -188,13 +190,13 @@ def _fit_processors(cfg: Any, model: Any) -> None:
             processor.mae_image_size = model.mae.image_size
 
 
-def _card(model: Any, cfg: Any, checkpoint: Path, weights: dict[str, Any], facts: dict[str, Any]) -> str:
+def _card(model: Any, cfg: Any, target: Path, checkpoint: Path, facts: dict[str, Any]) -> str:
     from lavis_xformer import __version__
     from lavis_xformer.assets import sha256
 
     keys = ("vit_model", "mae_model", "opt_model", "t5_model")
     frozen = [f"{key}: `{cfg.model[key]}`" for key in keys if key in cfg.model]
-    count = sum(tensor.numel() for tensor in weights.values())
+    count = sum(tensor.numel() for tensor in _weights(model).values())
     lines = [
         f"# {cfg.model.arch} / {cfg.model.model_type}",
         "",
@@ -211,6 +213,10 @@ def _card(model: Any, cfg: Any, checkpoint: Path, weights: dict[str, Any], facts
             f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
             for name, value in facts.items()
         ),
+        "",
+        "| file | sha256 |",
+        "|---|---|",
+        *(f"| {name} | `{sha256(target / name)}` |" for name in (CONFIG, WEIGHTS)),
         "",
         "```python",
         "import lavis_xformer",

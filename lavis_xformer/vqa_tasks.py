@@ -50,11 +50,19 @@ class AsksByProtocol(WithProtocol):
         return super().valid_step(model, shown)  # type: ignore[misc]
 
     def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
-        """Give the model the protocol's length penalty, which LAVIS's tasks never pass; keep the dataset."""
+        """Keep the dataset."""
         super().before_evaluation(model, dataset, **kwargs)  # type: ignore[misc]
         self.dataset = dataset
-        if self.protocol.length_penalty is not None:
-            model.vqa_length_penalty = self.protocol.length_penalty
+
+    def evaluation(self, model: Any, data_loader: Any, **options: Any) -> list[Row]:
+        """Ask all questions, the model with the protocol's length penalty meanwhile: LAVIS's tasks never pass one."""
+        own = getattr(model, "vqa_length_penalty", None)  # LAVIS's models have none
+        asked = self.protocol.length_penalty
+        model.vqa_length_penalty = own if asked is None else asked
+        try:
+            return super().evaluation(model, data_loader, **options)  # type: ignore[misc]
+        finally:
+            model.vqa_length_penalty = own
 
 
 @registry.register_task("xformer_vqa")

@@ -12,6 +12,7 @@ from PIL import Image
 from lavis_xformer import attend, cli
 from lavis_xformer.errors import UserError
 from lavis_xformer.models.attention_maps import attention_maps, recording
+from lavis_xformer.models.checkpoints import train_only
 from lavis_xformer.models.fusion import Attention
 
 
@@ -99,6 +100,21 @@ def test_a_caption_in_stage_1_and_a_layer_that_is_not_there(make_xformer: Any, b
     assert not torch.allclose(maps["C"], attention_maps(model, batch, layer=0)["C"])
     with pytest.raises(UserError, match="layer 2: the Q-Former has 2 layers that look at the image"):
         attention_maps(model, batch, layer=2)
+
+
+@pytest.mark.parametrize("stage", ["make_xformer", "make_stage2"])
+def test_frozen_parts_are_explained_as_trained_ones(
+    stage: str, request: pytest.FixtureRequest, batch: dict[str, Any]
+) -> None:
+    make = request.getfixturevalue(stage)
+    model, frozen = make(init="normal").eval(), make(init="normal").eval()
+    train_only(frozen, ["fusion"])
+    for source, expected in attention_maps(model, batch).items():
+        assert torch.allclose(attention_maps(frozen, batch)[source], expected, atol=1e-6), source
+    assert not frozen.query_tokens.requires_grad, "as before"
+    assert model.query_tokens.requires_grad
+    with torch.inference_mode():
+        attention_maps(frozen, {"image": batch["image"]})
 
 
 def test_the_command_draws_the_shipped_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from lavis.tasks import captioning
 from omegaconf import OmegaConf
 from pycocoevalcap.cider.cider import Cider
 
+import lavis_xformer
 from lavis_xformer.caption_tasks import XFormerCaptionTask, XFormerRetrievalTask
 from lavis_xformer.errors import UserError
 
@@ -68,6 +69,15 @@ def test_captions_are_asked_for_by_the_protocol_which_the_result_names(tmp_path:
     assert model.asked["prompt"] == ""
     with pytest.raises(UserError, match=r"run\.protocol: 'papers': did you mean 'paper'"):
         setup(XFormerCaptionTask, tmp_path, protocol="papers", **ASKED)
+
+
+def test_only_models_that_can_be_asked_so_are_built(stage2_config: Any, tmp_path: Path) -> None:
+    lavis_xformer.register()
+    task = setup(XFormerCaptionTask, tmp_path, **ASKED)
+    for arch in ("xformer", "lavis_blip2"):
+        with pytest.raises(UserError, match=f"xformer_captioning asks .* model.arch {arch} .* run.task: captioning"):
+            task.build_model(SimpleNamespace(model_cfg=OmegaConf.create({"arch": arch})))
+    assert type(task.build_model(SimpleNamespace(model_cfg=stage2_config.model))).__name__ == "XFormerOPT"
 
 
 def test_captions_are_scored_as_lavis_scores_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

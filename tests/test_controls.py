@@ -232,6 +232,13 @@ def test_mistakes_are_named(configured: Any, toy: Any) -> None:
         configured(toy, mae_source="clip", clip_layer=3)
     with pytest.raises(UserError, match=r"model\.clip_layer: 1 is read where model\.mae_source is clip, not mae"):
         configured(toy, clip_layer=1)
+    with pytest.raises(UserError, match=r"model\.clip_layer: 1, but model\.vit_model is a MAE, .* set it to null"):
+        configured(toy, vit_model=toy.mae_model, mae_source="clip", clip_layer=1)
+    with pytest.raises(UserError, match=r"model\.fusion_init: 'identiti'; did you mean 'identity'"):
+        configured(toy, fusion_init="identiti")
+    for depth in (0, None, 1.5):
+        with pytest.raises(UserError, match=rf"model\.fusion_depth is {depth}; it must be a whole number above 0"):
+            configured(toy, fusion_depth=depth)
 
 
 def test_a_language_model_answers_without_an_image(make_stage2: Any, batch: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lavis_xformer import diagnose
+from lavis_xformer.models.checkpoints import train_only
 
 
 def test_at_the_identity_start_nothing_is_enriched(make_xformer: Any, batch: dict[str, Any]) -> None:
@@ -54,6 +55,22 @@ def test_blip2_has_gradients_alone(make_xformer: Any, batch: dict[str, Any]) -> 
     assert found["enrichment"] == found["reconstruction"] == {}
     assert found["gradients"]["itc > queries Z"] > 0
     assert "this fusion has no M" in diagnose.text({"with_own_m": {}, "with_anothers_m": {}, **found})
+
+
+def test_losses_that_train_nothing_have_no_gradients(make_xformer: Any, batch: dict[str, Any]) -> None:
+    model = make_xformer("dual", init="normal").eval()
+    train_only(model, ["fusion"])
+    found = diagnose.look(model, [batch])
+    assert found["gradients"]["itc > CA2 (Zq asks M')"] > 0
+    assert {name.split(" > ")[0] for name in found["gradients"]} == {"itc", "itm", "rec"}, "captions bypass the fusion"
+    model.fusion.requires_grad_(False)
+    model.vision_proj.requires_grad_(True)
+    assert diagnose.gradients(model, batch) == {}, "none of the parts that are told apart"
+
+
+def test_a_fusion_without_ca1_has_no_such_part(make_xformer: Any, batch: dict[str, Any]) -> None:
+    parts = {name.split(" > ")[1] for name in diagnose.gradients(make_xformer("concat").eval(), batch)}
+    assert parts == {"queries Z", "Q-Former, attention to C", "Q-Former, the rest", "fusion"}
 
 
 def test_the_command_on_the_shipped_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from test_checkpoints import Malicious, perturb, trainable_state
 
 import lavis_xformer
-from lavis_xformer import cli
+from lavis_xformer import assets, cli
 from lavis_xformer.engine.weights import trainable_state as runner_state
 from lavis_xformer.errors import UserError
 from lavis_xformer.export import export
@@ -61,6 +61,7 @@ def test_a_folder_gives_the_model_back_bit_for_bit(
     folder = (tmp_path / "first").rename(tmp_path / "moved")
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.yaml", "README.md"}
     card = (folder / "README.md").read_text()
+    assert f"| model.safetensors | `{assets.sha256(folder / 'model.safetensors')}` |" in card
     assert "61.5" in card, "what was measured with these weights"
     assert "50.5" not in card
     assert "70.5" not in card
@@ -170,6 +171,20 @@ def test_the_fusion_alone_is_exported_with_what_it_stands_on(
     torch.save({"model": runner_state(trained), "config": OmegaConf.to_container(stage2_config)}, tmp_path / "run.pth")
     model, *_ = lavis_xformer.from_folder(export(tmp_path / "run.pth", tmp_path / "out"))
     assert_equal(model, trained)
+
+
+def test_another_part_alone_is_exported_with_a_fusion_that_does_nothing(
+    stage2_config: Any, make_stage2: Any, batch: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.save({"model": trainable_state(perturb(make_stage2("opt", "none")))}, tmp_path / "blip2.pth")
+    stage2_config.model |= {"blip2_pretrained": str(tmp_path / "blip2.pth"), "train_only": ["Qformer"]}
+    stage2_config.model.fusion_init = "identity"
+    trained = perturb(XFormerOPT.from_config(stage2_config.model)).eval()
+    torch.save({"model": runner_state(trained), "config": OmegaConf.to_container(stage2_config)}, tmp_path / "run.pth")
+    folder = export(tmp_path / "run.pth", tmp_path / "out")
+    model, *_ = lavis_xformer.from_folder(folder)
+    assert torch.equal(model(batch)["loss"], trained(batch)["loss"])
+    assert "| as at the start | fusion (not in the checkpoint) |" in (folder / "README.md").read_text()
 
 
 def test_what_cannot_be_exported_or_read_is_one_line(checkpoint: Path, tmp_path: Path) -> None:

@@ -63,6 +63,23 @@ def test_a_cell_of_lavis_class_gives_our_losses_with_equal_weights(images: torch
 
 
 @pytest.mark.parametrize("arch", ["lavis_blip2", "lavis_blip2_opt"])
+def test_images_of_our_processors_give_what_clips_view_alone_gives(arch: str, images: torch.Tensor) -> None:
+    model, *_ = lavis_xformer.load_model_and_preprocess(arch, "mini", is_eval=True)
+    clip, given = images[:, :3], {"image": images}
+    with torch.no_grad():
+        assert torch.equal(model.visual_encoder(images), model.visual_encoder(clip))
+        assert len(model.generate(given)) == 2
+        assert model.generate(given, False, 2, 12) == model.generate({"image": clip}, False, 2, 12), "as LAVIS takes it"
+        if arch == "lavis_blip2":
+            for packed, plain in zip(model.forward_image(images), model.forward_image(clip), strict=True):
+                assert torch.equal(packed, plain)
+            features = [model.extract_features({"image": image}, "image").image_embeds for image in (images, clip)]
+            assert torch.equal(*features)
+    with pytest.raises(UserError, match="wants at least one image of 64 x 64"):
+        model.generate({"image": images[..., :32, :32]})
+
+
+@pytest.mark.parametrize("arch", ["lavis_blip2", "lavis_blip2_opt"])
 def test_cross_attention_is_as_frequent_as_configured(arch: str) -> None:
     from lavis.common.registry import registry
 

@@ -112,6 +112,13 @@ def test_a_swap_is_one_string(theirs: str, ours: str) -> None:
             assert (mine[key].default, mine[key].kind) == (reference[key].default, reference[key].kind), (name, key)
 
 
+def test_t5_has_no_type_that_runs_by_itself() -> None:
+    with pytest.raises(UserError, match="xformer_t5 has no default model type: name one of mini_t5, pretrain_flant5xl"):
+        lavis_xformer.load_model_and_preprocess("xformer_t5")
+    with pytest.raises(UserError, match=r"model\.t5_model: .* does not ship; .*build-mini --only t5 --out DIR"):
+        lavis_xformer.load_model_and_preprocess("xformer_t5", "mini_t5")
+
+
 @pytest.mark.parametrize("prompt", ["", "a photo of"])
 def test_prefix_lm_splits_captions_in_training_only(prompt: str, make_stage2: Any, batch: dict[str, Any]) -> None:
     model = make_stage2("t5", prompt=prompt, prefix_lm=True)

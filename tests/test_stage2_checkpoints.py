@@ -188,6 +188,39 @@ def test_the_fusion_alone_on_top_of_blip2(make_stage2: Any, batch: dict[str, Any
         load_pretrained(make_stage2("opt", "dual"), config(**{**keys, "train_only": ["mae"]}))
 
 
+@pytest.mark.parametrize("parts", [["Qformer"], ["opt_proj"], ["Qformer", "opt_proj"]])
+def test_parts_other_than_the_fusion_come_back_too(
+    parts: list[str], make_stage2: Any, batch: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save({"model": trainable_state(perturb(make_stage2("opt", "none")))}, tmp_path / "blip2.pth")
+    keys = {"blip2_pretrained": str(tmp_path / "blip2.pth"), "train_only": parts}
+    trained, again = make_stage2("opt", "dual"), make_stage2("opt", "dual")
+    load_pretrained(trained, config(**keys))
+    torch.save({"model": runner_state(perturb(trained))}, tmp_path / "run.pth")
+    report = load_pretrained(again, config(**keys, pretrained=str(tmp_path / "run.pth")))
+    assert torch.equal(again(batch)["loss"], trained(batch)["loss"])
+    assert {name.split(".")[0] for name in report.missing_new} == {"fusion"}, "of neither file"
+    assert not [name for name in report.missing_frozen if name.startswith("fusion")]
+    assert "model.train_only freezes what no file brings, and no checkpoint will hold: fusion." in caplog.text
+
+
+def test_a_fusion_of_stage_1_alone_starts_stage_2(make_xformer: Any, make_stage2: Any, tmp_path: Path) -> None:
+    torch.save({"model": trainable_state(perturb(make_xformer("none")))}, tmp_path / "blip2.pth")
+    keys = {"blip2_pretrained": str(tmp_path / "blip2.pth")}
+    stage1, stage2 = make_xformer("dual"), make_stage2("opt", "dual")
+    load_pretrained(stage1, config(**keys, train_only=["fusion"]))
+    fusion = runner_state(perturb(stage1))
+    torch.save({"model": fusion}, tmp_path / "fusion.pth")
+    own = {"train_only": ["fusion", "opt_proj"], "pretrained": str(tmp_path / "fusion.pth")}
+    report = load_pretrained(stage2, config(**keys, **own))
+    assert set(report.missing_new) == {"opt_proj.weight", "opt_proj.bias"}
+    assert stage2.opt_proj.weight.requires_grad
+    for name, tensor in fusion.items():
+        assert torch.equal(stage2.state_dict()[name], tensor), name
+    with pytest.raises(UserError, match=r"checkpoint of BLIP-2.*model\.blip2_pretrained"):
+        load_pretrained(make_stage2("opt", "dual"), config(**keys, **{**own, "pretrained": keys["blip2_pretrained"]}))
+
+
 def test_an_image_encoder_to_be_tuned_comes_from_its_own_file(make_stage2: Any, tmp_path: Path) -> None:
     torch.save({"model": trainable_state(make_stage2("opt"))}, tmp_path / "stage2.pth")
     model = make_stage2("opt", freeze_vit=False)

@@ -71,7 +71,6 @@ def test_gqa_by_type_by_hand_and_overall_as_lavis(tmp_path: Path) -> None:
         "name": "paper", "prompt": "Question: {} Answer:", "num_beams": 5, "length_penalty": -1, "max_len": 10,
         "min_len": 1,
     }  # fmt: skip
-    assert model.vqa_length_penalty == -1
     assert task.prompt == "Question: {} Answer:"
     assert [answer["correct"] for answer in result["answers"]] == [True, False, True]
     assert list(result["question_sha256"]) == [str(tmp_path / "questions.json")]
@@ -154,6 +153,29 @@ def test_the_language_model_may_be_asked_without_images(tmp_path: Path, blind: b
     assert task.valid_step(model, samples) == [{"question_id": 4, "pred_ans": "yes", "gt_ans": "no"}]
     assert ("image" in model.shown) is not blind
     assert model.shown["text_input"] == ["is it?"]
+
+
+def test_the_model_keeps_its_own_length_penalty(tmp_path: Path) -> None:
+    class Answering(Model):
+        asked: tuple[float, ...] = ()
+
+        def predict_answers(self, samples: dict[str, Any], **unused: Any) -> list[str]:
+            self.asked += (self.vqa_length_penalty,)
+            if samples["text_input"] == ["fail"]:
+                raise KeyboardInterrupt
+            return ["yes"]
+
+    samples = {"image": torch.zeros(1), "text_input": ["is it?"], "question_id": torch.tensor([4]), "answer": ["no"]}
+    model = Answering()
+    for protocol in ("paper", "lavis"):
+        task = setup(XFormerGQATask, tmp_path, protocol=protocol)
+        task.before_evaluation(model, SimpleNamespace())
+        task.evaluation(model, [samples], cuda_enabled=False)
+    assert model.asked == (-1, 0), "the paper's, then the model's"
+    task, failing = setup(XFormerGQATask, tmp_path, protocol="paper"), {**samples, "text_input": ["fail"]}
+    with pytest.raises(KeyboardInterrupt):
+        task.evaluation(model, [failing], cuda_enabled=False)
+    assert model.vqa_length_penalty == 0
 
 
 def test_an_unknown_protocol_is_named(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def attention_maps(model: XFormerBase, samples: dict[str, Any], *, layer: int = 
         UserError: there is no such layer.
     """
     explained = "text_input" in samples
-    with recording(model) as found, torch.set_grad_enabled(explained):
+    with recording(model) as found, torch.set_grad_enabled(explained), _trainable(model.query_tokens):
         score = _score(model, samples) if explained else model.encode_queries(samples["image"])
     looking = [name for name in found if name.startswith("Qformer.")]
     if not -len(looking) <= layer < len(looking):
@@ -84,6 +84,17 @@ def recording(model: XFormerBase) -> Iterator[dict[str, Tensor]]:
         config.output_attentions = before
         for hook in hooks:
             hook.remove()
+
+
+@contextlib.contextmanager
+def _trainable(queries: nn.Parameter) -> Iterator[None]:
+    """Let maps have gradients within, where ``train_only`` has frozen all that they come from."""
+    before = queries.requires_grad
+    queries.requires_grad_(True)
+    try:
+        yield
+    finally:
+        queries.requires_grad_(before)
 
 
 def _score(model: Any, samples: dict[str, Any]) -> Tensor:

@@ -51,8 +51,8 @@ class Tokens(NamedTuple):
 class XFormerBase(CheckpointLoading, Blip2Base):
     """The two frozen encoders, the Q-Former between them and the language, and the fusion."""
 
-    #: loaded where a user names no type: ships with the package and runs offline
-    DEFAULT_MODEL_TYPE: ClassVar[str] = "mini"
+    #: loaded where a user names no type: ships with the package and runs offline; None where no type does
+    DEFAULT_MODEL_TYPE: ClassVar[str | None] = "mini"
     #: what ``from_config`` reads, beside LAVIS's arch, model_type, load_finetuned, finetuned and pretrained
     CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset(
         "vit_model vit_weights image_size drop_path_rate use_grad_checkpoint vit_precision freeze_vit mae_model "
@@ -103,16 +103,10 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         super().__init__()
         if not freeze_vit and is_frozen(visual_encoder):
             raise UserError("model.freeze_vit is False, but a MAE as model.vit_model stays frozen; set it to True")
-        self.tokenizer = tokenizer
         self.visual_encoder: Any = freeze(visual_encoder) if freeze_vit else visual_encoder
         self.ln_vision = LayerNorm(visual_encoder.num_features)
         self.mae = mae if fusion.needs_mae else None
-        self.Qformer: Any = qformer
-        self.Qformer.resize_token_embeddings(len(tokenizer))
-        self._copy_text_weights_to_queries()
-        self.query_tokens = nn.Parameter(
-            torch.randn(1, qformer.config.query_length, qformer.config.hidden_size) * qformer.config.initializer_range
-        )
+        self._add_qformer(qformer, tokenizer)
         self.fusion = fusion
         self.image_size = image_size
         self.vit_precision: Precision = vit_precision
@@ -129,12 +123,17 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         for layer in bert.encoder.layer:
             layer.intermediate = layer.output = None
 
-    def _copy_text_weights_to_queries(self) -> None:
-        """Start the queries' feed-forward layers from the text's, as BLIP-2 does."""
+    def _add_qformer(self, qformer: Any, tokenizer: Any) -> None:
+        """Add the queries, and start their feed-forward layers from the text's, as BLIP-2 does."""
+        self.tokenizer = tokenizer
+        self.Qformer: Any = qformer
+        self.Qformer.resize_token_embeddings(len(tokenizer))
         state = self.Qformer.state_dict()
         for name, parameter in self.Qformer.named_parameters():
             if "_query" in name:
                 parameter.data.copy_(state[name.replace("_query", "")])
+        size = qformer.config
+        self.query_tokens = nn.Parameter(torch.randn(1, size.query_length, size.hidden_size) * size.initializer_range)
 
     # ---------------------------------------------------------------- images
 
@@ -216,7 +215,8 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         dtype = compute_dtype(self.device, self.vit_precision)
         for module in tower.modules():
             if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.dtype != dtype:
-                module.to(dtype)
+                with torch.inference_mode(False):  # whose tensors could never be trained
+                    module.to(dtype)
         return own_autocast(self.device, dtype)
 
     def reconstruction_loss(self, aligned: Tensor | None, tokens: Tokens) -> Tensor:

@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models.frozen import freeze, is_frozen
-from lavis_xformer.models.fusion import NoFusion
 from lavis_xformer.models.towers import download, load_torch_file
 
 NOTHING = r"(?!)"  # the regular expression that no name matches
@@ -41,7 +40,7 @@ class LoadReport:
 
     loaded: tuple[str, ...] = ()
     missing_frozen: tuple[str, ...] = ()  #: not in the file, as frozen weights should be
-    missing_new: tuple[str, ...] = ()  #: not in the file, trained from their initial values
+    missing_new: tuple[str, ...] = ()  #: not in the file, at their initial values
     unused: tuple[str, ...] = ()  #: in the file, of no use to this model
 
     def __str__(self) -> str:
@@ -55,10 +54,11 @@ class LoadReport:
     def __add__(self, later: LoadReport) -> LoadReport:
         """The report on two files, the later one loaded on top of this."""
         loaded = {*self.loaded, *later.loaded}
+        new = {*self.missing_new, *later.missing_new} - loaded  # by now perhaps frozen, as train_only says
         return LoadReport(
             loaded=tuple(sorted(loaded)),
-            missing_frozen=tuple(name for name in later.missing_frozen if name not in loaded),
-            missing_new=tuple(name for name in later.missing_new if name not in loaded),
+            missing_frozen=tuple(name for name in later.missing_frozen if name not in loaded | new),
+            missing_new=tuple(sorted(new)),
             unused=tuple(sorted({*self.unused, *later.unused})),
         )
 
@@ -91,7 +91,8 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
     """Load what the configuration names: ``blip2_pretrained``, then ``finetuned`` or ``pretrained``.
 
     With ``train_only`` everything else is frozen then, so that a checkpoint of such a training holds these parts alone:
-    it is loaded as ``pretrained`` on top of the ``blip2_pretrained`` that the training began with.
+    it is loaded as ``pretrained`` on top of the ``blip2_pretrained`` that the training began with. One of stage 1 may
+    lack what is new in stage 2.
 
     Where nothing is named, or ``load_pretrained`` is False, the log says so.
 
@@ -127,7 +128,9 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
         report += _load_blip2(model, blip2)
         train_only(model, parts)
     if own:
-        report += _load_own(model, own, key=key)
+        report += _load_own(model, own, key=key, may_miss=model.NEW_WEIGHTS if parts else NOTHING)
+    if lost := [name for name in report.missing_new if not model.get_parameter(name).requires_grad]:
+        logging.warning("model.train_only freezes what no file brings, and no checkpoint will hold: %s", _listing(lost))
     return report
 
 
@@ -155,14 +158,14 @@ def train_only(model: nn.Module, parts: Sequence[str] | None) -> None:
         parameter.requires_grad_(False)
 
 
-def _load_own(model: Any, source: str, *, key: str) -> LoadReport:
+def _load_own(model: Any, source: str, *, key: str, may_miss: str = NOTHING) -> LoadReport:
     state = read_checkpoint(source, key=key)
-    if is_blip2(state) and not isinstance(model.fusion, NoFusion):
+    if is_blip2(state) and not is_frozen(model.fusion):
         raise UserError(
             f"model.{key}: '{source}' is a checkpoint of BLIP-2, without X-Former's fusion; "
             "set model.blip2_pretrained to it instead"
         )
-    return _load_either_stage(model, state, source=source, may_miss=NOTHING)
+    return _load_either_stage(model, state, source=source, may_miss=may_miss)
 
 
 def _load_blip2(model: Any, source: str) -> LoadReport:

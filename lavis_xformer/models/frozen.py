@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from types import MethodType
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -32,7 +32,7 @@ def freeze(module: M) -> M:
     """
     module.requires_grad_(False).eval()
     for child in module.modules():
-        child.train = MethodType(_stay_in_eval_mode, child)  # type: ignore[method-assign]
+        child.train = partial(_stay_in_eval_mode, child)  # type: ignore[method-assign]  # MethodType is not unpickled
     return module
 
 

@@ -81,7 +81,10 @@ class LanguageModel(ABC):
         key = f"model.{cls.kind}_model"
         if precision is not None and precision not in DTYPES:
             raise UserError(f"model.llm_precision: '{precision}'; {nearest(str(precision), DTYPES)}")
-        path = str(resolve(name))
+        try:
+            path = str(resolve(name))
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from error
         try:
             config, _ = PretrainedConfig.get_config_dict(path)
             if (found := config.get("model_type")) != cls.kind:
@@ -132,11 +135,8 @@ class LanguageModel(ABC):
             B * ``num_return_sequences`` texts, those of an image side by side.
 
         Raises:
-            UserError: more texts than beams, or more tokens than the model reads.
+            UserError: more tokens than the model reads.
         """
-        texts, beams = options["num_return_sequences"], options["num_beams"]
-        if texts > beams and not options["do_sample"]:
-            raise UserError(f"num_captions is {texts}, num_beams {beams}; more beams or use_nucleus_sampling")
         with self.running():
             ids = self.continue_(visual, prompts, **options)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
@@ -194,7 +194,8 @@ class LanguageModel(ABC):
         device = self.model.device
         dtype = compute_dtype(device, self.precision)
         if any(parameter.dtype != dtype for parameter in self.model.parameters()):
-            self.model.to(dtype)
+            with torch.inference_mode(False):  # whose tensors could never be trained through
+                self.model.to(dtype)
         with own_autocast(device, dtype):
             yield
 

@@ -10,6 +10,7 @@ equal, gradients are not quite.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +20,7 @@ from lavis.models.blip2_models.blip2 import LayerNorm
 from lavis.models.blip2_models.blip2_opt import Blip2OPT
 from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
 from omegaconf import DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError
@@ -65,7 +66,7 @@ class OwnParts(CheckpointLoading):
             cls.__name__, (cls,), {"config": cfg}
         )  # LAVIS's builders are class methods without a configuration
         model = super(OwnParts, built).from_config(cfg)  # type: ignore[misc]
-        model.image_size = cfg.image_size
+        model.visual_encoder.register_forward_pre_hook(partial(_clip_view, size=cfg.image_size))
         model.fusion = NoFusion()
         model.load_report = load_pretrained(model, cfg)
         return model
@@ -110,12 +111,10 @@ class OwnParts(CheckpointLoading):
                     module.half()
         return encoder, LayerNorm(encoder.num_features)
 
-    def clip_view(self, samples: Samples) -> Samples:
-        """Give LAVIS what CLIP sees of our processors' images: (B, 3 or 6, S, S) -> (B, 3, S, S)."""
-        if "image" not in samples:
-            return samples
-        size: int = self.image_size  # type: ignore[attr-defined]
-        return {**samples, "image": unpack(samples["image"], clip_size=size, mae_size=size)[0]}
+
+def _clip_view(encoder: nn.Module, inputs: tuple[Tensor, ...], *, size: int) -> Tensor:
+    """Before the encoder: (B, 3 or 6, S, S), as our processors pack it -> what CLIP sees of it, (B, 3, S, S)."""
+    return unpack(inputs[0], clip_size=size, mae_size=size)[0]
 
 
 @registry.register_model("lavis_blip2")
@@ -130,17 +129,13 @@ class LavisBlip2(OwnParts, Blip2Qformer):
 
     def forward(self, samples: Samples) -> dict[str, Any]:
         """LAVIS's losses under our names: ``loss``, ``loss_itc``, ``loss_itm``, ``loss_itg``."""
-        output = super().forward(self.clip_view(samples))
+        output = super().forward(samples)
         return {
             "loss": output.loss,
             "loss_itc": output.loss_itc,
             "loss_itm": output.loss_itm,
             "loss_itg": output.loss_lm,
         }
-
-    def extract_features(self, samples: Samples, mode: str = "multimodal") -> Any:
-        """LAVIS's features."""
-        return super().extract_features(self.clip_view(samples), mode)
 
 
 @registry.register_model("lavis_blip2_opt")
@@ -171,9 +166,5 @@ class LavisBlip2OPT(OwnParts, Blip2OPT):
         """
         if "answer" in samples:
             raise UserError("lavis_blip2_opt: LAVIS's Blip2OPT trains on captions only; leave the questions out")
-        loss = super().forward(self.clip_view(samples))["loss"]
+        loss = super().forward(samples)["loss"]
         return {"loss": loss, "loss_lm": loss}
-
-    def generate(self, samples: Samples, **options: Any) -> list[str]:
-        """LAVIS's captions."""
-        return super().generate(self.clip_view(samples), **options)

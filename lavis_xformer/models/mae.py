@@ -9,8 +9,7 @@ B: batch, N: patches, Nv: visible patches, Nm = 1 + Nv: tokens with CLS, Dm: wid
 
 from __future__ import annotations
 
-from functools import lru_cache
-from types import MethodType
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -53,7 +52,7 @@ class MaskedAutoencoder(nn.Module):
         self.model = freeze(model)
         for module in model.modules():
             if isinstance(module, ViTMAESelfAttention):
-                module.forward = MethodType(_attend, module)
+                module.forward = partial(_attend, module)
         if norm_pix_loss is not None:
             self.model.config.norm_pix_loss = norm_pix_loss
 

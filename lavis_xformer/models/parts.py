@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from omegaconf import DictConfig
 
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models import towers
 from lavis_xformer.models.frozen import DTYPES
-from lavis_xformer.models.fusion import FUSIONS
+from lavis_xformer.models.fusion import FUSIONS, Init
 from lavis_xformer.models.mae import MaskedAutoencoder
 
 ENCODERS = ("clip", "mae")
@@ -74,10 +74,14 @@ def _check_names(cfg: DictConfig) -> None:
     """Look at the names in a ``model`` configuration before anything is built.
 
     Raises:
-        UserError: there is no such fusion, precision or encoder.
+        UserError: there is no such fusion, start, depth, precision or encoder.
     """
     if (name := cfg.get("fusion", "dual")) not in FUSIONS:
         raise UserError(f"model.fusion: no fusion '{name}'; {nearest(name, FUSIONS)}")
+    if (init := cfg.get("fusion_init", "identity")) not in get_args(Init):
+        raise UserError(f"model.fusion_init: '{init}'; {nearest(str(init), get_args(Init))}")
+    if not isinstance(depth := cfg.get("fusion_depth", 1), int) or depth < 1:
+        raise UserError(f"model.fusion_depth is {depth}; it must be a whole number above 0")
     if (precision := cfg.get("vit_precision", "fp16")) not in DTYPES:
         raise UserError(f"model.vit_precision: '{precision}'; {nearest(str(precision), DTYPES)}")
     for encoder in cfg.get("token_positions") or []:

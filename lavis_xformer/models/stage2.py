@@ -225,7 +225,7 @@ class XFormerT5(XFormerStage2):
     """X-Former with FlanT5."""
 
     LANGUAGE = T5Language
-    DEFAULT_MODEL_TYPE = "mini_t5"
+    DEFAULT_MODEL_TYPE = None  # no T5 ships
     PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {
         "mini_t5": "models/xformer_t5_mini.yaml",
         "pretrain_flant5xl": "models/xformer_t5_pretrain_flant5xl.yaml",

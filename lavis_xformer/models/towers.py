@@ -117,8 +117,13 @@ def block_of(encoder: Any, layer: int) -> Any:
     """The ``layer``-th transformer block of CLIP, counted from 1.
 
     Raises:
-        UserError: there is no such block.
+        UserError: there is no such block, or a MAE is in CLIP's place.
     """
+    if isinstance(encoder, MaeTower):
+        raise UserError(
+            f"model.clip_layer: {layer}, but model.vit_model is a MAE, of which the last block alone is read; "
+            "set it to null"
+        )
     blocks = encoder.blocks if hasattr(encoder, "blocks") else encoder.transformer.resblocks
     if not 1 <= layer <= len(blocks):
         raise UserError(f"model.clip_layer: {layer}, but this image encoder has blocks 1 to {len(blocks)}")
