@@ -90,6 +90,7 @@ class XFormerRetrievalTask(RetrievalTask):
             UserError: there is no such protocol.
         """
         protocol = named(cfg.run_cfg, RETRIEVAL_PROTOCOLS)
+        cfg.run_cfg.use_dist_eval_sampler = False  # LAVIS itself shares out the ranking of a whole split
         cfg.run_cfg.k_test = cfg.run_cfg.get("k_test", protocol["k_test"])  # LAVIS has no default
         task: XFormerRetrievalTask = super().setup_task(cfg)
         task.config = cfg.to_dict()

@@ -26,7 +26,7 @@ from lavis_xformer.engine import rng
 from lavis_xformer.engine.optimizers import MuonAdamW
 from lavis_xformer.engine.options import RunOptions
 from lavis_xformer.engine.sampling import check_ratios, eval_loader, split_by, train_loader
-from lavis_xformer.engine.step import computes_bf16
+from lavis_xformer.engine.step import AUTOCAST, computes_bf16
 from lavis_xformer.engine.streams import EpochLoader, JoinedLoader, ShardStream, StreamLoader
 from lavis_xformer.errors import UserError, nearest
 
@@ -84,7 +84,9 @@ class PortableRunner(RunnerBase):
             self._wrapped_model = self._model = self._model.to(self.device)
             if self.use_distributed:
                 devices = [self.device] if self.device.type == "cuda" else None
-                self._wrapped_model = DistributedDataParallel(self._model, device_ids=devices, broadcast_buffers=False)
+                self._wrapped_model = DistributedDataParallel(
+                    self._model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+                )
         return self._wrapped_model
 
     @property
@@ -95,6 +97,11 @@ class PortableRunner(RunnerBase):
             return "bf16" if computes_bf16(self.device) else "no"
         devices = {"fp16": ("cuda",), "bf16": ("cuda", "cpu")}.get(wanted, ())
         return wanted if self.device.type in devices else "no"
+
+    @property
+    def eval_dtype(self) -> torch.dtype | None:
+        """Of autocast in evaluation: on a GPU the training's, for a trained encoder would take long in fp32."""
+        return AUTOCAST.get(self.amp) if self.device.type == "cuda" else None
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:

@@ -146,7 +146,8 @@ class XFormerRunner(PortableRunner):
         if cur_epoch == "best" and not skip_reload:
             self._reload_best_model(model)
         model.eval()
-        with rng.seeded(rng.seed_of(self.options.seed, rank())), torch.no_grad():
+        precision = torch.autocast(self.device.type, dtype=self.eval_dtype, enabled=self.eval_dtype is not None)
+        with rng.seeded(rng.seed_of(self.options.seed, rank())), torch.no_grad(), precision:
             self.task.before_evaluation(model=model, dataset=self.datasets[split_name])
             results = self.task.evaluation(model, loader, cuda_enabled=self.device.type == "cuda")
             if results is None:
@@ -290,6 +291,7 @@ class XFormerRunner(PortableRunner):
         if self.options.resume == "auto":
             found = checkpoint.newest(self.output_dir, set_aside=True) if is_main() else None
             path = launch.share(str(found[0]) if found else None)
+            del found  # gigabytes
             summary = launch.share(jobs.read_summary(self.output_dir))
             if path is not None:
                 self._load_checkpoint(path)

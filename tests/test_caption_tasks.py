@@ -117,6 +117,7 @@ def test_retrieval_by_hand_with_its_protocol(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "result" / "test_coco_caption.json").read_text())
     assert result["protocol"] == {"name": "paper", "k_test": 2, "image_size": 364}
     assert result["figures"] == figures
+    assert task.cfg.use_dist_eval_sampler is False, "a rank's share of the split is not ranked as the whole"
     ranker = Ranker()
     setup(XFormerRetrievalTask, tmp_path).evaluation(ranker, SimpleNamespace(dataset=dataset))
     assert ranker.k_test == 128, "the protocol's, which the result then tells"

@@ -30,6 +30,29 @@ def test_what_is_read_is_what_was_written_and_stock_torch_reads_it(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint_1.pth"]
 
 
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("zipfile.ZipFile.testzip", OSError(errno.EIO, "Input/output error")),
+        ("zipfile.ZipFile.testzip", PermissionError(errno.EACCES, "Permission denied")),
+        ("torch.load", RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 12 bytes")),
+        ("torch.load", MemoryError()),
+    ],
+)
+def test_what_may_pass_sets_no_checkpoint_aside(tmp_path, monkeypatch, where, error):
+    path = tmp_path / checkpoint.name_of(0)
+    checkpoint.write(path, {"model": {}, "optimizer": {}, "epoch": 0})
+
+    def fail(*unused, **options):
+        raise error
+
+    with monkeypatch.context() as failing:
+        failing.setattr(where, fail)
+        with pytest.raises(UserError, match=r"can't be read at this moment .*left as it is"):
+            checkpoint.newest(tmp_path, set_aside=True)
+    assert checkpoint.newest(tmp_path, set_aside=True)[0] == path
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.99])
 def test_a_torn_file_is_recognised(tmp_path, share):
     path = tmp_path / "checkpoint_1.pth"

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_tensor
 
 from lavis_xformer.data.guard import DataFault, GuardedDataset, StreamGuard, guard, sample_name
+from lavis_xformer.data.packed import PackedRows
 from lavis_xformer.errors import UserError
 
 
@@ -30,6 +31,29 @@ def stock(folder: Path, bad: tuple[int, ...] = (), n: int = 6) -> CaptionDataset
         rows.append({"image": path.name, "caption": f"number {i}", "image_id": i})
     (folder / "rows.json").write_text(json.dumps(rows))
     return CaptionDataset(to_tensor, str, str(folder), [str(folder / "rows.json")])
+
+
+def test_annotations_by_the_thousand_are_packed_and_read_alike(tmp_path, monkeypatch):
+    rows = [{"image": f"{i}.png", "caption": ["a", "ü"], "size": (i, None)} for i in range(50)]
+    packed = PackedRows(rows)
+    assert list(packed) == rows
+    assert (packed[-1], packed[3:9:2], len(packed)) == (rows[-1], rows[3:9:2], 50)
+    with pytest.raises(IndexError):
+        packed[50]
+    assert isinstance(guard(stock(tmp_path)).annotation, list)
+    monkeypatch.setattr("lavis_xformer.data.guard.MANY", 6)
+    dataset = guard(stock(tmp_path, bad=(2,)))
+    assert isinstance(dataset.annotation, PackedRows)
+    assert [dataset[i]["text_input"] for i in range(3)] == ["number 0", "number 1", "number 3"]
+    assert dataset.corrupt() == [f"{tmp_path}/2.png (sample 2)"]
+
+
+def test_of_many_bad_samples_a_few_are_told_one_by_one(tmp_path, caplog):
+    dataset = GuardedDataset(stock(tmp_path, bad=range(25), n=2100), max_in_a_row=100)
+    for number in range(2000):
+        dataset._note(number, "torn")
+    assert len(caplog.records) == 20 + 2
+    assert caplog.records[-1].message == "skipped a bad sample (2000 so far in this process): torn"
 
 
 def test_a_good_dataset_is_unchanged(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import toy_training
@@ -133,3 +135,12 @@ def test_on_a_cpu_frozen_parts_compute_as_the_run_and_stay_fp32(make_xformer, ba
     assert not torch.equal(full.mae.tokens, mixed.mae.tokens)
     torch.testing.assert_close(full.mae.tokens, mixed.mae.tokens, rtol=0.1, atol=0.1)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cuda", torch.bfloat16), ("cpu", None)])
+def test_evaluation_on_a_gpu_is_in_the_trainings_precision(
+    device: str, dtype: torch.dtype | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = toy_training.make_runner(tmp_path, amp="bf16")
+    monkeypatch.setattr(runner, "_device", torch.device(device))
+    assert runner.eval_dtype == dtype

@@ -20,10 +20,13 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import ConcatDataset, Dataset
 
+from lavis_xformer.data.packed import PackedRows
 from lavis_xformer.data.photos import describe, strict_decoding
 from lavis_xformer.errors import UserError, nearest
 
 ON_CORRUPT = ("skip", "raise")
+MANY = 100_000  # annotations that are packed
+SHOWN = 20  # warnings of bad samples, then one for every thousand
 
 
 class MapDataset(Protocol):
@@ -76,6 +79,9 @@ class GuardedDataset(Dataset):
         self.dataset = dataset
         self.on_corrupt = on_corrupt
         self.max_in_a_row = max_in_a_row
+        self._noted = 0  # by this process
+        if isinstance(rows := getattr(dataset, "annotation", None), list) and len(rows) >= MANY:
+            dataset.annotation = PackedRows(rows)  # type: ignore[attr-defined]
         # One flag per sample, in memory that the loader's workers share with this process.
         self._bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
 
@@ -120,7 +126,9 @@ class GuardedDataset(Dataset):
     def _note(self, position: int, fault: str) -> None:
         if not self._bad[position]:
             self._bad[position] = True
-            logging.warning("skipped a bad sample (%d so far): %s", int(self._bad.sum()), fault)
+            self._noted += 1
+            if self._noted <= SHOWN or self._noted % 1000 == 0:  # of millions of links many are dead
+                logging.warning("skipped a bad sample (%d so far in this process): %s", self._noted, fault)
 
 
 class StreamGuard:

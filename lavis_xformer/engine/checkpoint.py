@@ -9,6 +9,7 @@ Names tell the order: ``checkpoint_{epoch}.pth`` after an epoch (LAVIS's name),
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -19,9 +20,13 @@ from typing import Any
 
 import torch
 
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, first_line
 
 FORMAT = "lavis_xformer/checkpoint/1"
+#: errors of a machine, a disk or a network that may be gone in a minute
+PASSING = frozenset(
+    {errno.EIO, errno.ENOMEM, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}
+)
 BEST = "checkpoint_best.pth"
 _NAME = re.compile(r"checkpoint_(\d+)(?:_step(\d+))?\.pth")
 
@@ -103,6 +108,7 @@ def read(path: Path) -> dict[str, Any]:
 
     Raises:
         BadCheckpoint: it is missing, torn, altered, or holds something else than a checkpoint.
+        UserError: memory, disk or network fail at this moment, which says nothing of the file.
     """
     reason = damage(path)
     if reason:
@@ -110,23 +116,35 @@ def read(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BadCheckpoint(f"{path} is no usable checkpoint: {first_line}") from error
+        _leave_what_passes(path, error)
+        raise BadCheckpoint(f"{path} is no usable checkpoint: {first_line(error)}") from error
     if not isinstance(content, dict) or not {"model", "optimizer", "epoch"} <= content.keys():
         raise BadCheckpoint(f"{path} holds no training state (model, optimizer, epoch)")
     return content
 
 
 def damage(path: Path) -> str:
-    """Say what is wrong with a file without unpickling it; empty where its checksums hold."""
+    """Say what is wrong with a file without unpickling it; empty where its checksums hold.
+
+    Raises:
+        UserError: memory, disk or network fail at this moment.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except FileNotFoundError:
         return "there is no such file"
     except Exception as error:  # whatever a wrong byte makes zipfile raise
+        _leave_what_passes(path, error)
         return f"torn or foreign ({error})"
     return f"checksum of its record {broken} does not hold" if broken else ""
+
+
+def _leave_what_passes(path: Path, error: Exception) -> None:
+    """Raise where an error tells of the machine and not of the file, which must not be set aside for it."""
+    passing = isinstance(error, MemoryError) or "allocate memory" in str(error)
+    if passing or (isinstance(error, OSError) and error.errno in PASSING):
+        raise UserError(f"{path} can't be read at this moment ({first_line(error)}); it is left as it is") from error
 
 
 def newest(folder: Path, *, set_aside: bool = False) -> tuple[Path, dict[str, Any]] | None:

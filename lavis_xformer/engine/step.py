@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 Terms = dict[str, Tensor]
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by ``run.amp``
 
 
 def computes_bf16(device: torch.device) -> bool:
@@ -56,7 +57,7 @@ class Stepper:
         self.max_grad_norm = max_grad_norm or float("inf")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp)
+        self.dtype = AUTOCAST.get(amp)
 
     def gradients(self, window: Sequence[Any]) -> Terms:
         """Accumulate the gradients of the mean loss of ``window``; return its mean terms.
