@@ -30,6 +30,8 @@ from lavis_xformer.config_keys import check_keys
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.paths import project_path
 
+logger = logging.getLogger(__name__)
+
 SECTIONS = ("model", "datasets", "run")
 
 
@@ -82,7 +84,7 @@ def choose_model_type(arch: str, model_type: str | None) -> str:
         model_type = getattr(cls, "DEFAULT_MODEL_TYPE", types[0] if len(types) == 1 else None)
         if model_type is None:
             raise UserError(f"{arch} has no default model type: name one of {', '.join(types)}")
-        logging.info("%s: no model type given, taking '%s'", arch, model_type)
+        logger.info("%s: no model type given, taking '%s'", arch, model_type)
     if model_type not in types and not (Path(model_type) / "config.yaml").is_file():  # an exported folder
         raise UserError(f"{arch} has no model type '{model_type}': {nearest(model_type, types)}")
     return model_type

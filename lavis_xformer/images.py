@@ -60,7 +60,7 @@ def unpack(image: Tensor, *, clip_size: int, mae_size: int) -> tuple[Tensor, Ten
     if image.shape[0] == 0 or image.shape[-2:] != (side, side):
         raise UserError(
             f"image has shape {tuple(image.shape)}; this model wants at least one image of {side} x {side} "
-            "pixels: set image_size of the vis_processor to the model's"
+            "pixels: set image_size of the vis_processor, and its mae_image_size, to the model's"
         )
     if packed:
         return image[:, :3, :clip_size, :clip_size], image[:, 3:, :mae_size, :mae_size]

@@ -89,10 +89,13 @@ class WithProtocol:
         Raises:
             UserError: there is no such protocol.
         """
-        task = super().setup_task(cfg)  # type: ignore[misc]
-        task.protocol, task.config = protocol_of(cfg.run_cfg, cls.PROTOCOLS), cfg.to_dict()
+        protocol = protocol_of(cfg.run_cfg, cls.PROTOCOLS)
         for name in PROTOCOL_KEYS:
-            setattr(task, name, getattr(task.protocol, name))
+            cfg.run_cfg[name] = getattr(protocol, name)  # LAVIS has no defaults for some
+        task = super().setup_task(cfg)  # type: ignore[misc]
+        task.protocol, task.config = protocol, cfg.to_dict()
+        for name in PROTOCOL_KEYS:
+            setattr(task, name, getattr(protocol, name))
         return task
 
     def write(

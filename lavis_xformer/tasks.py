@@ -27,8 +27,23 @@ logger = logging.getLogger(__name__)
 Samples = dict[str, Any]
 
 
+NO_CAPTIONS = (
+    "{} gives no captions ('text_input'), which the losses need (LAVIS's caption datasets have them in training only); "
+    "evaluate a split of image-text pairs, or set run.valid_splits and run.test_splits to []"
+)
+
+
 class NamedLossTask(BaseTask):
     """A task whose model returns a dict with ``loss`` and named terms; evaluates their means."""
+
+    def check_split(self, name: str, dataset: Any) -> None:
+        """Look at the first sample of a split before the training that would end with its evaluation.
+
+        Raises:
+            UserError: it can't be evaluated.
+        """
+        if len(dataset) and "text_input" not in dataset[0]:
+            raise UserError(NO_CAPTIONS.format(f"the split '{name}'"))
 
     def train_terms(self, model: nn.Module, samples: Samples) -> Mapping[str, Any]:
         """Return the model's output for a batch; the loop optimises ``loss`` and logs every term."""
@@ -192,10 +207,7 @@ def own_batches(loader: DataLoader[Any], device: torch.device) -> Iterator[tuple
     done = 0
     for samples in bar(loader, "evaluating", shown=is_main()):
         if "text_input" not in samples:
-            raise UserError(
-                f"{type(loader.dataset).__name__} gives no captions ('text_input'), which the losses "
-                "need; evaluate a split of image-text pairs, or set run.valid_splits to []"
-            )
+            raise UserError(NO_CAPTIONS.format("the split to evaluate"))
         size = count_samples(samples)
         fresh = [(done + i) * world + own_rank < length for i in range(size)]
         done += size

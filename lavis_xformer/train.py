@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
@@ -55,6 +56,7 @@ def build_runner(config: Any, place: Any, *, runner_name: str | None = None) -> 
     Raises:
         UserError: a key is missing or wrong, or a file is.
     """
+    import torch
     from lavis.common.registry import registry
     from lavis.tasks import setup_task
 
@@ -62,6 +64,7 @@ def build_runner(config: Any, place: Any, *, runner_name: str | None = None) -> 
     from lavis_xformer.engine import rng
     from lavis_xformer.engine.log import setup_logging
     from lavis_xformer.engine.options import RunOptions, check_lavis_keys
+    from lavis_xformer.errors import UserError
 
     setup_logging(shown=place.rank == 0)
     check_lavis_keys(config.run_cfg)
@@ -74,6 +77,9 @@ def build_runner(config: Any, place: Any, *, runner_name: str | None = None) -> 
     rng.seed_everything(rng.seed_of(options.seed, place.rank))
     launch.barrier()
     runner_class = registry.get_runner_class(runner_name or config.run_cfg.runner)
+    trains = not config.run_cfg.get("evaluate", False)
+    if trains and runner_class.__module__.startswith("lavis.") and not torch.cuda.is_available():
+        raise UserError("run.runner: LAVIS's own runners train on a GPU only; set it to xformer_runner")
     return runner_class(cfg=config, task=task, model=model, datasets=datasets, job_id=job_id)
 
 
@@ -97,15 +103,17 @@ def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
         return
     from lavis_xformer.analysis.report import write_report
     from lavis_xformer.engine import checkpoint
+    from lavis_xformer.errors import UserError
 
     names = summary.get("corrupt", [])
     print_corrupt(names, summary.get("corrupt_count", len(names)))
-    folder = runner.output_dir
-    page, picture = write_report(folder)
+    folder, drawn = runner.output_dir, ""
+    with contextlib.suppress(UserError):  # nothing was left to train: the log here has no step
+        page, picture = write_report(folder)
+        drawn = f"\ncurves      {show(picture)}\nreport      {show(page)}"
     best = folder / checkpoint.BEST
     newest = best if best.exists() else next(iter(checkpoint.listed(folder)), None)
-    print(f"\ncheckpoint  {show(newest)}\nlog         {show(folder / 'log.jsonl')}")
-    print(f"curves      {show(picture)}\nreport      {show(page)}")
+    print(f"\ncheckpoint  {show(newest)}\nlog         {show(folder / 'log.jsonl')}{drawn}")
     if runner.options.next_command:
         follows = runner.options.next_command.replace("{checkpoint}", shlex.quote(show(newest)))
         print(f"next        {as_called_here(follows)}")

@@ -71,6 +71,12 @@ def test_captions_are_asked_for_by_the_protocol_which_the_result_names(tmp_path:
         setup(XFormerCaptionTask, tmp_path, protocol="papers", **ASKED)
 
 
+def test_a_run_may_leave_all_of_it_to_the_protocol(tmp_path: Path) -> None:
+    task = setup(XFormerCaptionTask, tmp_path, evaluate=True)
+    assert (task.num_beams, task.max_len, task.min_len, task.protocol.name) == (5, 30, 8, "paper")
+    assert task.config["run"]["min_len"] == 8, "the result tells it"
+
+
 def test_only_models_that_can_be_asked_so_are_built(stage2_config: Any, tmp_path: Path) -> None:
     lavis_xformer.register()
     task = setup(XFormerCaptionTask, tmp_path, **ASKED)

@@ -205,3 +205,9 @@ def test_what_cannot_be_exported_or_read_is_one_line(checkpoint: Path, tmp_path:
     assert not (tmp_path / "new").exists()
     with pytest.raises(UserError, match=r"full is no exported model: it has no config\.yaml"):
         lavis_xformer.from_folder(tmp_path / "full")
+
+
+def test_a_folder_of_another_model_is_named_so(trained: XFormerOPT, checkpoint: Path, tmp_path: Path) -> None:
+    folder = export(checkpoint, tmp_path / "opt")
+    with pytest.raises(UserError, match=r"opt is an exported xformer_opt, no XFormer$"):
+        lavis_xformer.load_model_and_preprocess("xformer", str(folder))

@@ -93,3 +93,13 @@ def test_the_pillows_that_are_allowed_know_transparency() -> None:
     (bound,) = [Requirement(line) for line in re.findall(r'"(pillow[^"]*)"', setup)]
     assert "10.1" in bound.specifier
     assert "10.0.1" not in bound.specifier, "Image.has_transparency_data is of 10.1"
+
+
+def test_photos_are_turned_as_they_were_held(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (4, 2), "black")
+    picture.putpixel((0, 0), (255, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # held upright: to be turned a quarter clockwise
+    picture.save(tmp_path / "a.png", exif=exif)
+    turned = open_photo(tmp_path / "a.png")
+    assert (turned.size, turned.getpixel((1, 0))) == ((2, 4), (255, 0, 0))

@@ -38,7 +38,7 @@ def test_every_form_gives_the_same_rows(tmp_path: Path, name: str, text: str, nu
 def test_line_breaks_inside_texts_do_not_break_rows(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"caption": "one\u2028two"}\r\n{"caption": "x"}\r\n', encoding="utf-8")
     assert [row["caption"] for _, row in read_rows(tmp_path / "a.jsonl")] == ["one\u2028two", "x"]
-    (tmp_path / "a.csv").write_text('image,caption\na.jpg,"one\ntwo"\n')
+    (tmp_path / "a.csv").write_text('image, caption\na.jpg, "one\ntwo"\n')
     assert read_rows(tmp_path / "a.csv") == [(1, {"image": "a.jpg", "caption": "one\ntwo"})]
 
 
@@ -64,6 +64,7 @@ def test_rows_key_chooses_among_several_lists(tmp_path: Path) -> None:
             "image,caption\na.jpg,one\nb.jpg,a kite, over a beach\n",
             "1 of 2 rows are wrong: row 2: more fields than the header; quote texts that hold commas",
         ),
+        ("a.csv", "image;caption\na.jpg;one\n", "its columns are separated by semicolons; CSV needs commas"),
         ("a.csv", 'image,caption\n"a.jpg","one"\nb.jpg\n', "row 2: fewer fields than the header: no 'caption'"),
         ("a.csv", 'image,caption\na.jpg,"' + "x" * 200_000, "not CSV: field larger than field limit"),
     ],
@@ -80,7 +81,7 @@ def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.json: no such annotation file"):
         read_rows(tmp_path / "nowhere.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="can't be read"):
+    with pytest.raises(UserError, match="is not UTF-8 text"):
         read_rows(tmp_path / "binary.json")
 
 

@@ -18,6 +18,7 @@ from lavis_xformer.analysis import report
 from lavis_xformer.engine import checkpoint, jobs, rng
 from lavis_xformer.engine.log import clock
 from lavis_xformer.errors import UserError
+from lavis_xformer.train import conclude
 
 
 def weights(runner):
@@ -307,6 +308,27 @@ def test_splits_are_checked_before_the_first_step(tmp_path, run, message):
     with pytest.raises(UserError, match=message):
         runner.train()
     assert not list(runner.output_dir.glob("*.pth"))
+
+
+def test_a_split_without_captions_is_refused_before_the_first_step(tmp_path):
+    class Images(toy_training.ToyPairs):
+        def __getitem__(self, index):
+            return {"image": super().__getitem__(index)["image"]}
+
+    data = {"toy": {"train": toy_training.ToyPairs(), "val": Images(16)}}
+    runner = toy_training.make_runner(tmp_path, datasets=data)
+    with pytest.raises(UserError, match=r"the split 'val' gives no captions .* run\.valid_splits"):
+        runner.train()
+    assert not list(runner.output_dir.glob("*.jsonl"))
+
+
+def test_nothing_left_to_train_still_concludes(unbroken, tmp_path, capsys):
+    path = str(unbroken.output_dir / "checkpoint_2.pth")
+    runner = toy_training.make_runner(tmp_path, resume_ckpt_path=path, test_splits=["val"])
+    conclude(runner, runner.train())
+    said = capsys.readouterr().out
+    assert "log         " in said
+    assert "curves" not in said
 
 
 def test_evaluation_checks_all_splits_before_it_begins(tmp_path):

@@ -24,6 +24,8 @@ from lavis_xformer.data.records import Row, file_exists, forget_listings, read_r
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.paths import config_path
 
+logger = logging.getLogger(__name__)
+
 Sample = dict[str, Any]
 
 # sha256 of GVTBench/*.json as published by the authors, 10,000 questions each.
@@ -213,7 +215,7 @@ class BenchmarkBuilder(LocalFilesBuilder):
         published = GVT_SHA256.get(digest)
         if published not in (None, self.name):
             raise UserError(f"datasets.{self.name}: {file} is the question file of {published}")
-        logging.info("%s: %s, sha256 %s (%s)", self.name, file, digest, "published" if published else "not pinned")
+        logger.info("%s: %s, sha256 %s (%s)", self.name, file, digest, "published" if published else "not pinned")
         return digest
 
     def samples(self, file: str, rows: Sequence[tuple[int, Row]], image_root: Path) -> list[Sample]:

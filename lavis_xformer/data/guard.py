@@ -24,6 +24,8 @@ from lavis_xformer.data.packed import PackedRows
 from lavis_xformer.data.photos import describe, strict_decoding
 from lavis_xformer.errors import UserError, nearest
 
+logger = logging.getLogger(__name__)
+
 ON_CORRUPT = ("skip", "raise")
 MANY = 100_000  # annotations that are packed
 SHOWN = 20  # warnings of bad samples, then one for every thousand
@@ -115,7 +117,7 @@ class GuardedDataset(Dataset):
             except Exception as error:  # whatever a broken file or row makes a decoder raise
                 fault = _tell(sample_name(self.dataset, position), error)
                 if self.on_corrupt == "raise":
-                    raise DataFault(fault) from error
+                    raise DataFault(f"{fault} (on_corrupt: skip would leave it out)") from error
                 self._note(position, fault)
         raise DataFault(f"{tries} bad samples in a row, the last one {fault}")
 
@@ -128,7 +130,7 @@ class GuardedDataset(Dataset):
             self._bad[position] = True
             self._noted += 1
             if self._noted <= SHOWN or self._noted % 1000 == 0:  # of millions of links many are dead
-                logging.warning("skipped a bad sample (%d so far in this process): %s", self._noted, fault)
+                logger.warning("skipped a bad sample (%d so far in this process): %s", self._noted, fault)
 
 
 class StreamGuard:
@@ -215,7 +217,7 @@ class StreamGuard:
         if name not in self._known:
             with self._names.open("a", encoding="utf-8") as file:
                 file.write(f"{name}\n")
-            logging.warning("skipped a bad sample: %s: %s", name, said)
+            logger.warning("skipped a bad sample: %s: %s", name, said)
         return True
 
 

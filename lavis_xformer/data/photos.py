@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from lavis_xformer.errors import UserError
 
@@ -56,7 +56,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_photo(path: str | Path) -> Image.Image:
-    """Read one image file completely, as RGB.
+    """Read one image file completely, as RGB and as it was held: turned as its EXIF data say.
 
     Args:
         path: an image file of any format and mode that PIL knows.
@@ -71,7 +71,7 @@ def open_photo(path: str | Path) -> Image.Image:
     try:
         with strict_decoding(), Image.open(path) as image:
             image.load()
-            return to_rgb(image)
+            return to_rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError as error:
         raise PhotoError(f"{path}: no such image file") from error
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:

@@ -46,7 +46,9 @@ def read_rows(path: str | Path, *, rows_key: str | None = None) -> list[tuple[in
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such annotation file") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text: {error}; save it as UTF-8") from error
+    except OSError as error:
         raise UserError(f"{path}: can't be read: {error}") from error
     rows = _parse_csv(text, path) if path.suffix.lower() == ".csv" else _parse_json(text, path, rows_key)
     if not rows:
@@ -73,9 +75,12 @@ def read_strings(path: str | Path) -> list[str]:
 
 def _parse_csv(text: str, path: Path) -> list[tuple[int, Any]]:
     try:
-        rows = list(enumerate(csv.DictReader(io.StringIO(text, newline="")), start=1))
+        table = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+        rows = list(enumerate(table, start=1))
     except csv.Error as error:
         raise UserError(f"{path}: not CSV: {error}") from error
+    if len(names := list(table.fieldnames or ())) == 1 and ";" in names[0]:
+        raise UserError(f"{path}: its columns are separated by semicolons; CSV needs commas")
     report(path, [(number, what) for number, row in rows if (what := _misfit(row))], len(rows))
     return rows
 

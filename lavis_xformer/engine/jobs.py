@@ -68,7 +68,8 @@ def newest_matching(output_dir: Path, config: Mapping[str, Any]) -> str | None:
         if not changes and checkpoint.listed(path.parent):
             return path.parent.name
         if changes:
-            logger.info("%s is another run: %s", path.parent, "; ".join(changes[:3]))
+            told = "; ".join(changes[:3])
+            logger.info("%s is another run: %s (run.job_id=%s goes on with it)", path.parent, told, path.parent.name)
     return None
 
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from lavis.common.registry import registry
 from lavis.models.blip2_models.blip2 import Blip2Base, LayerNorm
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -33,6 +34,8 @@ from lavis_xformer.models.frozen import Precision, compute_dtype, freeze, is_fro
 from lavis_xformer.models.fusion import Fusion
 from lavis_xformer.models.mae import MaeFeatures, MaskedAutoencoder, sincos, unmasked
 from lavis_xformer.paths import type_path
+
+logger = logging.getLogger(__name__)
 
 
 class Tokens(NamedTuple):
@@ -301,10 +304,13 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         """The configuration of a model type, or of an exported folder, whose weights ``model.pretrained`` then names.
 
         Raises:
-            UserError: there is no such type.
+            UserError: there is no such type, or the folder is of another model.
         """
         cfg = OmegaConf.load(cls.default_config_path(model_type))
         if model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:
+            theirs = registry.get_model_class(cfg.model.arch)
+            if theirs is None or not (issubclass(theirs, cls) or issubclass(cls, theirs)):
+                raise UserError(f"model_type: {model_type} is an exported {cfg.model.arch}, no {cls.__name__}")
             cfg.model.pretrained = model_type  # the folder, wherever it lies by now
         return cfg
 
@@ -316,10 +322,10 @@ class XFormerBase(CheckpointLoading, Blip2Base):
             UserError: there is no such type, or a name, folder or file in its YAML is wrong.
         """
         if model_type.startswith("mini"):
-            logging.warning("%s: this small model knows synthetic scenes only, no photos", model_type)
+            logger.warning("%s: this small model knows synthetic scenes only, no photos", model_type)
         model = cls.from_config(cls.default_config(model_type).model)
         if not model.load_report.loaded:
-            logging.warning("%s: no weights are known for this type; load a checkpoint, or train it", model_type)
+            logger.warning("%s: no weights are known for this type; load a checkpoint, or train it", model_type)
         return model
 
 

@@ -28,6 +28,8 @@ from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models.frozen import freeze, is_frozen
 from lavis_xformer.models.towers import download, load_torch_file
 
+logger = logging.getLogger(__name__)
+
 NOTHING = r"(?!)"  # the regular expression that no name matches
 FUSION = r"(fusion|itg_reader)\."
 CLIP = r"visual_encoder\."
@@ -123,14 +125,14 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
     report = LoadReport()
     if not (own or blip2):
         reason = "model.pretrained names no checkpoint" if wanted else "model.load_pretrained is False"
-        logging.info("%s: %s, so nothing is loaded: what is trained starts anew", type(model).__name__, reason)
+        logger.info("%s: %s, so nothing is loaded: what is trained starts anew", type(model).__name__, reason)
     if blip2:
         report += _load_blip2(model, blip2)
         train_only(model, parts)
     if own:
         report += _load_own(model, own, key=key, may_miss=model.NEW_WEIGHTS if parts else NOTHING)
     if lost := [name for name in report.missing_new if not model.get_parameter(name).requires_grad]:
-        logging.warning("model.train_only freezes what no file brings, and no checkpoint will hold: %s", _listing(lost))
+        logger.warning("model.train_only freezes what no file brings, and no checkpoint will hold: %s", _listing(lost))
     return report
 
 
@@ -184,7 +186,7 @@ def _load_either_stage(model: Any, state: dict[str, Tensor], *, source: str, may
     if not _any(CLIP, state):
         may_miss += f"|{CLIP}"
     elif is_frozen(model.visual_encoder):
-        logging.warning("%s brings its own image encoder; checkpoints of a training that freezes it won't", source)
+        logger.warning("%s brings its own image encoder; checkpoints of a training that freezes it won't", source)
     ignored = f"{LANGUAGE_MODEL}|{model.STAGE1_WEIGHTS}"
     return load_state(model, state, source=source, may_miss=may_miss, ignored=ignored)
 
@@ -262,7 +264,7 @@ def load_state(
         missing_new=tuple(sorted(new)),
         unused=tuple(sorted(unused)),
     )
-    logging.info("%s: %s", source, report)
+    logger.info("%s: %s", source, report)
     return report
 
 

@@ -28,6 +28,8 @@ from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models.mae import MaeTower, MaskedAutoencoder
 from lavis_xformer.models.meta_mae import load_meta_mae
 
+logger = logging.getLogger(__name__)
+
 # EVA-CLIP ViT-g/14 as BLIP-2 reads it: 39 of its 40 blocks (LAVIS `create_eva_vit_g`)
 EVA_CLIP_G: dict[str, Any] = {
     "patch_size": 14,
@@ -290,7 +292,7 @@ def load_checked(
             f"other shapes {shapes[:5]}"
         )
     module.load_state_dict({key: state[key] for key in own})
-    logging.info("loaded %d weights of %s", len(own), source)
+    logger.info("loaded %d weights of %s", len(own), source)
 
 
 def load_torch_file(path: str | Path, *, key: str) -> dict[str, Any]:
