@@ -106,7 +106,7 @@ def export(
     save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
     (target / WEIGHTS).chmod(0o644)
     OmegaConf.save(cfg, target / CONFIG)
-    (target / CARD).write_text(_card(model, cfg, target, Path(checkpoint), facts), encoding="utf-8")
+    (target / CARD).write_text(_card(cfg, target, Path(checkpoint), weights, facts), encoding="utf-8")
     return target
 
 
@@ -190,13 +190,13 @@ def _fit_processors(cfg: Any, model: Any) -> None:
             processor.mae_image_size = model.mae.image_size
 
 
-def _card(model: Any, cfg: Any, target: Path, checkpoint: Path, facts: dict[str, Any]) -> str:
+def _card(cfg: Any, target: Path, checkpoint: Path, weights: dict[str, Any], facts: dict[str, Any]) -> str:
     from lavis_xformer import __version__
     from lavis_xformer.assets import sha256
 
     keys = ("vit_model", "mae_model", "opt_model", "t5_model")
     frozen = [f"{key}: `{cfg.model[key]}`" for key in keys if key in cfg.model]
-    count = sum(tensor.numel() for tensor in _weights(model).values())
+    count = sum(tensor.numel() for tensor in weights.values())
     lines = [
         f"# {cfg.model.arch} / {cfg.model.model_type}",
         "",

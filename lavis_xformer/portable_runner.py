@@ -181,7 +181,7 @@ class PortableRunner(RunnerBase):
 
     @property
     def dataloaders(self) -> dict[str, Any]:
-        """One loader for each split, of a run that trains nothing for each to evaluate; training datasets are joined.
+        """One loader for each split, several training datasets joined; without training, for what is evaluated alone.
 
         Raises:
             UserError: a split that ``run:`` names does not exist, or several datasets have one to evaluate.
@@ -221,6 +221,14 @@ class PortableRunner(RunnerBase):
                     f"--options datasets.{names[-1]}.build_info.annotations.{split}=null of LAVIS's own datasets, "
                     f"splits.{split}.annotations=null of your own files, splits.{split}.scenes=0 of scenes"
                 )
+
+    def check_splits_to_come(self) -> None:
+        """Let the task refuse what it could not evaluate after the training; random numbers are not used up."""
+        check = getattr(self.task, "check_split", lambda name, dataset: None)  # LAVIS's tasks have none
+        loaders = self.dataloaders
+        with rng.seeded(self.options.seed):
+            for split in {*self.valid_splits, *self.test_splits}.difference(self.train_splits):
+                check(split, loaders[split].dataset)
 
     def create_loaders(
         self,

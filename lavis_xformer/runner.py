@@ -87,7 +87,7 @@ class XFormerRunner(PortableRunner):
             finished = self._resume()
             if finished is not None:
                 return finished
-            self._check_splits_to_come()
+            self.check_splits_to_come()
             self.log_config()
             self._announce()
             for epoch in range(self.state.position.epoch, self.max_epoch):
@@ -97,14 +97,6 @@ class XFormerRunner(PortableRunner):
                 self._validate(epoch)
                 self.state.next_epoch()
             return self._finish()
-
-    def _check_splits_to_come(self) -> None:
-        """Let the task refuse what it could not evaluate after the training; random numbers are not used up."""
-        check = getattr(self.task, "check_split", lambda name, dataset: None)  # LAVIS's tasks have none
-        loaders = self.dataloaders
-        with rng.seeded(self.options.seed):
-            for split in {*self.valid_splits, *self.test_splits}.difference(self.train_splits):
-                check(split, loaders[split].dataset)
 
     def train_epoch(self, epoch: int) -> dict[str, float]:
         """Train what is left of ``epoch``; return its mean terms."""

@@ -68,6 +68,10 @@ def build_runner(config: Any, place: Any, *, runner_name: str | None = None) -> 
 
     setup_logging(shown=place.rank == 0)
     check_lavis_keys(config.run_cfg)
+    runner_class = registry.get_runner_class(runner_name or config.run_cfg.runner)
+    trains = not config.run_cfg.get("evaluate", False)
+    if trains and runner_class.__module__.startswith("lavis.") and not torch.cuda.is_available():
+        raise UserError("run.runner: LAVIS's own runners train on a GPU only; set it to xformer_runner")
     options = RunOptions.from_config(config.run_cfg)
     job_id = choose_job(config, options)
     rng.seed_everything(options.seed)
@@ -76,10 +80,6 @@ def build_runner(config: Any, place: Any, *, runner_name: str | None = None) -> 
     model = task.build_model(config)
     rng.seed_everything(rng.seed_of(options.seed, place.rank))
     launch.barrier()
-    runner_class = registry.get_runner_class(runner_name or config.run_cfg.runner)
-    trains = not config.run_cfg.get("evaluate", False)
-    if trains and runner_class.__module__.startswith("lavis.") and not torch.cuda.is_available():
-        raise UserError("run.runner: LAVIS's own runners train on a GPU only; set it to xformer_runner")
     return runner_class(cfg=config, task=task, model=model, datasets=datasets, job_id=job_id)
 
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 import lavis_xformer
+from lavis_xformer.engine.options import NEEDED, NEEDED_TO_TRAIN, check_lavis_keys
 from lavis_xformer.errors import UserError
 
 YAML = """
@@ -146,6 +147,16 @@ def test_keys_without_a_default_are_missed_before_anything_is_built(load):
         build_runner(load("run.evaluate=True", "run.num_workers=0"), Placement())
 
 
+def test_laviss_own_runners_are_refused_where_they_cant_train(load, monkeypatch):
+    from lavis_xformer.launch import Placement
+    from lavis_xformer.train import build_runner
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    needed = [f"run.{key}=1" for key in (*NEEDED, *NEEDED_TO_TRAIN) if key != "lr_sched"]
+    with pytest.raises(UserError, match=r"run\.runner: LAVIS's own runners train on a GPU only"):
+        build_runner(load("run.runner=runner_base", *needed), Placement())
+
+
 def test_interface_of_lavis_is_kept(load):
     from lavis.common.registry import registry
 
@@ -271,8 +282,6 @@ def test_a_schedule_takes_the_keys_that_it_reads(load):
     ],
 )
 def test_impossible_values_of_laviss_keys(option: str, message: str):
-    from lavis_xformer.engine.options import NEEDED, NEEDED_TO_TRAIN, check_lavis_keys
-
     key, _, value = option.removeprefix("run.").partition("=")
     given = dict.fromkeys((*NEEDED, *NEEDED_TO_TRAIN), 1) | {"warmup_lr": -1}
     check_lavis_keys(given)

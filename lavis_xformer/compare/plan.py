@@ -258,7 +258,7 @@ def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _extended(file: Path, name: str, above: Sequence[Path]) -> Path:
-    """Find what a YAML extends: beside it, else here, else among the shipped ``projects/`` or their comparisons."""
+    """Find what a YAML extends: beside it, else here, else shipped; one of the same name may extend the shipped one."""
     projects = shipped_folder("projects")
     shipped = projects / "xformer" / "compare"
     for folder in (file.parent, Path(), projects.parent, shipped):

@@ -19,8 +19,8 @@ from lavis_xformer.compare.plan import Cell, Plan
 Json = dict[str, Any]
 Key = tuple[Any, ...]
 
-#: of a training's test figures, what the table shows
 _MEASURED = ("i2t_r1", "t2i_r1", "itm_accuracy", "loss_rec", "rec_mae", "caption_f1")
+#: of a training's test figures, what the table shows
 SHOWN = (*_MEASURED, *(f"chance_{name}" for name in _MEASURED))
 #: of an evaluation whose answers are compared one by one, what they don't tell; of any other evaluation, all is shown
 ASKED = ("mae", "rmse", "f1", "yes_ratio", "unread", "pair_accuracy", "accuracy_semantic", "majority_semantic")

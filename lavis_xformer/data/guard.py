@@ -82,8 +82,6 @@ class GuardedDataset(Dataset):
         self.on_corrupt = on_corrupt
         self.max_in_a_row = max_in_a_row
         self._noted = 0  # by this process
-        if isinstance(rows := getattr(dataset, "annotation", None), list) and len(rows) >= MANY:
-            dataset.annotation = PackedRows(rows)  # type: ignore[attr-defined]
         # One flag per sample, in memory that the loader's workers share with this process.
         self._bad = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
 
@@ -224,7 +222,7 @@ class StreamGuard:
 def guard(dataset: Any, *, on_corrupt: str = "skip") -> Any:
     """Wrap a dataset, or each one that it joins, unless it is guarded already or is a stream without an index.
 
-    A dataset whose builder has guarded it keeps its own ``on_corrupt``.
+    A dataset whose builder has guarded it keeps its own ``on_corrupt``. Annotations by the hundred thousand are packed.
 
     Args:
         dataset: a map-style dataset, or anything else that LAVIS's builders give.
@@ -236,6 +234,8 @@ def guard(dataset: Any, *, on_corrupt: str = "skip") -> Any:
     if isinstance(dataset, ConcatDataset):
         dataset.datasets = [guard(part, on_corrupt=on_corrupt) for part in dataset.datasets]
         return dataset
+    if isinstance(rows := getattr(dataset, "annotation", None), list) and len(rows) >= MANY:
+        dataset.annotation = PackedRows(rows)
     return GuardedDataset(dataset, on_corrupt=on_corrupt)
 
 

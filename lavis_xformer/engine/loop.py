@@ -157,10 +157,14 @@ class EpochLoop:
         if launch.total(torch.tensor(bool(fault), dtype=torch.float64)) == 0:
             return window
         faults = dict.fromkeys(text for text in launch.collect(fault) if text)
+        self._save_what_is_done()
+        raise UserError("; ".join(faults))
+
+    def _save_what_is_done(self) -> None:
+        """Save before stopping; at an epoch's beginning all is saved already."""
         if self.position.batches:
             self.save()
             logger.info("step %d saved", self.position.steps)
-        raise UserError("; ".join(faults))
 
     def _set_learning_rate(self) -> None:
         step = self.position.batches // self.rules.accumulate
@@ -229,31 +233,24 @@ class EpochLoop:
             raise SystemExit(128 + verdict.signum)
 
     def _skip_or_stop(self, window: list[Any], before: dict[str, Any]) -> None:
-        """Count a step whose loss or gradient is not finite, or stop the run with what is known."""
-        self.position.skipped += 1
+        """Count a step whose loss or gradient is not finite, or stop the run as it was before, with what is known."""
         bad = [name for name, value in self._own_terms.items() if not math.isfinite(value)]
         ids = [image_ids(samples) for samples in window]
         found = f"rank {rank()}: {', '.join(bad)} for image ids {ids}" if bad else ""
         about = "; ".join(text for text in launch.collect(found) if text)
         about = f"not finite in step {self.position.steps} of epoch {self.position.epoch}: {about}"
-        if self.position.skipped <= self.rules.skip_nonfinite:
+        if self.position.skipped < self.rules.skip_nonfinite:
+            self.position.skipped += 1
             logger.warning("%s; skipped (%d)", about, self.position.skipped)
             return
         bundle = self._save_bundle(window, before, bad) if bad else None
-        self._save_before(before)
+        self.stepper.discard()
+        rng.restore(before)
+        self._save_what_is_done()
         raise UserError(
             f"{about}; the batch, weights and random state are in {bundle}; "
             "run.skip_nonfinite sets how many such steps to skip"
         )
-
-    def _save_before(self, before: dict[str, Any]) -> None:
-        """Save the run as it was before the present step; at an epoch's beginning it is saved already."""
-        self.position.skipped -= 1
-        self.stepper.discard()
-        rng.restore(before)
-        if self.position.batches:
-            self.save()
-            logger.info("step %d saved", self.position.steps)
 
     def _save_bundle(self, window: list[Any], before: dict[str, Any], bad: list[str]) -> Path:
         path = self.folder / f"nonfinite_step{self.position.steps}_rank{rank()}.pt"

@@ -30,7 +30,7 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.images import unpack
 from lavis_xformer.models import towers
 from lavis_xformer.models.checkpoints import CheckpointLoading
-from lavis_xformer.models.frozen import Precision, compute_dtype, freeze, is_frozen, own_autocast
+from lavis_xformer.models.frozen import Precision, cast, compute_dtype, freeze, is_frozen, own_autocast
 from lavis_xformer.models.fusion import Fusion
 from lavis_xformer.models.mae import MaeFeatures, MaskedAutoencoder, sincos, unmasked
 from lavis_xformer.paths import type_path
@@ -218,8 +218,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         dtype = compute_dtype(self.device, self.vit_precision)
         for module in tower.modules():
             if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.dtype != dtype:
-                with torch.inference_mode(False):  # whose tensors could never be trained
-                    module.to(dtype)
+                cast(module, dtype)
         return own_autocast(self.device, dtype)
 
     def reconstruction_loss(self, aligned: Tensor | None, tokens: Tokens) -> Tensor:

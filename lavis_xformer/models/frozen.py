@@ -46,6 +46,12 @@ def compute_dtype(device: torch.device, precision: Precision) -> torch.dtype:
     return DTYPES[precision] if device.type == "cuda" else torch.float32
 
 
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Bring weights to a precision for good, under inference_mode too, whose own tensors could bear no training."""
+    with torch.inference_mode(False):
+        module.to(dtype)
+
+
 def own_autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
     """Compute in the precision of a frozen part's weights, whatever is on outside; on a CPU, in that of the run."""
     if dtype == torch.float32 and device.type == "cpu":

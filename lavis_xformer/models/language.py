@@ -25,6 +25,7 @@ from lavis_xformer.losses import NO_TARGET, language_modelling, token_losses
 from lavis_xformer.models.frozen import (
     DTYPES,
     Precision,
+    cast,
     compute_dtype,
     enlarge_gradients,
     freeze,
@@ -194,8 +195,7 @@ class LanguageModel(ABC):
         device = self.model.device
         dtype = compute_dtype(device, self.precision)
         if any(parameter.dtype != dtype for parameter in self.model.parameters()):
-            with torch.inference_mode(False):  # whose tensors could never be trained through
-                self.model.to(dtype)
+            cast(self.model, dtype)
         with own_autocast(device, dtype):
             yield
 
