@@ -30,41 +30,17 @@ _NUMBER_WORDS = (
 
 
 def read_count(answer: str, scorer: str = "strict") -> int | None:
-    """Read a number from an answer.
-
-    Args:
-        answer: what a model said.
-        scorer: ``gvt_official`` or ``strict``.
-
-    Returns:
-        The number; None where ``strict`` finds none, or several different ones.
-    """
+    """Read a number by ``gvt_official`` or ``strict``, which returns None for none and for several different ones."""
     return _choose(_COUNT_READERS, scorer)(answer)
 
 
 def read_presence(answer: str, scorer: str = "strict") -> bool | None:
-    """Read yes (True) or no (False) from an answer.
-
-    Args:
-        answer: what a model said.
-        scorer: ``pope_official`` or ``strict``.
-
-    Returns:
-        None where ``strict`` finds neither or both.
-    """
+    """Read yes (True) or no (False) by ``pope_official`` or ``strict``, which returns None for neither and for both."""
     return _choose(_PRESENCE_READERS, scorer)(answer)
 
 
 def read_gvt_presence(answer: str, truth: bool) -> bool | None:
-    """Read yes or no as GVT-bench's authors do, who look for the true one first.
-
-    Args:
-        answer: what a model said.
-        truth: what is true; an answer that says both is taken for it.
-
-    Returns:
-        None where the answer holds neither.
-    """
+    """Read yes or no as GVT-bench's authors do, for whom an answer that says both is right; None for neither."""
     said = answer.lower()
     if ("yes" if truth else "no") in said:
         return truth

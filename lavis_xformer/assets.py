@@ -26,9 +26,6 @@ def resolve(ref: str, *, root: Path = ROOT) -> Path:
         ref: ``assets://<set>/<part>``, for example ``assets://mini/clip``; any other string is a path already.
         root: the folder that holds the sets.
 
-    Returns:
-        The part's folder.
-
     Raises:
         UserError: there is no such set or part, or one of its files is missing or differs from its checksum.
     """
@@ -40,8 +37,12 @@ def resolve(ref: str, *, root: Path = ROOT) -> Path:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of one file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Hexadecimal SHA-256 of one file, read in parts."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_sums(folder: Path) -> dict[str, str]:

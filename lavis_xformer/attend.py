@@ -27,11 +27,7 @@ class Row(NamedTuple):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; return its exit status.
-
-    Raises:
-        UserError: something is wrong that the message names.
-    """
+    """Run the command; return its exit status."""
     args = _arguments(argv)
     import lavis_xformer
     from lavis_xformer.models.attention_maps import attention_maps

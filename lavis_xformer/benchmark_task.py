@@ -12,7 +12,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lavis.common.registry import registry
@@ -21,9 +20,8 @@ from torch.utils.data import DataLoader
 
 from lavis_xformer import launch, scoring
 from lavis_xformer.distributed import is_main
-from lavis_xformer.engine import jobs
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.protocols import PROTOCOL_KEYS, Protocol, protocol_of
+from lavis_xformer.protocols import PROTOCOL_KEYS, Protocol, Row, protocol_of, write_result
 from lavis_xformer.tasks import own_batches
 
 logger = logging.getLogger(__name__)
@@ -55,26 +53,15 @@ class BenchmarkTask(BaseTask):
 
     CONFIG_KEYS = frozenset({"protocol", "scorer", "blind", *PROTOCOL_KEYS})
 
-    def __init__(
-        self, *, protocol: Protocol, scorer: str = "strict", blind: bool = False, config: dict[str, Any] | None = None
-    ) -> None:
-        """Say how to ask and how to read the answers.
-
-        Args:
-            protocol: how a question is put.
-            scorer: how counts and yes or no are read; other answers have one way.
-            blind: show no image: the language model alone.
-            config: the run's, for the result file.
-        """
+    def __init__(self, *, protocol: Protocol, config: Row, scorer: str = "strict", blind: bool = False) -> None:
+        """Say how a question is put, how counts and yes or no are read, and whether no image is shown."""
         super().__init__()
-        self.protocol, self.scorer, self.blind, self.config = protocol, scorer, blind, config or {}
+        self.protocol, self.scorer, self.blind, self.config = protocol, scorer, blind, config
         self._dataset: Any = None
 
     @classmethod
     def setup_task(cls, cfg: Any) -> BenchmarkTask:
         """Read ``run.protocol``, ``run.scorer``, ``run.blind``, and what the run changes of the protocol.
-
-        ``prompt``, ``num_beams``, ``max_len`` and ``min_len`` may be changed; the result tells all of them.
 
         Raises:
             UserError: there is no such protocol or scorer, or several datasets.
@@ -126,29 +113,28 @@ class BenchmarkTask(BaseTask):
 
     def write(self, split: str, found: Sequence[Item], scores: Mapping[str, scoring.Score]) -> None:
         """Write the result file on the main rank; without scores, say where the answers are."""
-        if is_main():
-            name = next(iter(self.config.get("datasets", {"questions": None})))
-            path = Path(registry.get_path("result_dir")) / f"{split}_{name}.json"
-            jobs.write_json(path, {"benchmark": name, "split": split, **self.report(found, scores)})
-            if not scores:
-                logger.info("result  %s", path)
-
-    def report(self, found: Sequence[Item], scores: Mapping[str, scoring.Score]) -> dict[str, Any]:
-        """Return everything there is to know about an evaluation, ready for JSON; ``scores`` may be empty."""
-        right = {number: {"correct": ok} for group in scores for number, ok in correct_of(found, scores, group)}
-        return {
-            "protocol": asdict(self.protocol),
-            "scorer": self.scorer,
-            "blind": self.blind,
-            "question_files": getattr(self._dataset, "question_files", []),
-            "question_sha256": getattr(self._dataset, "question_sha256", [fingerprint(found)]),
-            "template": getattr(self._dataset, "template", "raw"),
-            "figures": figures(scores) if scores else {},
-            "scores": {group: entry.summary() for group, entry in scores.items()},
-            "answers": [{key: getattr(item, key) for key in SAVED} | right.get(item.question_id, {}) for item in found],
-            "config": self.config,
-            "versions": jobs.versions(),
+        if not is_main():
+            return
+        right = {
+            item.question_id: {"correct": correct}
+            for group, members in (grouped(found) if scores else {}).items()
+            for item, correct in zip(members, scores[group].correct, strict=True)
         }
+        path = write_result(
+            self.config,
+            split,
+            asdict(self.protocol),
+            figures(scores) if scores else {},
+            scorer=self.scorer,
+            blind=self.blind,
+            question_files=getattr(self._dataset, "question_files", []),
+            question_sha256=getattr(self._dataset, "question_sha256", [fingerprint(found)]),
+            template=getattr(self._dataset, "template", "raw"),
+            scores={group: entry.summary() for group, entry in scores.items()},
+            answers=[{key: getattr(item, key) for key in SAVED} | right.get(item.question_id, {}) for item in found],
+        )
+        if not scores:
+            logger.info("result  %s", path)
 
     def table(self, values: Mapping[str, float]) -> list[tuple[str, str, str]]:
         """Return accuracies beside the majority's, then what else there is."""
@@ -200,16 +186,11 @@ def score_kind(kind: str, found: Sequence[Item], scorer: str) -> scoring.Score:
         return scoring.score_counts(said, truths, scorer=scorer)
     if kind == "presence":
         sizes = [item.row["n_objects"] for item in found] if "n_objects" in found[0].row else None
-        return scoring.score_presence(said, truths, scorer=scorer, bin_by=sizes)
+        return scoring.score_presence(said, truths, scorer=scorer, sizes=sizes)
     if kind == "pairs":
         options, pairs = ([item.row[key] for item in found] for key in ("options", "pair"))
         return scoring.score_pairs(said, truths, options=options, pairs=pairs)
     return scoring.score_exact(said, truths)
-
-
-def correct_of(found: Sequence[Item], scores: Mapping[str, scoring.Score], group: str) -> list[tuple[int, bool]]:
-    """Return the ids of a group's questions and whether each was answered rightly."""
-    return list(zip((item.question_id for item in grouped(found)[group]), scores[group].correct, strict=True))
 
 
 def figures(scores: Mapping[str, scoring.Score]) -> dict[str, float]:

@@ -18,19 +18,11 @@ _AT_ONCE = 250  # resamples drawn in one step, for the sake of memory
 
 @dataclass(frozen=True)
 class Interval:
-    """A difference of means and its bootstrap interval.
-
-    Attributes:
-        difference: mean of the first minus mean of the second.
-        low: lower end of the interval.
-        high: upper end.
-        confidence: share of resamples inside.
-    """
+    """The mean of the first minus the mean of the second, and the ends of its 95 % bootstrap interval."""
 
     difference: float
     low: float
     high: float
-    confidence: float
 
 
 def paired_bootstrap(
@@ -39,10 +31,9 @@ def paired_bootstrap(
     *,
     clusters: Sequence[Hashable] | None = None,
     resamples: int = 10_000,
-    confidence: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Give the percentile interval of the difference between two models on the same items.
+    """Give the 95 % percentile interval of the difference between two models on the same items.
 
     Where there are several seeds, these are drawn anew too, so that the interval covers the luck of a training as well
     as that of the items. Of three seeds it still tells somewhat too little: a bootstrap of n values has (n - 1) / n of
@@ -53,7 +44,6 @@ def paired_bootstrap(
         second: the same items' (and seeds') scores of the other.
         clusters: (N,) what is drawn anew as a whole, as the image of every question; None: every item by itself.
         resamples: R, how many times seeds and clusters are drawn with replacement.
-        confidence: between 0 and 1.
         seed: of the drawing.
 
     Raises:
@@ -73,9 +63,8 @@ def paired_bootstrap(
     means = np.concatenate(
         [_resample(sums, sizes, rng, min(_AT_ONCE, resamples - done)) for done in range(0, resamples, _AT_ONCE)]
     )
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, (tail, 1 - tail))
-    return Interval(float(gain.mean()), float(low), float(high), confidence)
+    low, high = np.quantile(means, (0.025, 0.975))
+    return Interval(float(gain.mean()), float(low), float(high))
 
 
 def _resample(sums: np.ndarray, sizes: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:

@@ -6,7 +6,6 @@ Scores are LAVIS's (pycocoevalcap for captions, which needs Java), and so are th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from inspect import signature
 from pathlib import Path
@@ -20,6 +19,7 @@ from lavis.tasks.retrieval import RetrievalTask
 from lavis_xformer import metrics
 from lavis_xformer.distributed import is_main
 from lavis_xformer.errors import UserError
+from lavis_xformer.files import read_json
 from lavis_xformer.protocols import (
     CAPTION_PROTOCOLS,
     RETRIEVAL_PROTOCOLS,
@@ -71,7 +71,7 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
         figures: dict[str, float] | None = super().after_evaluation(val_result, split_name, epoch)
         if is_main():
             saved = Path(registry.get_path("result_dir")) / f"{split_name}_epoch{epoch}.json"  # of all ranks, by LAVIS
-            said = json.loads(saved.read_text(encoding="utf-8"))
+            said = read_json(saved)
             self.write(split_name, figures or {}, scorer="pycocoevalcap" if self.report_metric else "none", said=said)
         return figures
 

@@ -36,11 +36,7 @@ SECTIONS = ("model", "datasets", "run")
 
 
 def load_config(cfg_path: str, options: Sequence[str] | None = None) -> RunConfig:
-    """Read and check the configuration of a run.
-
-    Args:
-        cfg_path: a YAML, here or among the shipped ``projects/``.
-        options: ``key=value`` strings, or keys and values in turn, as LAVIS's ``--options``.
+    """Read and check the configuration of a run: a YAML, here or among the shipped ``projects/``, and ``--options``.
 
     Raises:
         UserError: a file, key, name or value is wrong; the message says which, and what would be right.
@@ -63,7 +59,9 @@ class RunConfig(Config):
         _load_from_folder(chosen, user, classes["model"])
         check_keys(project, chosen, defaults, classes)
         self.config = _merge(defaults, user)
-        _drop_null_splits(self.config)
+        _drop_null(self.config.run)
+        for dataset in self.config.datasets.values():
+            _drop_null((dataset.get("build_info") or {}).get("annotations") or {})
         self.config.run.output_dir = str(Path(self.config.run.get("output_dir") or "output").absolute())
         _check_fusion(self.config, classes["model"])
         _check_processors(self.config)
@@ -206,19 +204,17 @@ def _load_from_folder(chosen: DictConfig, user: DictConfig, cls: Any) -> None:
         user.model.pretrained = model.model_type
 
 
-def _drop_null_splits(config: DictConfig) -> None:
-    for dataset in config.datasets.values():
-        splits = (dataset.get("build_info") or {}).get("annotations") or {}
-        for split in [split for split, info in splits.items() if info is None]:
-            del splits[split]
+def _drop_null(section: Any) -> None:
+    """Take out what is null: a split that is left out, a key of ``run`` that is as if it were not there."""
+    for key in [key for key in section if not OmegaConf.is_interpolation(section, key) and section[key] is None]:
+        del section[key]
 
 
 def _check_fusion(config: DictConfig, model: Any) -> None:
-    fusion = config.model.get("fusion")
-    if model.__module__.startswith("lavis_xformer.") and fusion is not None:
+    if model.__module__.startswith("lavis_xformer.") and "fusion" in config.model:
         from lavis_xformer.models.fusion import FUSIONS
 
-        if fusion not in FUSIONS:
+        if (fusion := config.model.fusion) not in FUSIONS:
             raise UserError(f"model.fusion: '{fusion}' is unknown: {nearest(str(fusion), FUSIONS)}")
 
 

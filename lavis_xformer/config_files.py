@@ -65,9 +65,10 @@ def _check_annotation(key: str, annotation: DictConfig, local: bool) -> None:
 
 
 def check_file(key: str, path: Any) -> None:
-    """Raise a UserError that names ``key`` where it is set, is no URL, and no such file exists."""
-    if path and not is_url(path) and not Path(path).is_file():
-        raise UserError(f"{key}: there is no file {path}")
+    """Raise a UserError that names ``key`` where it is set and no such file exists; nothing is fetched for it."""
+    if path and not Path(path).is_file():
+        wrong = f"download {path} and give its path" if is_url(path) else f"there is no file {path}"
+        raise UserError(f"{key}: {wrong}")
 
 
 def _select(config: Any, *keys: str) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
+from lavis.common.registry import registry
 from omegaconf import Container, DictConfig, OmegaConf
 
 from lavis_xformer.errors import UserError, nearest
@@ -59,10 +60,10 @@ def check_keys(project: DictConfig, chosen: DictConfig, defaults: DictConfig, cl
         ours.append("run")
     for key in nodes(project, leaves=True):
         if any(key.startswith(f"{section}.") for section in ours):
-            _check_key("", key, exist, allowed)
+            _check_key("", key, exist, allowed, classes["task"])
     usual = nodes(OmegaConf.merge(defaults, project))
     for key, value in nodes(chosen, leaves=True).items():
-        _check_key("--options ", key, set(usual), allowed)
+        _check_key("--options ", key, set(usual), allowed, classes["task"])
         if isinstance(usual.get(key), (int, float)) and isinstance(value, str) and key not in WORDS_TOO:
             raise UserError(f"--options {key}={value}: expected a value like {usual[key]}")
 
@@ -71,10 +72,16 @@ def _is_ours(cls: Any) -> bool:
     return bool(cls.__module__.startswith("lavis_xformer."))
 
 
-def _check_key(source: str, key: str, exist: set[str], allowed: Iterable[str]) -> None:
+def _check_key(source: str, key: str, exist: set[str], allowed: Iterable[str], task: Any) -> None:
     if key in exist or any(fnmatchcase(key, pattern) for pattern in allowed):
         return
-    section = key.rpartition(".")[0]
+    section, _, name = key.rpartition(".")
+    tasks = registry.mapping["task_name_mapping"]
+    readers = sorted(other for other, cls in tasks.items() if name in getattr(cls, "CONFIG_KEYS", ()))
+    if section == "run" and readers:
+        own = next(other for other, cls in tasks.items() if cls is task)
+        others = f"task {readers[0]} does" if len(readers) == 1 else f"tasks {', '.join(readers)} do"
+        raise UserError(f"{source}{key}: task {own} does not read {name}; {others}")
     siblings = {path for path in exist.union(allowed) if path.rpartition(".")[0] == section}
     known = nearest(key, siblings or exist)
     more = f" (see {RUN_KEYS_TABLE})" if section == "run" else ""
@@ -84,18 +91,18 @@ def _check_key(source: str, key: str, exist: set[str], allowed: Iterable[str]) -
 def _optional_keys(classes: dict[str, Any]) -> list[str]:
     """Patterns of the keys that may be set though no YAML names them."""
 
-    def own(*names: str) -> frozenset[str]:
+    def _own(*names: str) -> frozenset[str]:
         return frozenset().union(*(getattr(classes.get(name), "CONFIG_KEYS", ()) for name in names))
 
-    keys = {"run": RUN_KEYS | own("runner", "task", "lr_sched"), "model": MODEL_KEYS | own("model")}
+    keys = {"run": RUN_KEYS | _own("runner", "task", "lr_sched"), "model": MODEL_KEYS | _own("model")}
     for role, names in LAVIS_KEYS.items():
         if role in classes and not _is_ours(classes[role]):
             keys["run"] |= names
-    if not own("model"):
+    if not _own("model"):
         keys["model"] = frozenset("*")
     for section in classes:
         if section.startswith("datasets."):
-            keys[section] = DATASET_KEYS | {f"*_processor.*.{key}" for key in PROCESSOR_KEYS} | own(section)
+            keys[section] = DATASET_KEYS | {f"*_processor.*.{key}" for key in PROCESSOR_KEYS} | _own(section)
     return [f"{section}.{key}{rest}" for section, names in keys.items() for key in names for rest in ("", ".*")]
 
 

@@ -42,11 +42,7 @@ Figures = dict[str, float]
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; return its exit status.
-
-    Raises:
-        UserError: something is wrong that the message names.
-    """
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="lavis-xformer diagnose", description=__doc__)
     parser.add_argument("--cfg-path", required=True, help="the training's YAML")
     parser.add_argument(
@@ -61,12 +57,14 @@ def main(argv: Sequence[str]) -> int:
     from lavis_xformer.config import load_config
     from lavis_xformer.engine import jobs
     from lavis_xformer.engine.loop import to_device
+    from lavis_xformer.files import write_json
     from lavis_xformer.train import build_runner, show
 
     changes = [f"run.test_splits=[{args.split}]", "run.evaluate=True", "run.tensorboard=False"]
     config = load_config(args.cfg_path, [*args.options, *changes])
+    config.run_cfg.runner = "xformer_runner"
     with launch.process_group(launch.device_of(str(config.run_cfg.get("device", "auto")))):
-        runner = build_runner(config, launch.placement(), runner_name="xformer_runner")
+        runner = build_runner(config, launch.placement())
         model = runner.unwrap_dist_model(runner.model).eval()
         own = runner.evaluate(skip_reload=True)[args.split]
         other: Mapping[str, float] = {}
@@ -77,18 +75,13 @@ def main(argv: Sequence[str]) -> int:
         batches = [to_device(samples, model.device) for samples in islice(runner.dataloaders[args.split], args.batches)]
         found = {"with_own_m": dict(own), "with_anothers_m": dict(other), **look(model, batches)}
     path = runner.output_dir / "diagnosis.json"
-    jobs.write_json(path, {**found, "config": config.to_dict(), "versions": jobs.versions()})
+    write_json(path, {**found, "config": config.to_dict(), "versions": jobs.versions()})
     print(f"{text(found)}\n\nall of it  {show(path)}")
     return 0
 
 
 def look(model: Any, batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the looks that need no evaluation, as means over batches.
-
-    Args:
-        model: of stage 1 or 2.
-        batches: samples on its device.
-    """
+    """Return the looks that need no evaluation, as means over batches of samples on the model's device."""
     torch.manual_seed(0)  # of MAE's masks and the hard negatives
     return {
         "enrichment": mean(enrichment(model, samples["image"]) for samples in batches),

@@ -56,6 +56,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        """Join (B, ...) to (W * B, ...)."""
         tensor = tensor.contiguous()
         parts = [torch.empty_like(tensor) for _ in range(world_size())]
         dist.all_gather(parts, tensor)
@@ -63,6 +64,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Return this process's rows (B, ...) of the sum over processes."""
         gradient = gradient.clone(memory_format=torch.contiguous_format)  # (W * B, ...)
         dist.all_reduce(gradient)
         return gradient.chunk(world_size())[rank()]

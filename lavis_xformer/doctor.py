@@ -23,6 +23,7 @@ from packaging.requirements import Requirement
 from lavis_xformer.autoload import SWITCH, LavisFinder
 from lavis_xformer.errors import UserError
 from lavis_xformer.paths import CACHE_VARIABLE, cache_folder
+from lavis_xformer.versions import version_of
 
 PACKAGE = "lavis_xformer"
 LAVIS = "salesforce-lavis"
@@ -82,9 +83,9 @@ def main(argv: Sequence[str]) -> int:
 def examine(cfg_path: str | None = None, options: Sequence[str] = ()) -> Iterator[Finding]:
     """Yield the findings of every check, the quick ones first."""
     yield check_python(sys.version_info[:2])
-    packages = list(check_packages(requirements(PACKAGE) + requirements(LAVIS), installed_version))
+    packages = list(check_packages(requirements(PACKAGE) + requirements(LAVIS), version_of))
     yield from packages
-    yield check_torchvision(requirements("torchvision"), installed_version("torch"))
+    yield check_torchvision(requirements("torchvision"), version_of("torch"))
     yield check_registration(any(isinstance(finder, LavisFinder) for finder in sys.meta_path))
     yield check_folder("cache folder", cache_folder(), f"set {CACHE_VARIABLE} to a folder that can be written")
     yield check_folder("current folder", Path.cwd(), "output goes here: start runs from another folder")
@@ -98,14 +99,6 @@ def render(finding: Finding) -> str:
     """Return the finding as a line, its remedy as a second one."""
     line = f"{finding.verdict:<6} {finding.subject:<28} {finding.found}"
     return f"{line}\n       -> {finding.remedy}" if finding.remedy else line
-
-
-def installed_version(name: str) -> str | None:
-    """Return the installed version of a package, None where there is none."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def requirements(name: str) -> list[Requirement]:
@@ -128,12 +121,7 @@ def check_python(version: tuple[int, ...]) -> Finding:
 
 
 def check_packages(needed: Iterable[Requirement], version_of: Callable[[str], str | None]) -> Iterator[Finding]:
-    """Compare what is installed with the ranges; what is right is summed up in one finding.
-
-    Args:
-        needed: requirements; those on one package are checked one by one.
-        version_of: name -> installed version, or None.
-    """
+    """Compare the installed versions, by name, with what is ``needed``; what is right is summed up in one finding."""
     right: set[str] = set()
     wrong: set[str] = set()
     for requirement in needed:

@@ -19,10 +19,6 @@ class UserError(ValueError):
 def nearest(name: str, options: Iterable[str]) -> str:
     """Describe what exists when ``name`` does not, the most similar names first.
 
-    Args:
-        name: what the user wrote.
-        options: the names that exist.
-
     Returns:
         ``"did you mean 'a'? There is: a, b, c"``; ``"there is: a, b, c"`` where nothing is similar. Of many names only
         the most similar are shown, and how many others there are.

@@ -37,12 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def from_folder(folder: str | Path, *, is_eval: bool = True, device: str = "cpu") -> tuple[Any, Any, Any]:
-    """Load an exported model and its processors.
-
-    Args:
-        folder: that :func:`export` has written, wherever it lies by now.
-        is_eval: whether to put the model in eval mode.
-        device: where to put it.
+    """Load what :func:`export` has written, wherever it lies by now.
 
     Returns:
         The model, the processors of images and those of texts, as LAVIS's ``load_model_and_preprocess``.
@@ -76,9 +71,6 @@ def export(
         arch: model of a checkpoint that doesn't say.
         model_type: its type.
         half: whether to round the weights to float16.
-
-    Returns:
-        The folder.
 
     Raises:
         UserError: the checkpoint can't be read, doesn't fit, or doesn't say of what it is; the folder is not empty.

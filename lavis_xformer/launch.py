@@ -86,10 +86,7 @@ def process_group(device: str) -> Iterator[Placement]:
     """Join the processes for the block: gloo on CPU, nccl beside it on GPUs.
 
     A block that ends well ends with a barrier and an orderly shutdown. One that fails does not wait
-    for the others: the launcher stops them.
-
-    Args:
-        device: ``cpu`` or ``cuda``; with ``cuda``, this process's GPU becomes the current one.
+    for the others: the launcher stops them. With ``cuda``, this process's GPU becomes the current one.
     """
     place = placement()
     if device == "cuda":

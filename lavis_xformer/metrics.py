@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
 from math import comb
 
 import torch
@@ -58,21 +57,6 @@ def chance_recalls(owners: Tensor) -> dict[str, float]:
         figures[f"i2t_r{k}"] = 100.0 * (1.0 - sum(misses) / images)
         figures[f"t2i_r{k}"] = 100.0 * min(1.0, k / images)
     return figures
-
-
-def group(ids: Sequence[Hashable]) -> tuple[list[int], Tensor]:
-    """Find the images among samples that name theirs.
-
-    Returns:
-        The position at which each image occurs first, and (T,) each sample's row among the images.
-    """
-    rows: dict[Hashable, int] = {}
-    firsts = []
-    for position, name in enumerate(ids):
-        if name not in rows:
-            rows[name] = len(rows)
-            firsts.append(position)
-    return firsts, torch.tensor([rows[name] for name in ids])
 
 
 def _ranks(similarity: Tensor, own: Tensor) -> Tensor:

@@ -23,12 +23,9 @@ def shipped_folder(name: str) -> Path:
 
 
 def config_path(relative: str) -> str:
-    """Return the absolute path of a default configuration, in the form LAVIS's class attributes want.
+    """Return the absolute path of a default configuration below ``configs/``, as ``models/xformer_mini.yaml``.
 
-    LAVIS joins these paths to its own folder, which leaves an absolute path as it is.
-
-    Args:
-        relative: path below ``configs/``, as ``models/xformer_mini.yaml``.
+    LAVIS joins the paths of its class attributes to its own folder, which leaves an absolute path as it is.
     """
     return str(shipped_folder("configs") / relative)
 

@@ -92,11 +92,9 @@ class PortableRunner(RunnerBase):
     @property
     def amp(self) -> str:
         """Mixed precision in use: a CPU has no fp16."""
-        wanted = self.options.amp
-        if wanted == "auto":
+        if self.options.amp == "auto":
             return "bf16" if computes_bf16(self.device) else "no"
-        devices = {"fp16": ("cuda",), "bf16": ("cuda", "cpu")}.get(wanted, ())
-        return wanted if self.device.type in devices else "no"
+        return "no" if self.options.amp == "fp16" and self.device.type == "cpu" else self.options.amp
 
     @property
     def eval_dtype(self) -> torch.dtype | None:
@@ -187,21 +185,12 @@ class PortableRunner(RunnerBase):
             UserError: a split that ``run:`` names does not exist, or several datasets have one to evaluate.
         """
         if self._dataloaders is None:
-            run = self.config.run_cfg
             self._check_splits()
             self.datasets = concat_datasets(reorg_datasets_by_split(self.datasets))
             if self.evaluate_only:
                 asked = {*self.valid_splits, *self.test_splits}
                 self.datasets = {split: dataset for split, dataset in self.datasets.items() if split in asked}
-            loaders = self.create_loaders(
-                datasets=list(self.datasets.values()),
-                num_workers=int(run.num_workers),
-                batch_sizes=[run.batch_size_train if s == "train" else run.batch_size_eval for s in self.datasets],
-                is_trains=[split in self.train_splits and not self.evaluate_only for split in self.datasets],
-                collate_fns=[getattr(dataset, "collater", None) for dataset in self.datasets.values()],
-                dataset_ratios=run.get("train_dataset_ratios"),
-            )
-            self._dataloaders = dict(zip(self.datasets, loaders, strict=True))
+            self._dataloaders = {split: self._loader(split, dataset) for split, dataset in self.datasets.items()}
         return self._dataloaders
 
     def _check_splits(self) -> None:
@@ -230,48 +219,34 @@ class PortableRunner(RunnerBase):
             for split in {*self.valid_splits, *self.test_splits}.difference(self.train_splits):
                 check(split, loaders[split].dataset)
 
-    def create_loaders(
-        self,
-        datasets: Sequence[Any],
-        num_workers: int,
-        batch_sizes: Sequence[int],
-        is_trains: Sequence[bool],
-        collate_fns: Sequence[Any],
-        dataset_ratios: Sequence[float] | None = None,
-    ) -> list[Any]:
-        """Make one loader for each split.
+    def _loader(self, split: str, dataset: Any) -> Any:
+        """Make the loader of a split.
 
         Training drops the last samples of an epoch that fill no batch on every process. Samples that
-        can't be read are skipped or fatal, as ``run.on_corrupt`` says. ``dataset_ratios`` (LAVIS's
-        ``run.train_dataset_ratios``) are shares of an epoch, see ``engine.sampling.Mixture``.
-
-        Raises:
-            UserError: a training batch is larger than its dataset, or a split to evaluate is a stream.
+        can't be read are skipped or fatal, as ``run.on_corrupt`` says.
         """
-        common: dict[str, Any] = {
-            "num_workers": num_workers,
+        run = self.config.run_cfg
+        batch: dict[str, Any] = {
+            "batch_size": int(run.batch_size_train if split == "train" else run.batch_size_eval),
+            "num_workers": int(run.num_workers),
             "pin_memory": self.device.type == "cuda",
-            "timeout": self.options.loader_timeout if num_workers else 0,
+            "timeout": self.options.loader_timeout if int(run.num_workers) else 0,
         }
-        share_eval = self.use_distributed and self.use_dist_eval_sampler
-        loaders: list[Any] = []
-        for dataset, size, is_train, collate in zip(datasets, batch_sizes, is_trains, collate_fns, strict=True):
-            batch = {"batch_size": int(size), **common}
-            if is_train:
-                loaders.append(self._training_loader(dataset, dataset_ratios, **batch))
-            elif isinstance(dataset, IterableDataset):
-                raise UserError("a stream of shards can be trained on, not evaluated: it has no length")
-            else:
-                dataset = self._guarded(dataset, usual="raise")
-                loaders.append(eval_loader(dataset, share=share_eval, collate_fn=collate, **batch))
-        return loaders
+        if split in self.train_splits and not self.evaluate_only:
+            return self._training_loader(dataset, run.get("train_dataset_ratios"), **batch)
+        if isinstance(dataset, IterableDataset):
+            raise UserError("a stream of shards can be trained on, not evaluated: it has no length")
+        batch["collate_fn"] = getattr(dataset, "collater", None)
+        share = self.use_distributed and self.use_dist_eval_sampler
+        return eval_loader(self._guarded(dataset, usual="raise"), share=share, **batch)
 
     def _training_loader(self, dataset: Any, ratios: Sequence[Any] | None, **batch: Any) -> EpochLoader:
         """Return the loader of joined map-style datasets, of streams, or of both taking turns.
 
         Args:
             dataset: what LAVIS's ``concat_datasets`` makes: joined datasets, chained streams, or a pair of both.
-            ratios: one for each dataset, in the order of the configuration, streams last.
+            ratios: ``run.train_dataset_ratios``, shares of an epoch (see ``engine.sampling.Mixture``), one for each
+                dataset in the order of the configuration, streams last.
             batch: arguments of the loaders.
 
         Raises:

@@ -12,6 +12,7 @@ from lavis.common.registry import registry
 from lavis_xformer import assets
 from lavis_xformer.engine import jobs
 from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.files import write_json
 
 Row = dict[str, Any]
 
@@ -94,8 +95,6 @@ class WithProtocol:
             cfg.run_cfg[name] = getattr(protocol, name)  # LAVIS has no defaults for some
         task = super().setup_task(cfg)  # type: ignore[misc]
         task.protocol, task.config = protocol, cfg.to_dict()
-        for name in PROTOCOL_KEYS:
-            setattr(task, name, getattr(protocol, name))
         return task
 
     def write(
@@ -105,15 +104,10 @@ class WithProtocol:
         write_result(self.config, split, asdict(self.protocol), figures, scorer=scorer, answers=list(said), **more)
 
 
-def write_result(config: Row, split: str, protocol: Row, figures: Mapping[str, float], **more: Any) -> None:
-    """Write ``result/<split>_<dataset>.json``: figures, protocol, sha256 of the question files, config and versions.
+def write_result(config: Row, split: str, protocol: Row, figures: Mapping[str, float], **more: Any) -> Path:
+    """Write ``result/<split>_<dataset>.json`` and return its path.
 
-    Args:
-        config: the run's.
-        split: which was asked about.
-        protocol: how.
-        figures: what came out.
-        more: further keys of the file.
+    It holds figures, protocol, sha256 of the question files, ``more``, configuration and versions.
     """
     name = next(iter(config["datasets"]))
     files = config["datasets"][name].get("build_info", {}).get("annotations", {}).get(split) or {}
@@ -129,4 +123,6 @@ def write_result(config: Row, split: str, protocol: Row, figures: Mapping[str, f
         "config": config,
         "versions": jobs.versions(),
     }
-    jobs.write_json(Path(registry.get_path("result_dir")) / f"{split}_{name}.json", report)
+    path = Path(registry.get_path("result_dir")) / f"{split}_{name}.json"
+    write_json(path, report)
+    return path

@@ -13,7 +13,6 @@ from typing import IO, Any
 
 import torch
 from lavis.common.registry import registry
-from lavis.common.utils import is_url
 from torch import nn
 
 from lavis_xformer import launch
@@ -21,11 +20,12 @@ from lavis_xformer.distributed import is_main, rank, world_size
 from lavis_xformer.engine import checkpoint, jobs, rng
 from lavis_xformer.engine.interruption import Interruption
 from lavis_xformer.engine.log import MetricsLog, peak_memory_mb, plain
-from lavis_xformer.engine.loop import EpochLoop, Rules
+from lavis_xformer.engine.loop import EpochLoop
 from lavis_xformer.engine.state import TrainingState
 from lavis_xformer.engine.step import Stepper
 from lavis_xformer.engine.weights import load_trainable, weights_told
 from lavis_xformer.errors import UserError
+from lavis_xformer.files import write_json
 from lavis_xformer.portable_runner import PortableRunner, size_of
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,6 @@ class XFormerRunner(PortableRunner):
     """Trains, validates, saves and resumes; a resumed run ends with the weights of an unbroken one."""
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: dict[str, Any], job_id: str) -> None:
-        """Take what LAVIS's runners take; makes the output folder."""
         super().__init__(cfg, task, model, datasets, job_id)
         self.interruption = Interruption()
         self.metrics_log: MetricsLog | None = None
@@ -58,7 +57,6 @@ class XFormerRunner(PortableRunner):
     @cached_property
     def state(self) -> TrainingState:
         """Everything that a checkpoint holds."""
-        run = self.config.run_cfg
         return TrainingState(
             model=self.unwrap_dist_model(self.model),
             optimizer=self.optimizer,
@@ -66,8 +64,8 @@ class XFormerRunner(PortableRunner):
             config=self.config.to_dict(),
             batches_per_epoch=self.batches_per_epoch,
             steps_per_epoch=self.steps_per_epoch,
-            joined_batch=int(run.batch_size_train) * world_size(),
             seed=self.options.seed,
+            has_streams=self.has_streams,
         )
 
     def _lavis_train_step(self, model: nn.Module, samples: Any) -> dict[str, Any]:
@@ -93,7 +91,7 @@ class XFormerRunner(PortableRunner):
             for epoch in range(self.state.position.epoch, self.max_epoch):
                 with self.interruption.deferred():
                     self.log_stats(self.train_epoch(epoch), "train")
-                    self._save_checkpoint(epoch)
+                    self._save_checkpoint()
                 self._validate(epoch)
                 self.state.next_epoch()
             return self._finish()
@@ -107,22 +105,18 @@ class XFormerRunner(PortableRunner):
             schedule=self.lr_scheduler,
             position=self.state.position,
             averages=self.state.averages,
-            rules=Rules(
-                accumulate=self.accum_grad_iters,
-                skip_nonfinite=self.options.skip_nonfinite,
-                save_every_steps=self.options.save_every_steps,
-                save_every_minutes=self.options.save_every_minutes,
-                log_every=self.log_freq,
-            ),
+            options=self.options,
+            accumulate=self.accum_grad_iters,
+            log_every=self.log_freq,
             interruption=self.interruption,
-            save=lambda: self._save_checkpoint(epoch),
-            log=self.metrics_log,
+            save=self._save_checkpoint,
+            log=self.log,
             folder=self.output_dir,
         )
         means = loop.run(self.train_loader, batches=self.batches_per_epoch)
         self._count_corrupt()
         means["corrupt_samples"] = self.state.corrupt.count
-        self._log("epoch", "train", means)
+        self.log("epoch", means, split="train")
         return means
 
     def _count_corrupt(self) -> None:
@@ -132,20 +126,14 @@ class XFormerRunner(PortableRunner):
     def eval_epoch(self, split_name: str, cur_epoch: int | str, skip_reload: bool = False) -> dict[str, Any] | None:
         """Evaluate a split with seeded randomness; the training's random state is untouched.
 
-        Args:
-            split_name: a split of the datasets.
-            cur_epoch: the epoch, or ``best`` to load the best checkpoint first.
-            skip_reload: keep the present weights even so.
-
-        Returns:
-            What the task's ``after_evaluation`` returns.
+        ``cur_epoch`` may be ``best``: the best checkpoint is loaded first, but for ``skip_reload``.
         """
         loader = self.dataloaders.get(split_name)
         if loader is None:
             raise UserError(f"the datasets have no split '{split_name}', only {list(self.datasets)}")
         model = self.unwrap_dist_model(self.model)
         if cur_epoch == "best" and not skip_reload:
-            self._reload_best_model(model)
+            self._load_best()
         model.eval()
         precision = torch.autocast(self.device.type, dtype=self.eval_dtype, enabled=self.eval_dtype is not None)
         with rng.seeded(rng.seed_of(self.options.seed, rank())), torch.no_grad(), precision:
@@ -169,7 +157,7 @@ class XFormerRunner(PortableRunner):
             if decides and figures["agg_metrics"] > self.state.best.get("agg_metrics", -math.inf):
                 self.state.best = {"epoch": epoch, "split": split, **figures}
                 self._name_best(epoch)
-            self._log("eval", split, figures)
+            self.log("eval", figures, split=split)
             self.log_stats({**figures, "best_epoch": self.state.best.get("epoch")}, split)
 
     def _finish(self) -> dict[str, Any]:
@@ -184,7 +172,7 @@ class XFormerRunner(PortableRunner):
             self._name_best(self.max_epoch - 1)
         test = self.evaluate(cur_epoch="best") or {}
         for split, figures in test.items():
-            self._log("test", split, figures or {})
+            self.log("test", figures or {}, split=split)
         position = self.state.position
         summary = {
             "finished": True,
@@ -199,7 +187,7 @@ class XFormerRunner(PortableRunner):
             "versions": jobs.versions(),
         }
         if is_main():
-            jobs.write_json(self.output_dir / jobs.SUMMARY_NAME, summary)
+            write_json(self.output_dir / jobs.SUMMARY_NAME, summary)
         if self.metrics_log is not None:
             self.metrics_log.close()
         return summary
@@ -207,7 +195,7 @@ class XFormerRunner(PortableRunner):
     def _evaluate_only(self) -> dict[str, Any]:
         """Evaluate validation and test splits with the weights that the configuration names."""
         if self.resume_ckpt_path is not None:
-            self.load_weights(self.resume_ckpt_path)
+            self._load_weights(self.resume_ckpt_path)
         splits = dict.fromkeys([*self.valid_splits, *self.test_splits])
         figures = {split: self.eval_epoch(split, "best", skip_reload=True) for split in splits}
         for split, values in figures.items():
@@ -220,7 +208,7 @@ class XFormerRunner(PortableRunner):
         if not is_main():
             return
         (self.output_dir / jobs.SUMMARY_NAME).unlink(missing_ok=True)  # of a run that now trains for longer
-        jobs.write_json(self.output_dir / jobs.CONFIG_NAME, self.config.to_dict())
+        write_json(self.output_dir / jobs.CONFIG_NAME, self.config.to_dict())
         self.metrics_log = MetricsLog(
             self.output_dir,
             from_step=self.state.position.steps,
@@ -235,10 +223,11 @@ class XFormerRunner(PortableRunner):
         except OSError as error:
             logger.warning("log.txt can't be written: %s; going on", error)
 
-    def _log(self, kind: str, split: str, figures: dict[str, Any]) -> None:
+    def log(self, kind: str, values: dict[str, Any], **about: str) -> None:
+        """Write a record of the present position to ``log.jsonl``, on the main process."""
         if self.metrics_log is not None:
             position = self.state.position
-            self.metrics_log.write(kind, split=split, epoch=position.epoch, step=position.steps, values=figures)
+            self.metrics_log.write(kind, **about, epoch=position.epoch, step=position.steps, values=values)
 
     def _announce(self) -> None:
         """Say what is about to be done."""
@@ -262,11 +251,12 @@ class XFormerRunner(PortableRunner):
         if is_main() and saved.exists():
             checkpoint.alias(saved, self.output_dir / checkpoint.BEST)
 
-    def _save_checkpoint(self, cur_epoch: int) -> None:
+    def _save_checkpoint(self) -> None:
         """Save the present position; all ranks call it."""
         self._count_corrupt()
         states = launch.collect(rng.capture())
-        name = checkpoint.name_of(cur_epoch, None if self.state.epoch_done else self.state.position.steps)
+        position = self.state.position
+        name = checkpoint.name_of(position.epoch, None if self.state.epoch_done else position.steps)
         self._save_error = launch.share(self._write(name, states) if is_main() else "")
         if self._save_error:
             logger.warning("%s; going on, earlier checkpoints are whole", self._save_error)
@@ -281,21 +271,18 @@ class XFormerRunner(PortableRunner):
         return ""
 
     def _resume(self) -> dict[str, Any] | None:
-        """Go to where ``resume: auto`` or ``resume_ckpt_path`` says.
-
-        Returns:
-            The summary of a run that has finished, ``None`` where there is something to do.
+        """Go to where ``resume: auto`` or ``resume_ckpt_path`` says; return the summary of a run that has finished.
 
         Raises:
             UserError: a checkpoint can't be gone on from, or would stand among those of another run.
         """
         if self.options.resume == "auto":
-            found = checkpoint.newest(self.output_dir, set_aside=True) if is_main() else None
+            found = checkpoint.newest(self.output_dir) if is_main() else None
             path = launch.share(str(found[0]) if found else None)
             del found  # gigabytes
             summary = launch.share(jobs.read_summary(self.output_dir))
             if path is not None:
-                self._load_checkpoint(path)
+                self._go_on_from(path)
                 if summary is None or not self._trained:
                     return None
                 logger.info("this run has finished: nothing to do in %s", self.output_dir)
@@ -306,7 +293,7 @@ class XFormerRunner(PortableRunner):
                 "them, another run.job_id begins anew"
             )
         if self.resume_ckpt_path is not None:
-            self._load_checkpoint(self.resume_ckpt_path)
+            self._go_on_from(self.resume_ckpt_path)
         return None
 
     @property
@@ -315,51 +302,24 @@ class XFormerRunner(PortableRunner):
         epoch = self.state.position.epoch
         return epoch >= self.max_epoch or (epoch == self.max_epoch - 1 and self.state.epoch_done)
 
-    def _load_checkpoint(self, url_or_filename: str) -> None:
-        """Go on from a file, which may be one of LAVIS's own runner.
-
-        Raises:
-            UserError: the file is missing, torn or foreign, or does not fit this run.
-        """
-        content = _read(url_or_filename)
-        self.state.restore(content, source=url_or_filename)
+    def _go_on_from(self, path: str) -> None:
+        """Put the run where a checkpoint was saved, which may be one of LAVIS's own runner."""
+        self.state.restore(checkpoint.read(Path(path)), source=path)
         if not launch.share((self.output_dir / checkpoint.BEST).exists()):
             self.state.best = {}  # its weights are in another folder
         position = self.state.position
-        if position.batches and not self.state.epoch_done:
-            self._warn_of_other_lanes(content)
-        self.start_epoch = position.epoch
-        logger.info("going on from %s: epoch %d, step %d", url_or_filename, position.epoch, position.steps)
+        logger.info("going on from %s: epoch %d, step %d", path, position.epoch, position.steps)
         if self._trained:
             logger.info("its training has finished; run.max_epoch is %d", self.max_epoch)
 
-    def _warn_of_other_lanes(self, content: dict[str, Any]) -> None:
-        """Say where an epoch of a stream can't go on as it began."""
-        before = int(content["config"]["run"]["num_workers"]), len(content["rng"])
-        now = int(self.config.run_cfg.num_workers), world_size()
-        if before != now and self.has_streams:
-            logger.warning(
-                "workers and processes were %s, are %s: this epoch's streams go on in another order, which repeats "
-                "and leaves out samples; the next epoch is whole",
-                before,
-                now,
-            )
-
-    def load_weights(self, path: str) -> None:
+    def _load_weights(self, path: str) -> None:
         """Load the trained weights of a checkpoint, and nothing else of it."""
-        load_trainable(self.unwrap_dist_model(self.model), _read(path)["model"], source=path)
+        load_trainable(self.unwrap_dist_model(self.model), checkpoint.read(Path(path))["model"], source=path)
 
-    def _reload_best_model(self, model: nn.Module) -> nn.Module:
-        """Load the best checkpoint; without one, keep the last weights and say so."""
+    def _load_best(self) -> None:
+        """Load the weights of the best checkpoint; without one, keep the last and say so."""
         path = self.output_dir / checkpoint.BEST
         if path.exists():
-            load_trainable(model, checkpoint.read(path)["model"], source=str(path))
+            self._load_weights(str(path))
         else:
             logger.info("no best checkpoint was chosen: testing the last weights")
-        return model
-
-
-def _read(path: str) -> dict[str, Any]:
-    if is_url(path):
-        raise UserError(f"run.resume_ckpt_path: download {path} and give its path")
-    return checkpoint.read(Path(path))

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from lavis.common.registry import registry
 
 
 def warmup_cosine(
-    step: int,
-    *,
-    total_steps: int,
-    warmup_steps: int,
-    start_lr: float,
-    peak_lr: float,
-    min_lr: float,
+    step: int, *, total_steps: int, warmup_steps: int, start_lr: float, peak_lr: float, min_lr: float
 ) -> float:
     """Return the learning rate of optimiser step ``step`` (the first is 0).
 
@@ -44,35 +39,18 @@ class WarmupCosineLR:
         steps_per_epoch: int,
         **unused: object,
     ) -> None:
-        """Take LAVIS's arguments and the number of optimiser steps in an epoch.
-
-        Args:
-            optimizer: its groups all get the same learning rate.
-            max_epoch: epochs of the whole run.
-            min_lr: learning rate at the end.
-            init_lr: learning rate after the warm-up.
-            warmup_steps: optimiser steps of the warm-up.
-            warmup_start_lr: learning rate of step 0; where it is negative (not given), 0.
-            steps_per_epoch: optimiser steps in an epoch.
-            unused: what LAVIS passes to other schedules (``decay_rate``).
-        """
-        self.optimizer = optimizer
-        self.steps_per_epoch = steps_per_epoch
-        self.total_steps = max_epoch * steps_per_epoch
-        self.warmup_steps = warmup_steps
-        self.start_lr = max(0.0, warmup_start_lr)
-        self.peak_lr = init_lr
-        self.min_lr = min_lr
+        """Take LAVIS's arguments and the optimiser steps of an epoch; a ``warmup_start_lr`` not given is negative."""
+        self.optimizer, self.steps_per_epoch = optimizer, steps_per_epoch
+        self.rate = partial(
+            warmup_cosine,
+            total_steps=max_epoch * steps_per_epoch,
+            warmup_steps=warmup_steps,
+            start_lr=max(0.0, warmup_start_lr),
+            peak_lr=init_lr,
+            min_lr=min_lr,
+        )
 
     def step(self, cur_epoch: int, cur_step: int) -> None:
         """Set the learning rate of optimiser step ``cur_step`` of epoch ``cur_epoch``."""
-        lr = warmup_cosine(
-            cur_epoch * self.steps_per_epoch + cur_step,
-            total_steps=self.total_steps,
-            warmup_steps=self.warmup_steps,
-            start_lr=self.start_lr,
-            peak_lr=self.peak_lr,
-            min_lr=self.min_lr,
-        )
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self.rate(cur_epoch * self.steps_per_epoch + cur_step)

@@ -1,9 +1,8 @@
 """Scores of answers: counting, yes or no, pairs.
 
-Pure functions of predictions and truths. A scorer's name belongs beside every number it gives; what the
-names mean is told in :mod:`lavis_xformer.answers`.
-
-Accuracies, ratios and shares are between 0 and 1.
+Pure functions of predictions, which are what a model said, and truths; lists that differ in length or are empty raise
+a :class:`UserError`. A scorer's name belongs beside every number it gives; what the names mean is told in
+:mod:`lavis_xformer.answers`. Accuracies, ratios and shares are between 0 and 1.
 """
 
 from __future__ import annotations
@@ -25,16 +24,7 @@ _PRESENCE_EDGES = (10, 20)  # and of the number of objects in the image: 0-9, 10
 
 @dataclass(frozen=True)
 class Bin:
-    """Scores of the items whose value lies in [low, high).
-
-    Attributes:
-        low: smallest value.
-        high: first value beyond; None in the last bin.
-        n: number of items.
-        accuracy: share of right answers.
-        mae: mean absolute error of counts; None for other answers.
-        rmse: root of the mean squared error of counts; None for other answers.
-    """
+    """Scores of the n items whose value lies in [low, high); the last bin has no high, and only counts have errors."""
 
     low: int
     high: int | None
@@ -116,27 +106,9 @@ class PairScore(Score):
     pair_accuracy: float
 
 
-def score_counts(
-    predictions: Sequence[str],
-    truths: Sequence[str | int],
-    *,
-    scorer: str = "strict",
-    bin_by: Sequence[int] | None = None,
-    edges: Sequence[int] = _COUNT_EDGES,
-) -> CountScore:
-    """Score answers to "how many".
-
-    Args:
-        predictions: what the model said.
-        truths: the true numbers.
-        scorer: ``gvt_official`` or ``strict``.
-        bin_by: a number of every item to bin by; the true number where it is None.
-        edges: where a new bin begins.
-
-    Raises:
-        UserError: the lists differ in length or are empty, or there is no such scorer.
-    """
-    _check(predictions, truths, bin_by)
+def score_counts(predictions: Sequence[str], truths: Sequence[str | int], *, scorer: str = "strict") -> CountScore:
+    """Score answers to "how many" by ``gvt_official`` or ``strict``, binned by the true number."""
+    _check(predictions, truths)
     true = np.array([int(truth) for truth in truths])
     read = [read_count(answer, scorer) for answer in predictions]
     correct = np.array([number == truth for number, truth in zip(read, true, strict=True)])
@@ -145,17 +117,12 @@ def score_counts(
         **_common(scorer, correct, [str(truth) for truth in true], read),
         mae=float(error.mean()),
         rmse=math.sqrt((error**2).mean()),
-        bins=_bins(correct, true if bin_by is None else np.array(bin_by), edges, error),
+        bins=_bins(correct, true, _COUNT_EDGES, error),
     )
 
 
 def score_presence(
-    predictions: Sequence[str],
-    truths: Sequence[str],
-    *,
-    scorer: str = "strict",
-    bin_by: Sequence[int] | None = None,
-    edges: Sequence[int] = _PRESENCE_EDGES,
+    predictions: Sequence[str], truths: Sequence[str], *, scorer: str = "strict", sizes: Sequence[int] | None = None
 ) -> PresenceScore:
     """Score answers to yes-or-no questions.
 
@@ -164,13 +131,9 @@ def score_presence(
         truths: "yes" or "no", in any case, with or without a full stop.
         scorer: ``gvt_official``, ``pope_official`` or ``strict``. The first accepts an answer that says both;
             its precision, recall and yes-ratio take such an answer for what is true.
-        bin_by: a number of every item to bin by, as the number of objects in the image; None: no bins.
-        edges: where a new bin begins.
-
-    Raises:
-        UserError: the lists differ in length or are empty, a truth is neither, or there is no such scorer.
+        sizes: the number of objects in the image of every item, to bin by; None: no bins.
     """
-    _check(predictions, truths, bin_by)
+    _check(predictions, truths, sizes)
     true = [_truth(truth) for truth in truths]
     if scorer == "gvt_official":
         read = [read_gvt_presence(answer, truth) for answer, truth in zip(predictions, true, strict=True)]
@@ -185,16 +148,12 @@ def score_presence(
         recall=recall,
         f1=2 * precision * recall / (precision + recall) if hits else 0.0,
         yes_ratio=read.count(True) / len(read),
-        bins=() if bin_by is None else _bins(correct, np.array(bin_by), edges),
+        bins=() if sizes is None else _bins(correct, np.array(sizes), _PRESENCE_EDGES),
     )
 
 
 def score_pairs(
-    predictions: Sequence[str],
-    truths: Sequence[str],
-    *,
-    options: Sequence[str],
-    pairs: Sequence[Hashable],
+    predictions: Sequence[str], truths: Sequence[str], *, options: Sequence[str], pairs: Sequence[Hashable]
 ) -> PairScore:
     """Score choices in pairs, both of which must be right.
 
@@ -203,9 +162,6 @@ def score_pairs(
         truths: the right letters, as "(a)" or "a".
         options: the options of every item, as "(a) Open (b) Closed".
         pairs: which pair every item belongs to.
-
-    Raises:
-        UserError: the lists differ in length or are empty.
     """
     _check(predictions, truths, options, pairs)
     read = [read_choice(answer, choice) for answer, choice in zip(predictions, options, strict=True)]
@@ -222,15 +178,7 @@ def score_pairs(
 
 
 def score_exact(predictions: Sequence[str], truths: Sequence[str]) -> Score:
-    """Score answers of a word or two: right is what equals the truth but for case and a full stop.
-
-    Args:
-        predictions: what the model said.
-        truths: the true answers.
-
-    Raises:
-        UserError: the lists differ in length or are empty.
-    """
+    """Score answers of a word or two: right is what equals the truth but for case and a full stop."""
     _check(predictions, truths)
     said, true = ([text.strip().rstrip(".").lower() for text in texts] for texts in (predictions, truths))
     correct = np.array([answer == truth for answer, truth in zip(said, true, strict=True)])

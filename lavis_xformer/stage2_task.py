@@ -43,13 +43,7 @@ class Stage2Task(NamedLossTask):
     CONFIG_KEYS = frozenset({"num_beams", "max_len", "max_answer_len"})
 
     def __init__(self, *, num_beams: int = 1, max_len: int = 30, max_answer_len: int = 10) -> None:
-        """Say how texts are generated.
-
-        Args:
-            num_beams: 1 means greedy.
-            max_len: most tokens of a caption.
-            max_answer_len: most tokens of an answer.
-        """
+        """Say how texts are generated: beams, 1 being greedy, and most tokens of a caption and of an answer."""
         super().__init__()
         self.num_beams = num_beams
         self.max_len = max_len
@@ -59,12 +53,7 @@ class Stage2Task(NamedLossTask):
     @classmethod
     def setup_task(cls, cfg: Any) -> Stage2Task:
         """Read ``run.num_beams``, ``run.max_len`` and ``run.max_answer_len``."""
-        run = cfg.run_cfg
-        return cls(
-            num_beams=run.get("num_beams", 1),
-            max_len=run.get("max_len", 30),
-            max_answer_len=run.get("max_answer_len", 10),
-        )
+        return cls(**{key: cfg.run_cfg[key] for key in cls.CONFIG_KEYS if cfg.run_cfg.get(key) is not None})
 
     def build_datasets(self, cfg: Any) -> dict[str, Any]:
         """Build the datasets; where some ask questions and some don't, join those of a split.

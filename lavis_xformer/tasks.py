@@ -64,13 +64,7 @@ class NamedLossTask(BaseTask):
         return {**sums.means(), **self.figures()}
 
     def observe(self, model: Any, samples: Samples, fresh: Sequence[bool]) -> None:
-        """Look at a batch of evaluation beyond its terms.
-
-        Args:
-            model: in eval mode.
-            samples: on the model's device.
-            fresh: (B,) False for samples that only pad the last batch of a rank.
-        """
+        """Look at a batch of evaluation; ``fresh`` (B,) is False for samples that only pad the last batch of a rank."""
 
     def figures(self) -> dict[str, float]:
         """Return what ``observe`` found, over all ranks."""
@@ -97,7 +91,6 @@ class Stage1Task(NamedLossTask):
     """
 
     def __init__(self) -> None:
-        """Start with no features."""
         super().__init__()
         self._forget()
 
@@ -131,11 +124,13 @@ class Stage1Task(NamedLossTask):
         self._forget()
         names = [name for part in parts for name in part[0]]
         features = torch.cat([part[1] for part in parts])  # (>= I, N, E)
-        firsts, _ = metrics.group(names)
-        row = {names[first]: i for i, first in enumerate(firsts)}
+        firsts: dict[Hashable, int] = {}
+        for place, name in enumerate(names):
+            firsts.setdefault(name, place)
+        row = {name: i for i, name in enumerate(firsts)}
         owners = torch.tensor([row[name] for part in parts for name in part[2]])  # (T,)
         texts = torch.cat([part[3] for part in parts])  # (T, E)
-        similarity = metrics.best_query_similarity(features[firsts], texts)  # (I, T)
+        similarity = metrics.best_query_similarity(features[list(firsts.values())], texts)  # (I, T)
         chance = {f"chance_{n}": v for n, v in metrics.chance_recalls(owners).items()}
         return {**metrics.recalls(similarity, owners), **chance}
 
@@ -170,7 +165,6 @@ class TermSums:
     """Means of 0-dim terms, weighted by samples, over batches and ranks."""
 
     def __init__(self) -> None:
-        """Start with nothing."""
         self._sums: dict[str, Tensor] = {}
         self._weight = 0.0
 
@@ -218,9 +212,9 @@ def take(samples: Samples, rows: Sequence[int]) -> Samples:
     """Return some rows of a batch: of tensors and lists as long as the batch; the rest as it is."""
     size = count_samples(samples)
 
-    def pick(value: Any) -> Any:
+    def _pick(value: Any) -> Any:
         if isinstance(value, Tensor) and value.dim() and len(value) == size:
             return value[list(rows)]
         return [value[i] for i in rows] if isinstance(value, list) and len(value) == size else value
 
-    return {name: pick(value) for name, value in samples.items()}
+    return {name: _pick(value) for name, value in samples.items()}

@@ -25,18 +25,25 @@ def arguments(argv: Sequence[str], doc: str | None) -> argparse.Namespace:
 
 
 def command(argv: Sequence[str]) -> int:
-    """Train; return the exit status.
+    """Train; return the exit status."""
+    return execute(read_config(argv, __doc__))
 
-    Raises:
-        UserError: something is wrong that the message names.
-    """
-    args = arguments(argv, __doc__)
-    from lavis_xformer import launch, register
+
+def read_config(argv: Sequence[str], doc: str | None) -> Any:
+    """Read and check the configuration that a command line names."""
+    args = arguments(argv, doc)
+    from lavis_xformer import register
 
     register()
     from lavis_xformer.config import load_config
 
-    config = load_config(args.cfg_path, args.options)
+    return load_config(args.cfg_path, args.options)
+
+
+def execute(config: Any) -> int:
+    """Train, or evaluate where ``run.evaluate`` says so, and tell what came out; return the exit status."""
+    from lavis_xformer import launch
+
     with launch.process_group(launch.device_of(str(config.run_cfg.get("device", "auto")))) as place:
         runner = build_runner(config, place)
         summary = runner.train()  # None from LAVIS's own runners
@@ -45,13 +52,8 @@ def command(argv: Sequence[str]) -> int:
     return 0
 
 
-def build_runner(config: Any, place: Any, *, runner_name: str | None = None) -> Any:
+def build_runner(config: Any, place: Any) -> Any:
     """Build datasets, model and runner of a configuration, on every rank alike.
-
-    Args:
-        config: of ``lavis_xformer.config``.
-        place: of this process.
-        runner_name: in place of ``run.runner``.
 
     Raises:
         UserError: a key is missing or wrong, or a file is.
@@ -68,7 +70,7 @@ def build_runner(config: Any, place: Any, *, runner_name: str | None = None) -> 
 
     setup_logging(shown=place.rank == 0)
     check_lavis_keys(config.run_cfg)
-    runner_class = registry.get_runner_class(runner_name or config.run_cfg.runner)
+    runner_class = registry.get_runner_class(config.run_cfg.get("runner", "runner_base"))
     trains = not config.run_cfg.get("evaluate", False)
     if trains and runner_class.__module__.startswith("lavis.") and not torch.cuda.is_available():
         raise UserError("run.runner: LAVIS's own runners train on a GPU only; set it to xformer_runner")
@@ -100,6 +102,7 @@ def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
     for split, figures in held_out(summary).items():
         print(f"\n{split}:\n{table(runner.task, figures)}")
     if not summary["finished"]:
+        print(f"\nlog         {show(runner.output_dir / 'log.txt')}")
         return
     from lavis_xformer.analysis.report import write_report
     from lavis_xformer.engine import checkpoint
@@ -158,12 +161,7 @@ def as_called_here(command: str) -> str:
     return f"{shlex.quote(show(own))} {rest}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; a mistake of the user is one line and status 2."""
+if __name__ == "__main__":
     from lavis_xformer.cli import run
 
-    return run(command, sys.argv[1:] if argv is None else argv)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run(command, sys.argv[1:]))

@@ -7,7 +7,6 @@ GQA, the accuracy of every structural and semantic type (arXiv 1902.09506, secti
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from lavis.tasks.vqa import GQATask, VQATask
 
 from lavis_xformer.distributed import is_main
 from lavis_xformer.errors import UserError
+from lavis_xformer.files import read_json
 from lavis_xformer.protocols import Row, WithProtocol
 
 TYPES = ("structural", "semantic")
@@ -35,11 +35,7 @@ class AsksByProtocol(WithProtocol):
 
     @classmethod
     def setup_task(cls, cfg: Any) -> Any:
-        """Read what LAVIS reads, ``run.protocol`` and ``run.blind``.
-
-        Raises:
-            UserError: there is no such protocol.
-        """
+        """Read what LAVIS reads, ``run.protocol`` and ``run.blind``."""
         task = super().setup_task(cfg)
         task.blind = bool(cfg.run_cfg.get("blind", False))
         return task
@@ -113,7 +109,7 @@ class XFormerGQATask(AsksByProtocol, GQATask):
         """Score as LAVIS, and by type."""
         if not is_main():
             return {}
-        results = json.loads(Path(result_file).read_text(encoding="utf-8"))
+        results = read_json(Path(result_file))
         if any(row["gt_ans"] is None for row in results):
             super()._report_metrics(result_file, split)  # a test split: LAVIS writes the leaderboard's file
             return None
@@ -148,7 +144,7 @@ class XFormerGQATask(AsksByProtocol, GQATask):
             return {number: row.get("types") or {} for number, row in rows.items()}
         if not Path(file).is_file():
             raise UserError(f"run.question_types: there is no file {file}")
-        known = json.loads(Path(file).read_text(encoding="utf-8"))
+        known = read_json(Path(file))
         found = {number: known[number]["types"] for number in rows if number in known}
         if len(found) < len(rows):
             raise UserError(f"run.question_types: {file} has the types of {len(found)} of {len(rows)} questions")

@@ -19,11 +19,14 @@ import torch
 import lavis_xformer
 from lavis_xformer.config import load_config
 from lavis_xformer.engine.log import Averages
-from lavis_xformer.engine.loop import EpochLoop, Position, Rules
+from lavis_xformer.engine.loop import EpochLoop, Position
+from lavis_xformer.engine.options import RunOptions
 from lavis_xformer.launch import Placement
 from lavis_xformer.train import build_runner
 
-OPTIONS = "run.max_epoch=1 run.valid_splits=[] datasets.xformer_scenes.splits.train.scenes={} run.output_dir={}"
+OPTIONS = (
+    "run.amp=no run.max_epoch=1 run.valid_splits=[] datasets.xformer_scenes.splits.train.scenes={} run.output_dir={}"
+)
 
 
 class Fixed:
@@ -55,10 +58,12 @@ def safe(runner: Any, batches: Any, steps: int) -> float:
         schedule=runner.lr_scheduler,
         position=Position(),
         averages=Averages(),
-        rules=Rules(),
+        options=RunOptions(),
+        accumulate=1,
+        log_every=50,
         interruption=runner.interruption,
         save=lambda: None,
-        log=runner.metrics_log,
+        log=runner.log,
         folder=runner.output_dir,
     )
     start = time.process_time()

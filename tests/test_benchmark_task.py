@@ -51,6 +51,8 @@ class Parrot(BaseModel):
         return [self.answers.pop(0) for _ in samples["text_input"]]
 
 
+CONFIG = {"datasets": {"xformer_scenes_vqa": {}}}
+
 SCENES = Questions(
     ("a", "count", "how many?", "2"),
     ("a", "presence", "is there a star?", "yes"),
@@ -67,8 +69,7 @@ def evaluate(task: BenchmarkTask, model: Parrot, folder: Path, dataset: Any = SC
 
 
 def test_figures_and_result_file_by_hand(tmp_path: Path) -> None:
-    config = {"datasets": {"xformer_scenes_vqa": {}}}
-    task, model = BenchmarkTask(protocol=PROTOCOLS["paper"], config=config), Parrot("two", "no", "5", "Red.")
+    task, model = BenchmarkTask(protocol=PROTOCOLS["paper"], config=CONFIG), Parrot("two", "no", "5", "Red.")
     figures = evaluate(task, model, tmp_path)
     assert figures["agg_metrics"] == figures["accuracy"] == 50
     assert figures["majority"] == 75  # 1 of 2 counts, and all of the others
@@ -76,7 +77,7 @@ def test_figures_and_result_file_by_hand(tmp_path: Path) -> None:
     assert (figures["accuracy_presence"], figures["accuracy_attribute"]) == (0, 100)
     result = json.loads((tmp_path / "test_xformer_scenes_vqa.json").read_text())
     assert result["protocol"]["length_penalty"] == -1
-    assert (result["scorer"], result["blind"], result["config"]) == ("strict", False, config)
+    assert (result["scorer"], result["blind"], result["config"]) == ("strict", False, CONFIG)
     assert [answer["correct"] for answer in result["answers"]] == [True, False, False, True]
     assert result["answers"][2] == {
         "question_id": 2, "image": "b", "kind": "count", "group": "count", "question": "how many?", "truth": "3",
@@ -89,14 +90,14 @@ def test_figures_and_result_file_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize("blind", [False, True])
 def test_the_protocol_is_what_the_model_is_asked_with(tmp_path: Path, blind: bool) -> None:
     model = Parrot(*"abcd")
-    evaluate(BenchmarkTask(protocol=PROTOCOLS["lavis"], blind=blind), model, tmp_path)
+    evaluate(BenchmarkTask(protocol=PROTOCOLS["lavis"], config=CONFIG, blind=blind), model, tmp_path)
     samples, options = model.asked[0]
     assert options == {"prompt": "Question: {} Short answer:", "num_beams": 5, "max_len": 10, "min_len": 1}
     assert ("image" in samples) is not blind
 
 
 def test_a_scorer_that_cannot_read_the_answers_is_refused_before_anything_is_asked() -> None:
-    task = BenchmarkTask(protocol=PROTOCOLS["paper"], scorer="pope_official")
+    task = BenchmarkTask(protocol=PROTOCOLS["paper"], config=CONFIG, scorer="pope_official")
     with pytest.raises(
         UserError, match=r"run\.scorer: 'pope_official' reads no answers of the kind attribute, count; "
     ):
@@ -112,7 +113,7 @@ def test_an_unanswered_question_is_wrong() -> None:
 def test_answers_are_kept_where_they_cannot_be_scored(tmp_path: Path) -> None:
     dataset = Questions(("a", "presence", "is there a star?", "maybe"), ("b", "presence", "is there a cross?", "no"))
     with pytest.raises(UserError, match="truth 'maybe': expected yes or no"):
-        evaluate(BenchmarkTask(protocol=PROTOCOLS["paper"]), Parrot("yes", "no"), tmp_path, dataset)
+        evaluate(BenchmarkTask(protocol=PROTOCOLS["paper"], config=CONFIG), Parrot("yes", "no"), tmp_path, dataset)
     (file,) = tmp_path.iterdir()
     result = json.loads(file.read_text())
     assert [answer["answer"] for answer in result["answers"]] == ["yes", "no"]

@@ -109,6 +109,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         build("gvt_vcr_mci", file, tmp_path)
     with pytest.raises(UserError, match=r"nowhere: no such image folder"):
         build("gvt_vcr_mci", file, tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"image_name: '\{id\}\.jpg' must name the image by \{image_id\} alone"):
+        build("gvt_vcr_mci", file, tmp_path, image_name="{id}.jpg")
     with pytest.raises(UserError, match="did you mean 'repaired'"):
         build("gvt_vcr_mci", file, tmp_path, template="repared")
     with pytest.raises(UserError, match=r"row 1: no 'image' \(the row has image_id"):

@@ -49,8 +49,8 @@ def test_what_may_pass_sets_no_checkpoint_aside(tmp_path, monkeypatch, where, er
     with monkeypatch.context() as failing:
         failing.setattr(where, fail)
         with pytest.raises(UserError, match=r"can't be read at this moment .*left as it is"):
-            checkpoint.newest(tmp_path, set_aside=True)
-    assert checkpoint.newest(tmp_path, set_aside=True)[0] == path
+            checkpoint.newest(tmp_path)
+    assert checkpoint.newest(tmp_path)[0] == path
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.99])
@@ -80,7 +80,7 @@ def test_one_altered_byte_of_the_directory_is_recognised_and_the_one_before_take
     data = bytearray(path.read_bytes())
     data[data.index(b"PK\x01\x02") + offset] ^= value
     path.write_bytes(data)
-    found = checkpoint.newest(tmp_path, set_aside=True)
+    found = checkpoint.newest(tmp_path)
     assert found is not None
     assert found[0].name == "checkpoint_0.pth"
 
@@ -97,7 +97,7 @@ def test_the_newest_good_one_is_found_and_bad_ones_are_set_aside(tmp_path):
     (tmp_path / "checkpoint_1.pth").write_bytes(b"PK torn")
     names = [path.name for path in checkpoint.listed(tmp_path)]
     assert names[:3] == ["checkpoint_1.pth", "checkpoint_1_step10.pth", "checkpoint_1_step9.pth"]
-    found = checkpoint.newest(tmp_path, set_aside=True)
+    found = checkpoint.newest(tmp_path)
     assert found is not None
     assert found[0].name == "checkpoint_1_step10.pth"
     assert (tmp_path / "checkpoint_1.pth.bad").exists()
@@ -116,7 +116,7 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path, monkeypatch):
     def full(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="space"):
         checkpoint.write(tmp_path / "checkpoint_1.pth", {**CONTENT, "epoch": 2})
     assert checkpoint.read(tmp_path / "checkpoint_1.pth")["epoch"] == 1

@@ -189,16 +189,30 @@ def test_code_is_the_same_in_every_python() -> None:
 
 def test_a_yaml_may_state_its_difference_alone(tmp_path: Path) -> None:
     make(tmp_path, content(tmp_path), "base")
-    given = {"extends": "base.yaml", "common": {"first": {"x": 5}}, "variants": {"a": None, "c": {"every": {"x": 9}}}}
+    variants = {"a": None, "c": {"every": {"x": 9}}}
+    given = {"extends": "base.yaml", "common": {"first": {"run.x": 5}}, "variants": variants}
     child = make(tmp_path, given, "child")
     assert list(child.variants) == ["a", "c"]
     assert (child.name, child.baseline, child.seeds) == ("child", "a", (1, 2))
-    assert child.stages[0].options == {"run.max_epoch": 3, "x": 5}
+    assert child.stages[0].options == {"run.max_epoch": 3, "x": 1, "run.x": 5}
     assert child.claim == "", "b is none of its variants"
     with pytest.raises(UserError, match=r"variants\.z: base\.yaml has no such variant"):
         make(tmp_path, {"extends": "base.yaml", "variants": {"z": None}}, "other")
     with pytest.raises(UserError, match=r"common\.frist: base\.yaml has no such stage; did you mean 'first'"):
-        make(tmp_path, {"extends": "base.yaml", "common": {"frist": {"x": 5}}}, "other")
+        make(tmp_path, {"extends": "base.yaml", "common": {"frist": {"run.x": 5}}}, "other")
+
+
+def test_a_child_may_give_a_stage_another_config(tmp_path: Path) -> None:
+    make(tmp_path, content(tmp_path), "base")
+    given = {"extends": "base.yaml", "common": {"first": {"config": "other.yaml", "evaluate": True, "run.seed": 5}}}
+    (stage, *_), (before, *_) = (make(tmp_path, of, "child").stages for of in (given, {"extends": "base.yaml"}))
+    assert (stage.config, stage.evaluate) == ("other.yaml", True)
+    assert stage.options == {**before.options, "run.seed": 5}
+    for more in ({"options": {"run.seed": 5}}, {"run.seed": 5}):
+        (stage, *_) = make(tmp_path, {"extends": "base.yaml", "common": {"first": more}}, "child").stages
+        assert (stage.config, stage.options) == (before.config, {**before.options, "run.seed": 5})
+    with pytest.raises(UserError, match=r"common\.first\.confg: did you mean 'config'"):
+        make(tmp_path, {"extends": "base.yaml", "common": {"first": {"confg": "other.yaml"}}}, "child")
 
 
 @pytest.mark.parametrize("named", ["quick.yaml", SHIPPED])
@@ -224,6 +238,14 @@ def test_a_shipped_yaml_is_extended_from_anywhere(tmp_path: Path, monkeypatch: p
         ({"output": None}, "'output' is missing"),
         ({"seeds": 1}, r"seeds: 1 is no list of whole numbers, as \[1, 2, 3\]"),
         ({"variants": {"a": {"seeds": ["x"]}}}, r"variants\.a\.seeds: \['x'\] is no list of whole numbers"),
+        ({"variants": ["a"]}, r"variants: \['a'\] is no mapping of keys to values"),
+        ({"variants": {"a": 3}}, r"variants\.a: 3 is no mapping of keys to values"),
+        ({"variants": {"a": {"first": ["run.seed"]}}}, r"variants\.a\.first: \['run.seed'\] is no mapping"),
+        ({"variants": {"a": {"skip": "first"}}}, r"variants\.a\.skip: first is no list of stages, as \[first\]"),
+        ({"common": {"first": "x.yaml"}}, r"common\.first: x\.yaml is no mapping"),
+        ({"common": {"first": None}}, r"common\.first\.config is missing"),
+        ({"common": {"first": {"config": "x.yaml", "options": ["a=1"]}}}, r"common\.first\.options: \['a=1'\] is no"),
+        ({"processes": "x"}, r"processes: x is no whole number of at least 1"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import lavis_xformer
-from lavis_xformer.engine.options import NEEDED, NEEDED_TO_TRAIN, check_lavis_keys
+from lavis_xformer.engine.options import NEEDED, NEEDED_TO_TRAIN, RunOptions, check_lavis_keys
 from lavis_xformer.errors import UserError
 
 YAML = """
@@ -120,12 +120,10 @@ def test_a_run_that_has_fetched_its_annotations_is_the_same_run(load, tmp_path, 
 def test_a_job_id_among_the_options_is_text(load, name: str):
     assert load(f"run.job_id={name}", text=OURS).run_cfg.job_id == name
     assert load("run.job_id", name, text=OURS).run_cfg.job_id == name
-    assert load("run.job_id=null", text=OURS).run_cfg.job_id is None
+    assert "job_id" not in load("run.job_id=null", text=OURS).run_cfg
 
 
 def test_a_job_id_that_is_a_number_to_yaml_has_to_be_quoted(load):
-    from lavis_xformer.engine.options import RunOptions
-
     config = load(text=OURS + "  job_id: 20250101_120000\n")
     with pytest.raises(UserError, match=r"run\.job_id is 20250101120000; it must be text: quote it"):
         RunOptions.from_config(config.run_cfg)
@@ -260,7 +258,8 @@ def test_a_task_takes_the_keys_that_it_reads(load, task: str, keys: set[str]):
         if key in keys:
             assert load(text=text).run_cfg[key] == 1
         else:
-            with pytest.raises(UserError, match=rf"run\.{key}: no configuration knows this key"):
+            others = r"(task xformer_\w+ does|tasks xformer_\w+(, xformer_\w+)+ do)$"
+            with pytest.raises(UserError, match=rf"run\.{key}: task {task} does not read {key}; {others}"):
                 load(text=text)
 
 
@@ -279,6 +278,8 @@ def test_a_schedule_takes_the_keys_that_it_reads(load):
         ("run.max_epoch=1.7", r"run\.max_epoch is 1\.7; it must be a whole number"),
         ("run.init_lr=abc", r"run\.init_lr is 'abc'; it must be a float"),
         ("run.valid_splits=val", r"run\.valid_splits is 'val'; it must be a list: \[val\]"),
+        ("run.train_dataset_ratios=3", r"run\.train_dataset_ratios is 3; it must be a list: \[3\]"),
+        ("run.log_freq=x", r"run\.log_freq is 'x'; it must be a int"),
     ],
 )
 def test_impossible_values_of_laviss_keys(option: str, message: str):
@@ -293,6 +294,7 @@ def test_impossible_values_of_laviss_keys(option: str, message: str):
     ("section", "message"),
     [
         ("fusion: dula", "model.fusion: 'dula' is unknown: did you mean 'dual'?"),
+        ("fusion: null", "model.fusion: 'None' is unknown: did you mean 'none'?"),
         ("fusoin: dual", "model.fusoin: no configuration knows this key: did you mean 'model.fusion'?"),
     ],
 )
@@ -300,6 +302,17 @@ def test_the_yaml_of_our_model_is_checked_key_by_key(section: str, message: str,
     with pytest.raises(UserError) as raised:
         load(text=XFORMER.replace("arch: xformer", f"arch: xformer\n  {section}"))
     assert message in str(raised.value)
+
+
+def test_null_in_run_is_as_if_the_key_were_not_there(load):
+    run = load("run.valid_splits=null", "run.accum_grad_iters=null", "run.warmup_lr=null", text=OURS).run_cfg
+    assert run.keys().isdisjoint({"valid_splits", "accum_grad_iters", "warmup_lr"})
+
+
+@pytest.mark.parametrize("value", ["no", "maybe"])
+def test_a_switch_is_true_or_false(value: str):
+    with pytest.raises(UserError, match=rf"run\.tensorboard is '{value}'; it must be True or False"):
+        RunOptions.from_config({"tensorboard": value})
 
 
 def test_loading_without_a_type_takes_the_default(monkeypatch):

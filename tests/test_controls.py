@@ -12,6 +12,7 @@ import lavis_xformer
 from lavis_xformer.errors import UserError
 from lavis_xformer.images import clip_to_mae
 from lavis_xformer.losses import NO_TARGET, token_losses
+from lavis_xformer.models import towers
 
 
 def trained(model: Any) -> int:
@@ -249,7 +250,7 @@ def test_a_language_model_answers_without_an_image(make_stage2: Any, batch: dict
     model.projection.weight.data.normal_()
     assert model.predict_answers({"text_input": questions}, num_beams=2, max_len=3) == alone
     assert model.predict_answers({"text_input": questions[0]}, num_beams=2, max_len=3) == alone[:1]
-    with pytest.raises(UserError, match=r"samples\['text_input'\] must be a string or a list of strings"):
+    with pytest.raises(UserError, match=r"samples\['text_input'\] is missing"):
         model.predict_answers({})
 
 
@@ -273,3 +274,19 @@ def test_without_an_image_opt_predicts_as_after_an_empty_one(make_stage2: Any) -
     expected = language.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1]
     assert torch.allclose(logits, expected, atol=1e-5)
     assert language.tokenizer.decode(labels[labels != NO_TARGET]) == " two\n"
+
+
+def test_the_released_eva_clip_goes_on_behind_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"patch_size": 8, "embed_dim": 20, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "qkv_bias": True}
+    monkeypatch.setattr(towers, "EVA_CLIP_G", sizes)
+    whole = towers.eva_vit(img_size=32, **{**sizes, "depth": 3}).half().state_dict()
+    whole["head.weight"] = torch.ones(2, 20)
+    torch.save(whole, tmp_path / "eva_vit_g.pth")
+    file = str(tmp_path / "eva_vit_g.pth")
+    clip = towers.build_clip("eva_clip_g", image_size=48, weights=file)
+    assert clip.pos_embed.shape == (1, 37, 20)
+    assert torch.equal(clip.blocks[1].mlp.fc1.weight, whole["blocks.1.mlp.fc1.weight"].float())
+    del whole["cls_token"]
+    torch.save(whole, file)
+    with pytest.raises(UserError, match=r"missing \['cls_token'\]"):
+        towers.build_clip("eva_clip_g", image_size=32, weights=file)

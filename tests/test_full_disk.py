@@ -37,9 +37,9 @@ def test_a_disk_that_fills_up_loses_nothing_and_is_told(small_disk, capsys):
     runner = toy_training.make_runner(small_disk, job_id="b")
     save = runner._save_checkpoint
 
-    def save_then_fill(cur_epoch):
-        save(cur_epoch)
-        if cur_epoch == 1:
+    def save_then_fill():
+        save()
+        if runner.state.position.epoch == 1:
             fill(small_disk)
 
     runner._save_checkpoint = save_then_fill

@@ -12,7 +12,7 @@ import torch
 from lavis.datasets.datasets.base_dataset import ConcatDataset
 from lavis.datasets.datasets.caption_datasets import CaptionDataset
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.functional import to_tensor
 
 from lavis_xformer.data.guard import DataFault, GuardedDataset, StreamGuard, guard, sample_name
@@ -142,6 +142,23 @@ def test_the_faults_of_a_stream_cost_the_same_however_many_there_were(caplog) ->
     assert len(skipping.corrupt()) == 8000
 
 
+def test_of_a_streams_many_faults_a_few_are_told_one_by_one(caplog) -> None:
+    skipping = StreamGuard(max_in_a_row=10**9)
+    for number in range(2000):
+        skipping._present = f"00000.tar ({number})"
+        skipping.sample_fault(OSError("torn"))
+    assert len(caplog.records) == 20 + 2
+    assert caplog.records[-1].message.endswith("(2000 so far in this process): 00000.tar (1999): torn")
+
+
+def test_a_name_in_a_shard_may_be_of_any_encoding() -> None:
+    skipping = StreamGuard()
+    skipping._present = "00000.tar (caf\udce9)"  # as Python reads Latin-1 from a tar file
+    for _ in range(2):
+        skipping.sample_fault(OSError("torn"))
+    assert skipping.corrupt() == ["00000.tar (caf\\udce9)"]
+
+
 def test_a_streams_guard_knows_what_another_process_has_named() -> None:
     here = StreamGuard()
     there = pickle.loads(pickle.dumps(here))
@@ -158,6 +175,11 @@ def test_guard_wraps_once_and_leaves_streams_alone(tmp_path: Path) -> None:
     assert guard(guarded) is guarded
     stream = iter([1])
     assert guard(stream) is stream
+
+
+def test_no_way_of_reading_leads_past_the_guard(tmp_path: Path) -> None:
+    part = guard(Subset(stock(tmp_path, bad=(1,)), range(6)))  # torch's loader asks it for whole batches
+    assert next(iter(DataLoader(part, 3)))["image_id"].tolist() == [0, 2, 2]
 
 
 def test_index_and_option_are_checked(tmp_path: Path) -> None:

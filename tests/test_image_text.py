@@ -40,6 +40,14 @@ def test_other_keys_and_ids(photos: Path) -> None:
     assert {record.image_id for record in records if isinstance(record, Pair)} == {"7"}
 
 
+@pytest.mark.parametrize("value", [{}, {"n": None}])
+def test_a_row_without_the_id_that_a_key_names_is_wrong(photos: Path, value: dict[str, Any]) -> None:
+    rows = [{"image": f"{i}.png", "caption": "x", "question": "y?", "answer": "z", **value} for i in range(2)]
+    for keys in (PairKeys(image_id="n"), QuestionKeys(question_id="n")):
+        with pytest.raises(UserError, match=r"2 of 2 rows are wrong: row 1: .*(no id under 'n'|'n' holds no id)"):
+            load(write(photos, rows), keys, image_root=photos)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -99,3 +107,5 @@ def test_validate_questions(photos: Path, capsys: pytest.CaptureFixture[str]) ->
     command = [str(write(photos, rows)), "--image-root", str(photos)]
     assert main([*command, "--question-key", "q", "--answer-key", "a"]) == 0
     assert "most common answers: 2 (3), 3 (1)" in capsys.readouterr().out
+    assert main([*command, "--question-key", "q"]) == 1
+    assert main([*command, "--question-key", "q", "--answer-key", ""]) == 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lavis.common.registry import registry
+from lavis.models import load_model
 from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
 from omegaconf import OmegaConf
 
@@ -119,3 +122,13 @@ def test_stage2_of_lavis_class_reads_its_stage1_and_says_what_ours_says(images: 
         theirs.load_checkpoint(save(make("lavis_blip2_opt").requires_grad_(False), "empty.pth"))
     with pytest.raises(UserError, match="captions only"):
         theirs({**batch, "answer": ["two", "one"]})
+
+
+@pytest.mark.parametrize("arch", ["lavis_blip2", "lavis_blip2_opt"])
+def test_a_whole_model_is_saved_and_read(arch: str) -> None:
+    model, file = load_model(arch, "mini"), io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert type(again) is type(model) is registry.get_model_class(arch)
+    assert torch.equal(again.query_tokens, model.query_tokens)

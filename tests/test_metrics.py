@@ -49,9 +49,3 @@ def test_chance_is_what_random_scores_give():
     for name, chance in metrics.chance_recalls(owners).items():
         mean = sum(trial[name] for trial in trials) / len(trials)
         assert mean == pytest.approx(chance, abs=1.5), name
-
-
-def test_samples_are_grouped_by_image_in_order_of_appearance():
-    firsts, owners = metrics.group(["b", "a", "b", 7, "a"])
-    assert firsts == [0, 1, 3]
-    assert owners.tolist() == [0, 1, 0, 2, 1]

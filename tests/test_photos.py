@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import re
+import struct
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from packaging.requirements import Requirement
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
-from lavis_xformer.data.photos import PhotoError, open_photo, to_rgb
+from lavis_xformer.data.photos import PhotoError, open_photo, strict_decoding, to_rgb
 
 
 @pytest.fixture
@@ -38,6 +40,14 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
 def test_transparent_pixels_are_white_and_hide_their_colour() -> None:
     assert to_rgb(Image.new("RGBA", (1, 1), (255, 0, 0, 0))).getpixel((0, 0)) == (255, 255, 255)
     assert to_rgb(Image.new("RGBA", (1, 1), (255, 0, 0, 255))).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_transparent_colour_of_an_rgb_image_is_white() -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (1, 1), "red").save(buffer, "png", transparency=(255, 0, 0))
+    once = to_rgb(Image.open(buffer))
+    assert once.getpixel((0, 0)) == (255, 255, 255)
+    assert to_rgb(once) is once
 
 
 def test_palette_transparency_is_white() -> None:
@@ -81,11 +91,28 @@ def test_missing_file_and_folder_are_named(tmp_path: Path) -> None:
         open_photo(tmp_path)
 
 
-@pytest.mark.parametrize("limit", [2000, 1000])
-def test_a_decompression_bomb_is_refused(jpeg: Path, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)  # the photo has 3072: PIL warns, then fails
-    with pytest.raises(PhotoError, match="decompression bomb"):
+def test_a_decompression_bomb_is_refused_unless_it_is_allowed(jpeg: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1500)  # PIL refuses twice as many; the photo has 3072
+    with pytest.raises(PhotoError, match=r"photo\.jpg: .*3072 pixels.*set the environment variable LAVIS_XFORMER_MAX_"):
         open_photo(jpeg)
+    monkeypatch.setenv("LAVIS_XFORMER_MAX_PIXELS", "6144")
+    assert open_photo(jpeg).size == (64, 48)
+    assert Image.MAX_IMAGE_PIXELS == 1500
+    monkeypatch.setenv("LAVIS_XFORMER_MAX_PIXELS", "3000")
+    with pytest.raises(PhotoError, match="exceeds limit of 3000 pixels"):
+        open_photo(jpeg)
+    monkeypatch.setenv("LAVIS_XFORMER_MAX_PIXELS", "4e8")
+    with pytest.raises(PhotoError, match="'4e8'; it must be a whole number"):
+        open_photo(jpeg)
+
+
+def test_what_pil_warns_of_is_said_once_and_not_for_every_photo() -> None:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            with strict_decoding():
+                warnings.warn("Tag data larger than file", UserWarning, stacklevel=1)
+    assert len(said) == 1
 
 
 def test_the_pillows_that_are_allowed_know_transparency() -> None:
@@ -95,11 +122,28 @@ def test_the_pillows_that_are_allowed_know_transparency() -> None:
     assert "10.0.1" not in bound.specifier, "Image.has_transparency_data is of 10.1"
 
 
-def test_photos_are_turned_as_they_were_held(tmp_path: Path) -> None:
-    picture = Image.new("RGB", (4, 2), "black")
-    picture.putpixel((0, 0), (255, 0, 0))
+@pytest.mark.parametrize("orientation", range(10))
+def test_photos_are_turned_as_they_were_held(tmp_path: Path, orientation: int) -> None:
+    picture = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 10)
     exif = Image.Exif()
-    exif[0x0112] = 6  # held upright: to be turned a quarter clockwise
+    exif[0x0112] = orientation
     picture.save(tmp_path / "a.png", exif=exif)
-    turned = open_photo(tmp_path / "a.png")
-    assert (turned.size, turned.getpixel((1, 0))) == ((2, 4), (255, 0, 0))
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
+    assert np.array_equal(np.asarray(open_photo(tmp_path / "a.png")), np.asarray(expected))
+    assert (expected.size == (2, 4)) == (5 <= orientation <= 8)
+
+
+def test_exif_data_that_cannot_be_written_again_harm_nothing(tmp_path: Path) -> None:
+    a_float_for_a_width = b"\1\0\0\x0b\0\0\0\1\0\0\0\5"
+    turned = b"\1\x12\0\3\0\0\0\1\0\6\0\0"
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\2" + a_float_for_a_width + turned + bytes(4)
+    Image.new("RGB", (4, 2)).save(tmp_path / "a.jpg", exif=exif)
+    with pytest.raises(struct.error):
+        ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg"))
+    assert open_photo(tmp_path / "a.jpg").size == (2, 4)
+
+
+def test_fractions_are_scaled(tmp_path: Path) -> None:
+    for name, values in (("fractions", [0, 0.4, 1]), ("levels", [0, 102, 255])):
+        Image.fromarray(np.array([values], dtype=np.float32)).save(tmp_path / f"{name}.tif")
+        assert np.asarray(open_photo(tmp_path / f"{name}.tif"))[0, :, 0].tolist() == [0, 102, 255]

@@ -118,6 +118,8 @@ def test_an_unknown_source_is_named_before_anything_is_drawn(tmp_path, monkeypat
     monkeypatch.setattr(probe, "make_exam", lambda *args, **kwargs: pytest.fail("exams are drawn"))
     with pytest.raises(UserError, match=r"--sources 'pixel': did you mean 'pixels'\?"):
         probe.main(["--set", str(folder), "--sources", "C, pixel"])
+    with pytest.raises(UserError, match="--held-out 0: it must be at least 1"):
+        probe.main(["--set", str(folder), "--held-out", "0"])
 
 
 def test_command_writes_table_figures_and_json(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lavis_xformer.data import records
-from lavis_xformer.data.records import file_exists, forget_listings, read_rows, sha256, strings
+from lavis_xformer.data.records import absent_images, read_rows, sha256, strings
 from lavis_xformer.errors import UserError
 
 ROWS = [{"image": "a.jpg"}, {"image": "ü.jpg"}, {"image": "c.jpg"}]
@@ -56,6 +56,8 @@ def test_rows_key_chooses_among_several_lists(tmp_path: Path) -> None:
         ("a.json", "[1, {", "not JSON: line 1, column 6"),
         ("a.json", "[]", "holds no rows"),
         ("a.json", "3", "holds int"),
+        ("gqa.json", '{"201307251": {"question": "Is it?"}}', "an object that holds no list of rows"),
+        ("a.tsv", "image\tcaption\n", "not JSON: .*; a table needs a header, commas and the ending .csv"),
         ("a.json", '[{"image": "a"}, 7]', "1 of 2 rows are wrong: row 2: not an object"),
         ("a.jsonl", '{"image": "a"}\n{"image', "1 of 2 rows are wrong: row 2: not JSON"),
         ("a.jsonl", "x\n" * 5, "row 3: .*; and 2 more"),
@@ -80,6 +82,8 @@ def test_what_is_wrong_is_named(tmp_path: Path, name: str, text: str, message: s
 def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.json: no such annotation file"):
         read_rows(tmp_path / "nowhere.json")
+    with pytest.raises(UserError, match=rf"{Path.cwd()}/nowhere\.json: no such annotation file"):
+        read_rows("nowhere.json")
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="is not UTF-8 text"):
         read_rows(tmp_path / "binary.json")
@@ -94,27 +98,23 @@ def test_paths_expand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_strings_and_numbers_are_texts_and_nothing_else_is() -> None:
     assert strings("a") == strings(["a", " "]) == ("a",)
     assert strings([2, "b"]) == ("2", "b")
-    assert strings(None) == strings({}) == strings([None]) == strings("") == ()
+    assert strings(float("nan")) == strings(None) == strings({}) == strings([None]) == strings("") == ()
 
 
-def test_file_exists_knows_files_only(tmp_path: Path) -> None:
+def test_only_files_are_images(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
-    forget_listings()
-    found = {name for name in ("file", "folder", "x/y") if file_exists(str(tmp_path / name))}
-    assert found == {"file"}
+    absent = absent_images(tmp_path, enumerate(["file", "folder", "x/y", str(tmp_path / "file")]))
+    assert absent == {1: f"no image file {tmp_path}/folder", 2: f"no image file {tmp_path}/x/y"}
+    (tmp_path / "folder" / "new").touch()
+    assert absent_images(tmp_path, [(0, "folder/new")]) == {}
 
 
 def test_each_folder_is_listed_once_in_whatever_order_the_rows_are(tmp_path: Path, monkeypatch) -> None:
-    for number in range(300):
-        (tmp_path / str(number)).mkdir()
     listed: list[str] = []
     monkeypatch.setattr(records.os, "scandir", lambda folder: listed.append(folder) or iter(()))
-    forget_listings()
-    for _ in range(2):
-        assert not any(file_exists(str(tmp_path / str(number) / "file")) for number in range(300))
+    assert len(absent_images(tmp_path, [(number, f"{number % 300}/file") for number in range(600)])) == 600
     assert len(listed) == 300
-    forget_listings()
 
 
 def test_sha256_of_nothing(tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def test_evaluation_repeats_itself_and_leaves_the_training_alone(unbroken):
     assert torch.equal(rng.capture()["torch"], before)
 
 
-def test_evaluating_only_gives_the_figures_of_the_training(unbroken, tmp_path):
+def test_evaluating_only_gives_the_figures_of_the_training(unbroken, tmp_path, capsys):
     best = str(unbroken.output_dir / checkpoint.BEST)
     runner = toy_training.make_runner(tmp_path, evaluate=True, resume_ckpt_path=best)
     summary = runner.train()
@@ -260,6 +260,11 @@ def test_evaluating_only_gives_the_figures_of_the_training(unbroken, tmp_path):
     rows = {name: by for name, _, by in runner.task.table(figures)}
     assert rows["ITM accuracy %"] == "66.7"
     assert float(rows["text to image R@1 %"]) == pytest.approx(100 / 9, abs=0.1)
+    conclude(runner, {**summary, "test": {"val": figures, "hidden": None}})
+    said = capsys.readouterr().out
+    assert "val:\n" in said
+    assert "hidden" not in said, "a test split without truths has no figures"
+    assert str(runner.output_dir.name) + "/log.txt" in said
 
 
 def test_checkpoints_of_another_run_are_not_mixed_with_new_ones(unbroken):

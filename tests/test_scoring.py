@@ -35,8 +35,8 @@ def test_unread_counts_are_wrong_even_where_nothing_is_true() -> None:
     assert (score.accuracy, score.unread, score.mae) == (0.5, 0.5, 0)
 
 
-def test_bins_by_another_number() -> None:
-    bins = score_counts(["1", "1", "1"], [1, 2, 1], bin_by=[4, 15, 40], edges=(10, 20)).bins
+def test_bins_by_the_number_of_objects() -> None:
+    bins = score_presence(["yes", "yes", "no"], ["yes", "no", "no"], sizes=[4, 15, 40]).bins
     assert [(b.low, b.high, b.accuracy) for b in bins] == [(0, 10, 1), (10, 20, 0), (20, None, 1)]
 
 
@@ -51,7 +51,7 @@ def test_official_presence_accepts_yes_or_no_anywhere() -> None:
 def test_presence_by_hand() -> None:
     answers = ["yes", "yes", "no", "no", "yes", "no"]
     truths = ["yes", "no", "yes", "no", "yes", "no"]
-    score = score_presence(answers, truths, scorer="pope_official", bin_by=[1, 1, 1, 25, 25, 25])
+    score = score_presence(answers, truths, scorer="pope_official", sizes=[1, 1, 1, 25, 25, 25])
     assert score.accuracy == 4 / 6
     assert (score.precision, score.recall, score.yes_ratio) == (2 / 3, 2 / 3, 0.5)
     assert score.f1 == pytest.approx(2 / 3)

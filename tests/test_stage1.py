@@ -141,7 +141,7 @@ def test_gradients_reach_every_trainable_parameter_and_no_frozen_one(
     assert silent == []
     assert all(p.grad is None for n, p in model.named_parameters() if n.startswith(("visual_encoder", "mae.")))
     assert not model.visual_encoder.training
-    assert model.fusion.training
+    assert model.Qformer.training
 
 
 @pytest.mark.parametrize("fusion", sorted(FUSIONS))
@@ -294,3 +294,12 @@ def test_losses_fall_when_a_batch_is_learned_by_heart(make_xformer: Any, batch: 
     for name in ("loss_itc", "loss_itm", "loss_itg"):  # the images are noise: nothing to reconstruct
         assert mean(name, slice(-5, None)) < mean(name, slice(5)), name
     assert mean("loss_itg", slice(-5, None)) < 0.7 * mean("loss_itg", slice(5))
+
+
+def test_what_is_no_dict_of_samples_is_one_clear_line(make_xformer: Any, batch: dict[str, Any]) -> None:
+    model = make_xformer().eval()
+    for call in (model, model.generate, model.extract_features):
+        with pytest.raises(UserError, match="samples is a Tensor; give a dict"):
+            call(batch["image"])
+    with pytest.raises(UserError, match=r"samples\['image'\] is missing; there are \['text_input'\]"):
+        model({"text_input": batch["text_input"]})

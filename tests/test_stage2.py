@@ -318,7 +318,7 @@ def test_gradients_reach_every_trainable_parameter_and_no_frozen_one(
     assert all(p.grad is None for n, p in model.named_parameters() if n.startswith(frozen))
     for tower in (model.visual_encoder, model.language.model):
         assert not any(module.training for module in tower.modules())
-    assert model.fusion.training
+    assert model.Qformer.training
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -434,7 +434,10 @@ def test_bad_input_is_one_clear_line(make_stage2: Any, batch: dict[str, Any]) ->
     refused(r"samples\['prompt'\] is empty", prompt=[])
     refused("has 2 strings for 4 images", prompt=["a", "the"])
     refused("must be a string or a list of strings", prompt=[1, 2, 3, 4])
-    refused("must be a string or a list of strings", call=model.predict_answers, text_input=None)
+    refused(r"samples\['text_input'\] is missing; there are \['image', 'image_id'\]", model, text_input=None)
+    for call in (model, model.generate, model.predict_answers, model.extract_features):
+        with pytest.raises(UserError, match="samples is a Tensor; give a dict"):
+            call(batch["image"])
     refused("has 1 strings for 4 images", call=model, text_input=["a"])
     refused(r"image has shape \(0, 3, 32, 32\)", image=torch.zeros(0, 3, 32, 32))
     refused(r"image has shape \(4, 3, 0, 0\)", image=torch.zeros(4, 3, 0, 0))

@@ -231,3 +231,14 @@ def test_an_image_encoder_to_be_tuned_comes_from_its_own_file(make_stage2: Any, 
     torch.save({"model": state}, tmp_path / "torn.pth")
     with pytest.raises(UserError, match=r"missing: visual_encoder\.pos_embed"):
         load_pretrained(model, config(pretrained=str(tmp_path / "torn.pth")))
+
+
+def test_an_image_encoder_tuned_at_another_size_comes_with_its_positions(make_stage2: Any, tmp_path: Path) -> None:
+    larger = make_stage2("opt", freeze_vit=False)
+    state = trainable_state(perturb(larger))
+    grid = torch.nn.functional.pad(torch.ones(1, 36, 20), (0, 0, 1, 0))  # 6 x 6 places of 48 px, CLS first
+    torch.save({"model": {**state, "visual_encoder.pos_embed": grid.half()}}, tmp_path / "larger.pth")
+    model = make_stage2("opt")
+    load_pretrained(model, config(pretrained=str(tmp_path / "larger.pth")))
+    assert torch.allclose(model.visual_encoder.pos_embed, grid[:, :17], atol=1e-3)
+    assert torch.equal(model.visual_encoder.cls_token, larger.visual_encoder.cls_token)

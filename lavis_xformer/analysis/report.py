@@ -80,9 +80,9 @@ def draw_curves(records: Sequence[Record], path: Path) -> None:
     FigureCanvasAgg(figure)
     for number, (title, names) in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, 3, number)
-        for name in names:
+        for style, name in enumerate(names):
             _draw_training(axes, steps, name)
-            _draw_evaluation(axes, evals, name, style=names.index(name), label=name if len(names) > 1 else "")
+            _draw_evaluation(axes, evals, name, style=style, label=name if len(names) > 1 else "")
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
         axes.set_xlim(0, 1.02 * steps[-1]["step"])
@@ -139,16 +139,12 @@ def render(folder: Path, records: Sequence[Record], picture: bytes) -> str:
     last = [record for record in records if record["kind"] == "step"][-1]
     state = "finished" if summary.get("finished") else "not finished"
     image = base64.b64encode(picture).decode()
-    finals: dict[str, Mapping[str, Any]] = {}
-    for record in records:
-        if record["kind"] in ("epoch", "eval", "test"):
-            finals[f"{record['split']}, epoch {record['epoch']}"] = record
-    shown = dict(list(finals.items())[-4:])
+    finals = {f"{r['split']}, epoch {r['epoch']}": r for r in records if r["kind"] in ("epoch", "eval", "test")}
     parts = [
         f"<p>{state}: epoch {last['epoch']}, step {last['step']}</p>",
         f'<img alt="curves" src="data:image/png;base64,{image}">',
         "<h2>Figures</h2>",
-        _table(shown),
+        _table(dict(list(finals.items())[-4:])),
         "<h2>Versions</h2>",
         _table({"version": summary.get("versions", {})}),
         "<h2>Configuration</h2>",

@@ -68,9 +68,8 @@ def draw_counts(variants: Mapping[str, Json], path: Path) -> Path:
     for number, (name, of) in enumerate(variants.items()):
         curve = {int(count): value for count, value in of["by_count"].items()}
         asked |= {count: value["n"] for count, value in curve.items()}
-        places = [
-            count + 0.05 * (number - len(variants) / 2) for count in curve
-        ]  # so that intervals don't hide each other
+        aside = 0.05 * (number - len(variants) / 2)  # so that intervals don't hide each other
+        places = [count + aside for count in curve]
         heights, reach = [value["mean"] for value in curve.values()], _reach(list(curve.values()))
         axes.errorbar(places, heights, reach, fmt="o-", ms=3, lw=1.2, elinewidth=0.6, label=name, color=_colour(number))
     axes.set_xticks(sorted(asked), [f"{count}\nn = {asked[count]}" for count in sorted(asked)], fontsize=8)
@@ -160,7 +159,7 @@ def _axes(path: Path, *, panels: int = 1, columns: int = 4) -> tuple[list[Any], 
         each.grid(alpha=0.25)
         each.set_axisbelow(True)
 
-    def save() -> Path:
+    def _save() -> Path:
         entries: dict[str, Any] = {}
         for each in axes:
             handles, labels = each.get_legend_handles_labels()
@@ -169,4 +168,4 @@ def _axes(path: Path, *, panels: int = 1, columns: int = 4) -> tuple[list[Any], 
         figure.savefig(path, dpi=120)
         return path
 
-    return axes, save
+    return axes, _save

@@ -17,14 +17,15 @@ import platform
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lavis_xformer import assets
+from lavis_xformer.files import read_json
 from lavis_xformer.paths import project_path, shipped_folder
+from lavis_xformer.versions import versions_of
 
 PACKAGE = Path(assets.__file__).parent
 #: what compares, reports, checks and builds, but takes no part in a run
@@ -38,21 +39,13 @@ _PARSING = threading.Lock()  # in two threads at once Python 3.11's parser may r
 
 
 def inputs_of(config: str, options: Mapping[str, Any]) -> dict[str, str]:
-    """Return everything that a run's result depends on, by name.
-
-    Args:
-        config: the run's YAML.
-        options: changes of it, by dotted key.
-    """
+    """Return everything that the result of a run depends on, by name; ``options`` change its YAML by dotted key."""
     leaves = dict(flat(resolved(config, options)))
     found = {key: json.dumps(value) for key, value in leaves.items() if key not in PLACES}
     for key, value in leaves.items():
-        if (
-            isinstance(value, str)
-            and key not in PLACES
-            and (digest := content(value, folders=key.startswith("model.")))
-        ):
-            found[f"{key} (sha256)"] = digest
+        named = content(value, folders=key.startswith("model.")) if isinstance(value, str) and key in found else None
+        if named is not None:
+            found[f"{key} (sha256)"] = named
     return {**found, "code": code(), **versions()}
 
 
@@ -108,7 +101,7 @@ def content(value: str, *, folders: bool = False) -> str | None:
     """Return the sha256 of what a value names: an asset, a file, or the files of a folder; None for other values."""
     if value.startswith(assets.SCHEME):
         group, _, part = value.removeprefix(assets.SCHEME).partition("/")
-        sums = json.loads((assets.ROOT / group / assets.SUMS).read_text(encoding="utf-8"))
+        sums = read_json(assets.ROOT / group / assets.SUMS)
         return _digest({name: of for name, of in sums.items() if name.startswith(f"{part}/")})
     path = Path(value)
     if path.is_file():
@@ -153,23 +146,17 @@ def without_docstrings(tree: ast.AST) -> ast.AST:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that compute."""
-    found = {"python": ".".join(platform.python_version_tuple()[:2])}
-    for name in LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"python": ".".join(platform.python_version_tuple()[:2]), **versions_of(LIBRARIES)}
 
 
 def commit() -> str | None:
     """Return the commit of a clone, with ``+`` where files differ from it; None outside of one."""
 
-    def git(*words: str) -> str:
+    def _git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(PACKAGE), *words], capture_output=True, text=True, check=True).stdout
 
     try:
-        return git("rev-parse", "--short=10", "HEAD").strip() + ("+" if git("status", "--porcelain", "-uno") else "")
+        return _git("rev-parse", "--short=10", "HEAD").strip() + ("+" if _git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -187,11 +174,7 @@ def _parsed(path: Path, size: int, changed: int) -> Json:
 @functools.cache
 def _file(path: Path, size: int, changed: int) -> str:
     """Size and time of the last change are there for the cache alone."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()[:12]
+    return assets.sha256(path)[:12]
 
 
 def _digest(value: Any) -> str:

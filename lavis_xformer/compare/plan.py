@@ -18,6 +18,7 @@ import yaml
 
 from lavis_xformer.compare.inputs import SOFTWARE, changes, inputs_of
 from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.files import read_json
 from lavis_xformer.paths import project_path, shipped_folder
 
 KEYS = ("extends", "output", "seeds", "baseline", "claim", "processes", "common", "variants")
@@ -32,13 +33,9 @@ Options = dict[str, Any]
 
 @dataclass(frozen=True)
 class Stage:
-    """A run that every variant goes through.
+    """A run that every variant goes through: a project's YAML and what is changed of it for all.
 
-    Attributes:
-        name: as ``stage1``.
-        config: a project's YAML.
-        options: changes of it, for every variant.
-        evaluate: whether it evaluates the weights of the stage before, instead of training.
+    It trains, or evaluates the weights of the stage before.
     """
 
     name: str
@@ -49,14 +46,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a comparison.
+    """One run of a comparison, which leaves its results in ``folder``.
 
     Attributes:
-        variant: whose.
-        seed: of weights, order of data and augmentation.
-        stage: what is run.
         options: all changes of the stage's YAML.
-        folder: where it leaves its results.
         lenient: whether results of another code or other versions are kept.
         processes: how many run it together, by torchrun where they are several.
     """
@@ -83,38 +76,28 @@ class Cell:
         note = self.folder / INPUTS
         if not note.is_file():
             return []
-        differing = changes(json.loads(note.read_text(encoding="utf-8")), self.inputs())
+        differing = changes(read_json(note), self.inputs())
         return [line for line in differing if not (self.lenient and line.split(":")[0] in SOFTWARE)]
 
     def arguments(self) -> list[str]:
         """Return the command line after ``python``."""
         module = "lavis.evaluate" if self.stage.evaluate else "lavis.train"
         options = [f"{key}={as_text(value)}" for key, value in self.options.items()]
-        many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
-        return [
-            *(many if self.processes > 1 else []),
-            "-m",
-            module,
-            "--cfg-path",
-            self.stage.config,
-            "--options",
-            *options,
-        ]
+        many = f"-m torch.distributed.run --standalone --nproc_per_node={self.processes}".split()
+        together = many if self.processes > 1 else []
+        return [*together, "-m", module, "--cfg-path", self.stage.config, "--options", *options]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison.
+    """A comparison, by its YAML's name.
 
     Attributes:
-        name: of its YAML.
         output: where the results go; the cells stand in its subfolder ``cells``.
         baseline: the variant that the others are compared with.
         seeds: of every variant that has none of its own.
         stages: in order; a training passes its best weights on to the next stages.
         variants: name to what it changes.
-        lenient: whether cells of another code or other versions are kept.
-        processes: of every run.
         claim: the variant that is held against every other one, each control included; none where it is "".
     """
 
@@ -129,11 +112,7 @@ class Plan:
     claim: str = ""
 
     def cells(self, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Cell]:
-        """Return the cells in the order in which they can run.
-
-        Args:
-            only: names of variants; all where there are none.
-            seeds: all where there are none.
+        """Return the cells in the order in which they can run: of some variants and seeds ``only``, or of all.
 
         Raises:
             UserError: there is no such variant, or none of them has such a seed.
@@ -156,12 +135,11 @@ class Plan:
         for stage in self.stages:
             if stage.name in variant.get("skip", ()):
                 continue
-            options = {**stage.options, **variant.get("every", {}), **variant.get(stage.name, {}), "run.seed": seed}
+            own = (variant.get("every") or {}) | (variant.get(stage.name) or {})
+            options = {**stage.options, **own, "run.seed": seed}
             if weights is not None:
                 options["model.pretrained"] = str(weights)
-            together = (
-                {} if self.processes == 1 else {"processes": self.processes}
-            )  # they share a batch of so many parts
+            together = {"processes": self.processes} if self.processes > 1 else {}  # a batch of so many parts
             folder = self.output / "cells" / f"{stage.name}-seed{seed}-{digest(stage.config, options | together)}"
             options |= {"run.output_dir": str(folder.parent), "run.job_id": folder.name}
             if not stage.evaluate:
@@ -175,8 +153,8 @@ def read_plan(path: str) -> Plan:
 
     Args:
         path: here or among the shipped ``projects/``. ``extends`` names another such YAML, beside it or a shipped one,
-            of which this one states its differences: ``common`` then holds more options of each stage, and a variant
-            with nothing behind its name is the other's.
+            of which this one states its differences: ``common`` then holds, of each stage, another ``config`` or
+            ``evaluate`` and more options, and a variant with nothing behind its name is the other's.
 
     Raises:
         UserError: a file, key or value is missing or wrong.
@@ -186,24 +164,29 @@ def read_plan(path: str) -> Plan:
     for key in ("output", "seeds", "baseline", "common", "variants"):
         if not content.get(key):
             raise UserError(f"{file}: '{key}' is missing")
-    stages = tuple(_stage(file, name, given) for name, given in content["common"].items())
+    stages = tuple(_stage(file, name, given or {}) for name, given in content["common"].items())
     names = [stage.name for stage in stages]
     for variant, given in content["variants"].items():
-        for key in [*given, *given.get("skip", ())]:
+        where = f"{file}: variants.{variant}"
+        if not isinstance(skipped := given.get("skip", []), list):
+            raise UserError(f"{where}.skip: {skipped} is no list of stages, as [{names[0]}]")
+        for key in [*given, *skipped]:
             if key not in (*VARIANT_KEYS, *names):
-                raise UserError(f"{file}: variants.{variant}.{key}: {nearest(key, (*VARIANT_KEYS, *names))}")
-        _seeds(f"{file}: variants.{variant}.seeds", given.get("seeds", []))
+                raise UserError(f"{where}.{key}: {nearest(key, (*VARIANT_KEYS, *names))}")
+        for key in ("every", *names):
+            _mapping(f"{where}.{key}", given.get(key))
+        _seeds(f"{where}.seeds", given.get("seeds", []))
     for key in ("baseline", "claim"):
         if content.get(key) and content[key] not in content["variants"]:
             raise UserError(f"{file}: {key}: {nearest(str(content[key]), content['variants'])}")
     return Plan(
         name=file.stem,
-        output=Path(content["output"]).absolute(),
+        output=Path(str(content["output"])).absolute(),
         baseline=content["baseline"],
         seeds=_seeds(f"{file}: seeds", content["seeds"]),
         stages=stages,
         variants=content["variants"],
-        processes=int(content.get("processes", 1)),
+        processes=_count(f"{file}: processes", content.get("processes", 1)),
         claim=content.get("claim") or "",
     )
 
@@ -224,6 +207,19 @@ def _seeds(key: str, given: object) -> tuple[int, ...]:
     return tuple(given)
 
 
+def _count(key: str, given: object) -> int:
+    if type(given) is not int or given < 1:
+        raise UserError(f"{key}: {given} is no whole number of at least 1")
+    return given
+
+
+def _mapping(key: str, given: Any) -> dict[str, Any]:
+    """Return what stands under a key, nothing being a mapping without keys."""
+    if given is not None and not isinstance(given, dict):
+        raise UserError(f"{key}: {given} is no mapping of keys to values")
+    return given or {}
+
+
 def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a YAML and what it extends; ``above`` are those that extend it, none of which is read again."""
     try:
@@ -235,6 +231,9 @@ def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     for key in content:
         if key not in KEYS:
             raise UserError(f"{file}: '{key}': {nearest(key, KEYS)}")
+    for section in ("common", "variants"):
+        for name, given in _mapping(f"{file}: {section}", content.get(section)).items():
+            _mapping(f"{file}: {section}.{name}", given)
     variants: dict[str, Any] = content.get("variants") or {}
     if "extends" not in content:
         return content | {"variants": {name: given or {} for name, given in variants.items()}}
@@ -248,13 +247,20 @@ def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     for name in more:
         if name not in stages:
             raise UserError(f"{file}: common.{name}: {content['extends']} has no such stage; {nearest(name, stages)}")
-    common = {
-        name: {**stage, "options": {**stage.get("options", {}), **(more.get(name) or {})}}
-        for name, stage in stages.items()
-    }
+    common = {name: _changed(f"{file}: common.{name}", stage, more.get(name) or {}) for name, stage in stages.items()}
     variants = own or base["variants"]
     claim = content.get("claim", base.get("claim") if base.get("claim") in variants else None)
     return {**base, **content, "common": common, "variants": variants, "claim": claim}
+
+
+def _changed(where: str, stage: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stage of an extended YAML with what ``more`` says: keys of a stage, and options, which have a dot."""
+    for key in more:
+        if key not in STAGE_KEYS and "." not in key:
+            raise UserError(f"{where}.{key}: {nearest(key, STAGE_KEYS)}, and options as run.max_epoch")
+    own = {key: value for key, value in more.items() if key in STAGE_KEYS}
+    options = {key: value for key, value in more.items() if key not in STAGE_KEYS}
+    return {**stage, **own, "options": {**(stage.get("options") or {}), **(own.get("options") or {}), **options}}
 
 
 def _extended(file: Path, name: str, above: Sequence[Path]) -> Path:
@@ -274,4 +280,5 @@ def _stage(file: Path, name: str, given: Mapping[str, Any]) -> Stage:
             raise UserError(f"{file}: common.{name}.{key}: {nearest(key, STAGE_KEYS)}")
     if not given.get("config"):
         raise UserError(f"{file}: common.{name}.config is missing: a project's YAML")
-    return Stage(name, given["config"], dict(given.get("options") or {}), bool(given.get("evaluate", False)))
+    options = _mapping(f"{file}: common.{name}.options", given.get("options"))
+    return Stage(name, given["config"], options, bool(given.get("evaluate", False)))

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from lavis_xformer.bootstrap import Interval, paired_bootstrap
+from lavis_xformer.bootstrap import paired_bootstrap
 from lavis_xformer.compare.plan import Cell, Plan
+from lavis_xformer.files import read_json
 
 Json = dict[str, Any]
 Key = tuple[Any, ...]
@@ -190,10 +190,6 @@ def differences(ours: Sequence[Json], theirs: Sequence[Json]) -> Json:
     Only questions that both were asked count. The seeds that both have are paired and drawn anew together with the
     images (``seeds`` tells how many); where these are fewer than two, a question's score is its mean over all seeds,
     and the interval covers the images alone (``seeds`` is 1).
-
-    Args:
-        ours: answers of one variant.
-        theirs: of the other.
     """
     others = groups_of(theirs)
     found = {}
@@ -216,7 +212,7 @@ def differences(ours: Sequence[Json], theirs: Sequence[Json]) -> Json:
 def bootstrap(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], keys: Sequence[Key]) -> Json:
     """Return the difference of two tables of scores, seeds by questions, in percent points, and its interval."""
     images = [(stage, image) for stage, _, image, _ in keys]
-    gap: Interval = paired_bootstrap(first, second, clusters=images, resamples=RESAMPLES)
+    gap = paired_bootstrap(first, second, clusters=images, resamples=RESAMPLES)
     return {"difference": 100 * gap.difference, "low": 100 * gap.low, "high": 100 * gap.high}
 
 
@@ -236,8 +232,3 @@ def _common(tables: Iterable[Mapping[Key, Json]]) -> list[Key]:
     """The questions that are in every table, in the order of the first."""
     first, *rest = tables
     return [key for key in first if all(key in table for table in rest)]
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
-import json
 import os
 import platform
 import signal
@@ -19,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -27,9 +26,10 @@ from pathlib import Path
 from lavis_xformer.compare import inputs
 from lavis_xformer.compare.figures import draw
 from lavis_xformer.compare.plan import BEST, INPUTS, Cell, Plan, read_plan
-from lavis_xformer.compare.results import collect, read_json
+from lavis_xformer.compare.results import collect
 from lavis_xformer.compare.tables import markdown
 from lavis_xformer.errors import UserError
+from lavis_xformer.files import read_json, write_json
 
 SAID = "console.txt"
 IN_PROGRESS: set[int] = set()  # processes of the runs that SIGTERM is handed on to
@@ -37,21 +37,13 @@ TERMINATED = threading.Event()  # SIGTERM has come
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; return its exit status.
-
-    Raises:
-        UserError: something is wrong that the message names, or a run has failed.
-    """
+    """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="lavis-xformer compare", description=__doc__)
     parser.add_argument("plan", help="the comparison's YAML, as projects/xformer/compare/quick.yaml")
     parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="run these variants only")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="run these seeds only")
-    parser.add_argument(
-        "--lenient", action="store_true", help="keep runs of another code or other library versions too"
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="how many runs side by side; small ones share a GPU well"
-    )
+    parser.add_argument("--lenient", action="store_true", help="keep runs of another code or other versions too")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side; small ones share a GPU")
     parser.add_argument("--list", action="store_true", help="list the runs and which are finished; run nothing")
     args = parser.parse_args(argv)
     if args.jobs < 1:
@@ -199,25 +191,16 @@ def gpu_memory(folder: Path) -> float | None:
     return summary["peak_memory_mb"] if summary.get("device") == "cuda" else None
 
 
-def write_json(path: Path, values: Mapping[str, object]) -> None:
-    """Write a JSON file whole or not at all."""
-    partial = path.with_name(f"{path.name}.part")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
-
-
 def machine() -> str:
     """Return what a run was computed on: processor, its cores, and the GPU where torch sees one."""
     import torch
 
-    models = [line for line in _lines(Path("/proc/cpuinfo")) if line.startswith("model name")]
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text(encoding="utf-8").splitlines() if about.is_file() else []
+    models = [line for line in lines if line.startswith("model name")]
     name = models[0].partition(":")[2].strip() if models else platform.processor() or platform.machine()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{name}, {os.cpu_count()} cores{gpu}"
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
 
 
 def trained_weights(path: Path) -> int | None:
@@ -237,7 +220,7 @@ def write(plan: Plan) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     found = collect(plan)
     table = markdown(found)
-    (folder / "results.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "results.json", found)
     (folder / "results.md").write_text(table, encoding="utf-8")
     pictures = draw(plan, found, folder)
     return "\n".join([table, *(str(path) for path in (folder / "results.md", folder / "results.json", *pictures))])

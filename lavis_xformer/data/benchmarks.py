@@ -9,18 +9,16 @@ with different questions, so every dataset tells the sha256 of its files. Scores
 from __future__ import annotations
 
 import logging
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from lavis.common.registry import registry
 from omegaconf import DictConfig
 
 from lavis_xformer.data.image_text_datasets import LocalFilesBuilder, QuestionEvalDataset
-from lavis_xformer.data.records import Row, file_exists, forget_listings, read_rows, report, sha256, strings
+from lavis_xformer.data.records import Row, absent_images, read_rows, report, sha256, strings
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.paths import config_path
 
@@ -57,19 +55,11 @@ class BenchmarkDataset(QuestionEvalDataset):
     """
 
     def __init__(
-        self,
-        *,
-        kind: str,
-        question_files: Sequence[str],
-        question_sha256: Sequence[str],
-        template: str = "raw",
-        **shared: Any,
+        self, *, kind: str, question_files: list[str], question_sha256: list[str], template: str, **shared: Any
     ) -> None:
         super().__init__(**shared)
-        self.kind = kind
-        self.question_files = list(question_files)
-        self.question_sha256 = list(question_sha256)
-        self.template = template
+        self.kind, self.template = kind, template
+        self.question_files, self.question_sha256 = question_files, question_sha256
 
     def column(self, key: str) -> list[Any]:
         """Return one value of every question, by question_id: ``column("n_objects")``."""
@@ -81,38 +71,9 @@ class BenchmarkDataset(QuestionEvalDataset):
         return [row["answers"][0] for row in self.annotation]
 
 
-@dataclass(frozen=True)
-class Format:
-    """How one benchmark writes its questions.
-
-    Attributes:
-        kind: ``count``, ``presence`` or ``pairs``.
-        needs: keys that every row must have.
-        parse: makes our annotation of a row; knows the builder's configuration. Raises ValueError where a value
-            is not what it should be.
-        renamed: keys as a published file writes them, to those of ``needs``.
-    """
-
-    kind: str
-    needs: tuple[str, ...]
-    parse: Callable[[Row, DictConfig], Sample]
-    renamed: Mapping[str, str] = field(default_factory=dict)
-
-    def read(self, row: Row, config: DictConfig) -> Sample | str:
-        """Return our annotation of a row, or what is wrong with it."""
-        row = {self.renamed.get(key, key): value for key, value in row.items()}
-        for key in self.needs:
-            if key not in row:
-                return f"no '{key}' (the row has {', '.join(row)})"
-        try:
-            sample = self.parse(row, config)
-        except ValueError as error:
-            return str(error)
-        (truth,), (pattern, expected) = sample["answers"], TRUTHS[self.kind]
-        return sample if re.fullmatch(pattern, truth) else f"the answer '{truth}' is not {expected}"
-
-
 def _text(row: Row, key: str) -> str:
+    if key not in row:
+        raise ValueError(f"no '{key}' (the row has {', '.join(row)})")
     texts = strings(row[key])
     if len(texts) != 1:
         raise ValueError(f"'{key}' holds no text")
@@ -157,7 +118,8 @@ def parse_pope(row: Row, config: DictConfig) -> Sample:
 
 def parse_mmvp(row: Row, config: DictConfig) -> Sample:
     """Read ``Index, Question, Options, Correct Answer``; rows 1 and 2 are a pair, 3 and 4, and so on."""
-    number, options = _whole(row, "Index"), _text(row, "Options")
+    index = "lndex" if "lndex" in row else "Index"  # the published header has a small L for the I
+    number, options = _whole(row, index), _text(row, "Options")
     return {
         "image": config.image_name.format(image_id=number),
         "question": f"{_text(row, 'Question')} {options}",
@@ -168,18 +130,19 @@ def parse_mmvp(row: Row, config: DictConfig) -> Sample:
     }
 
 
-_GVT_KEYS = ("image_id", "text_in", "text_out", "n_obj_exist")
-GVT_COUNT = Format("count", _GVT_KEYS, parse_gvt)
-GVT_PRESENCE = Format("presence", _GVT_KEYS, parse_gvt)
-POPE = Format("presence", ("image", "text", "label"), parse_pope)
-# The published header has a small L for the I of Index.
-MMVP = Format("pairs", ("Index", "Question", "Options", "Correct Answer"), parse_mmvp, {"lndex": "Index"})
+# The builder's name to which score fits (see TRUTHS), and to what reads a row by the builder's configuration.
+BENCHMARKS: dict[str, tuple[str, Callable[[Row, DictConfig], Sample]]] = {
+    "gvt_coco_oc": ("count", parse_gvt),
+    "gvt_coco_mci": ("presence", parse_gvt),
+    "gvt_vcr_oc": ("count", parse_gvt),
+    "gvt_vcr_mci": ("presence", parse_gvt),
+    "pope": ("presence", parse_pope),
+    "mmvp": ("pairs", parse_mmvp),
+}
 
 
 class BenchmarkBuilder(LocalFilesBuilder):
-    """Builds one benchmark from the user's copies of its question files and images."""
-
-    format: ClassVar[Format]
+    """Builds one of :data:`BENCHMARKS` from the user's copies of its question files and images."""
 
     def build_split(self, split: str) -> BenchmarkDataset:
         """Read, check and fingerprint the question files.
@@ -201,7 +164,7 @@ class BenchmarkBuilder(LocalFilesBuilder):
         for number, sample in enumerate(annotation):
             sample["question_id"] = number
         return BenchmarkDataset(
-            kind=self.format.kind,
+            kind=BENCHMARKS[self.name][0],
             question_files=files,
             question_sha256=digests,
             template=template,
@@ -224,61 +187,32 @@ class BenchmarkBuilder(LocalFilesBuilder):
         Raises:
             UserError: a row lacks a key or its image, or could not be scored.
         """
-        read = [(number, self.format.read(row, self.config)) for number, row in rows]
+        read = [(number, self.read(row)) for number, row in rows]
         report(file, [(number, what) for number, what in read if isinstance(what, str)], len(rows))
         samples = [(number, sample) for number, sample in read if not isinstance(sample, str)]
         if self.config.get("check_files", True):
-            if not image_root.is_dir():
-                raise UserError(f"{image_root}: no such image folder (datasets.{self.name}.image_root)")
-            forget_listings()
-            paths = [(number, os.path.join(image_root, sample["image"])) for number, sample in samples]
-            report(file, [(n, f"no image file {path}") for n, path in paths if not file_exists(path)], len(rows))
+            absent = absent_images(image_root, [(number, sample["image"]) for number, sample in samples])
+            report(file, list(absent.items()), len(rows))
         return [{**sample, "subset": Path(file).stem} for _, sample in samples]
 
+    def read(self, row: Row) -> Sample | str:
+        """Return our annotation of a row, or what is wrong with it.
 
-@registry.register_builder("gvt_coco_oc")
-class GVTCocoCountBuilder(BenchmarkBuilder):
-    """GVT-bench, counting objects in COCO's val2017."""
-
-    format = GVT_COUNT
-    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": config_path("datasets/gvt_coco_oc.yaml")}
-
-
-@registry.register_builder("gvt_coco_mci")
-class GVTCocoPresenceBuilder(BenchmarkBuilder):
-    """GVT-bench, "Does X exist in the image?" in COCO's val2017."""
-
-    format = GVT_PRESENCE
-    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": config_path("datasets/gvt_coco_mci.yaml")}
-
-
-@registry.register_builder("gvt_vcr_oc")
-class GVTVcrCountBuilder(BenchmarkBuilder):
-    """GVT-bench, counting objects in VCR."""
-
-    format = GVT_COUNT
-    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": config_path("datasets/gvt_vcr_oc.yaml")}
+        Raises:
+            UserError: ``image_name`` has another place than that of the image's id.
+        """
+        kind, parse = BENCHMARKS[self.name]
+        try:
+            sample = parse(row, self.config)
+        except ValueError as error:
+            return str(error)
+        except LookupError as error:
+            key = f"datasets.{self.name}.image_name"
+            raise UserError(f"{key}: '{self.config.image_name}' must name the image by {{image_id}} alone") from error
+        (truth,), (pattern, expected) = sample["answers"], TRUTHS[kind]
+        return sample if re.fullmatch(pattern, truth) else f"the answer '{truth}' is not {expected}"
 
 
-@registry.register_builder("gvt_vcr_mci")
-class GVTVcrPresenceBuilder(BenchmarkBuilder):
-    """GVT-bench, "Does X exist in the image?" in VCR; raw or with its leak repaired."""
-
-    format = GVT_PRESENCE
-    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": config_path("datasets/gvt_vcr_mci.yaml")}
-
-
-@registry.register_builder("pope")
-class PopeBuilder(BenchmarkBuilder):
-    """POPE: is an object said to be there that is not (random, popular, adversarial)?"""
-
-    format = POPE
-    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": config_path("datasets/pope.yaml")}
-
-
-@registry.register_builder("mmvp")
-class MmvpBuilder(BenchmarkBuilder):
-    """MMVP: pairs of images that CLIP takes for one."""
-
-    format = MMVP
-    DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": config_path("datasets/mmvp.yaml")}
+for _name in BENCHMARKS:
+    _configs = {"DATASET_CONFIG_DICT": {"default": config_path(f"datasets/{_name}.yaml")}}
+    registry.register_builder(_name)(type(_name, (BenchmarkBuilder,), _configs))

@@ -15,7 +15,7 @@ import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset, Dataset
@@ -29,16 +29,6 @@ logger = logging.getLogger(__name__)
 ON_CORRUPT = ("skip", "raise")
 MANY = 100_000  # annotations that are packed
 SHOWN = 20  # warnings of bad samples, then one for every thousand
-
-
-class MapDataset(Protocol):
-    """What has a length and gives a sample for an index."""
-
-    def __len__(self) -> int:
-        """Number of samples."""
-
-    def __getitem__(self, index: int) -> Any:
-        """One sample."""
 
 
 class DataFault(UserError):
@@ -64,7 +54,7 @@ class GuardedDataset(Dataset):
     Everything else (collater, annotation, txt2img, ...) is the wrapped dataset's.
     """
 
-    def __init__(self, dataset: MapDataset, *, on_corrupt: str = "skip", max_in_a_row: int = 32) -> None:
+    def __init__(self, dataset: Any, *, on_corrupt: str = "skip", max_in_a_row: int = 32) -> None:
         """Wrap a dataset.
 
         Args:
@@ -91,7 +81,8 @@ class GuardedDataset(Dataset):
 
     def __getattr__(self, name: str) -> Any:
         """Anything else is the wrapped dataset's."""
-        if name == "dataset":  # not there yet while a worker unpickles this object
+        # Not there yet while a worker unpickles this object; and ``__getitems__`` would go past the guard.
+        if name == "dataset" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
@@ -127,8 +118,7 @@ class GuardedDataset(Dataset):
         if not self._bad[position]:
             self._bad[position] = True
             self._noted += 1
-            if self._noted <= SHOWN or self._noted % 1000 == 0:  # of millions of links many are dead
-                logger.warning("skipped a bad sample (%d so far in this process): %s", self._noted, fault)
+            _warn(self._noted, fault)
 
 
 class StreamGuard:
@@ -143,7 +133,7 @@ class StreamGuard:
         """
         self.on_corrupt = on_corrupt
         self.max_in_a_row = max_in_a_row
-        self._present, self._in_a_row = "a sample", 0
+        self._present, self._in_a_row, self._noted = "a sample", 0, 0
         handle, name = tempfile.mkstemp(prefix="corrupt_", suffix=".txt")
         os.close(handle)
         self._names = Path(name)  # workers append to it: theirs is the only way to tell this process
@@ -206,6 +196,7 @@ class StreamGuard:
     def _take(self, name: str, said: str, error: Exception) -> bool:
         if isinstance(error, DataFault):  # raised below, and passed through another stage
             raise DataFault(str(error.args[0])) from error
+        name = name.encode("utf-8", "backslashreplace").decode()  # the names in a tar file may be of any encoding
         self._in_a_row += 1
         if self.on_corrupt == "raise":
             raise DataFault(f"{name}: {said}") from error
@@ -215,8 +206,15 @@ class StreamGuard:
         if name not in self._known:
             with self._names.open("a", encoding="utf-8") as file:
                 file.write(f"{name}\n")
-            logger.warning("skipped a bad sample: %s: %s", name, said)
+            self._noted += 1
+            _warn(self._noted, f"{name}: {said}")
         return True
+
+
+def _warn(number: int, fault: str) -> None:
+    """Log the first few of a process's bad samples, then one of every thousand: of millions of links many are dead."""
+    if number <= SHOWN or number % 1000 == 0:
+        logger.warning("skipped a bad sample (%d so far in this process): %s", number, fault)
 
 
 def guard(dataset: Any, *, on_corrupt: str = "skip") -> Any:

@@ -16,7 +16,6 @@ builder ``image_text_json`` (see configs/datasets/image_text_json.yaml). Questio
 from __future__ import annotations
 
 import argparse
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,52 +24,28 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lavis_xformer.data.photos import PhotoError, open_photo
-from lavis_xformer.data.records import (
-    Row,
-    expand,
-    file_exists,
-    forget_listings,
-    read_rows,
-    report,
-    strings,
-)
-from lavis_xformer.errors import UserError
+from lavis_xformer.data.records import Row, absent_images, expand, read_rows, report, strings
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One row: an image and its captions.
+    """One row: an image and its captions."""
 
-    Attributes:
-        image: path below the image root.
-        captions: one or more.
-        image_id: the row's own id, or the path; rows that share it show one image.
-        row: its number in the file.
-    """
-
-    image: str
-    captions: tuple[str, ...]
-    image_id: str
-    row: int
+    image: str  # path below the image root
+    captions: tuple[str, ...]  # one or more
+    image_id: str  # the row's own id, or the path; rows that share it show one image
+    row: int  # its number in the file
 
 
 @dataclass(frozen=True)
 class Question:
-    """One row: an image, a question, and its answers, as many as people gave.
+    """One row: an image, a question, and its answers, as many as people gave."""
 
-    Attributes:
-        image: path below the image root.
-        question: the question.
-        answers: none where the row is for evaluation without ground truth.
-        question_id: the row's own id, or its number in the file.
-        row: its number in the file.
-    """
-
-    image: str
+    image: str  # path below the image root
     question: str
-    answers: tuple[str, ...]
-    question_id: str
-    row: int
+    answers: tuple[str, ...]  # none where the row is for evaluation without ground truth
+    question_id: str  # the row's own id, or its number in the file
+    row: int  # its number in the file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +60,9 @@ class PairKeys:
         """Return the pair, or what is wrong with the row."""
         image = _image(row, self.image)
         captions = strings(row.get(self.caption))
-        if not image:
-            return _lacks("image", self.image, row)
-        if not captions:
-            return _lacks("caption", self.caption, row)
-        image_id = row.get(self.image_id, image) if self.image_id else image
-        return Pair(image, captions, str(image_id), number)
+        image_id = _text(row, self.image_id) if self.image_id else image
+        needed = [("image", self.image, image), ("caption", self.caption, captions), ("id", self.image_id, image_id)]
+        return _lack(row, needed) or Pair(image, captions, image_id, number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,16 +78,16 @@ class QuestionKeys:
     def parse(self, number: int, row: Row) -> Question | str:
         """Return the question, or what is wrong with the row."""
         image = _image(row, self.image)
-        question = strings(row.get(self.question))
+        question = _text(row, self.question)
         answers = strings(row.get(self.answer))
-        if not image:
-            return _lacks("image", self.image, row)
-        if not question:
-            return _lacks("question", self.question, row)
-        if self.answers_needed and not answers:
-            return _lacks("answer", self.answer, row)
-        own_id = row.get(self.question_id, number) if self.question_id else number
-        return Question(image, question[0], answers, str(own_id), number)
+        own_id = _text(row, self.question_id) if self.question_id else str(number)
+        needed: list[tuple[str, str | None, object]] = [
+            ("image", self.image, image),
+            ("question", self.question, question),
+            ("answer", self.answer, answers or not self.answers_needed),
+            ("id", self.question_id, own_id),
+        ]
+        return _lack(row, needed) or Question(image, question, answers, own_id, number)
 
 
 Keys = PairKeys | QuestionKeys
@@ -127,10 +99,18 @@ def _image(row: Row, key: str) -> str:
     return value if isinstance(value, str) and value.strip() else ""
 
 
-def _lacks(what: str, key: str, row: Row) -> str:
-    if key in row:
-        return f"'{key}' holds no {what}"
-    return f"no {what} under '{key}' (the row has {', '.join(map(str, row)) or 'nothing'})"
+def _text(row: Row, key: str) -> str:
+    return next(iter(strings(row.get(key))), "")
+
+
+def _lack(row: Row, needed: Sequence[tuple[str, str | None, object]]) -> str:
+    """Say which is the first of what is needed that a row lacks; each is told by its name, key and value."""
+    for what, key, value in needed:
+        if not value and key in row:
+            return f"'{key}' holds no {what}"
+        if not value:
+            return f"no {what} under '{key}' (the row has {', '.join(map(str, row)) or 'nothing'})"
+    return ""
 
 
 def load(
@@ -171,21 +151,12 @@ def check(
     Raises:
         UserError: the image folder does not exist.
     """
-    root = expand(image_root)
-    if check_files and not root.is_dir():
-        raise UserError(f"{root}: no such image folder (image_root)")
-    forget_listings()
-    records: list[Record] = []
-    problems: list[tuple[int, str]] = []
-    for number, row in rows:
-        record = keys.parse(number, row)
-        if isinstance(record, str):
-            problems.append((number, record))
-        elif check_files and not file_exists(os.path.join(root, record.image)):
-            problems.append((number, f"no image file {os.path.join(root, record.image)}"))
-        else:
-            records.append(record)
-    return records, problems
+    parsed = {number: keys.parse(number, row) for number, row in rows}
+    problems = {number: what for number, what in parsed.items() if isinstance(what, str)}
+    records = [record for record in parsed.values() if not isinstance(record, str)]
+    if check_files:
+        problems |= absent_images(image_root, [(record.row, record.image) for record in records])
+    return [record for record in records if record.row not in problems], sorted(problems.items())
 
 
 def summary(records: Sequence[Record]) -> list[str]:
@@ -223,7 +194,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(argv)
     keys: Keys = (
-        QuestionKeys(image=options.image_key, question=options.question_key, answer=options.answer_key)
+        QuestionKeys(
+            image=options.image_key,
+            question=options.question_key,
+            answer=options.answer_key,
+            answers_needed=bool(options.answer_key),
+        )
         if options.question_key
         else PairKeys(image=options.image_key, caption=options.caption_key, image_id=options.id_key)
     )
@@ -263,7 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--caption-key", default="caption", help="holds a string or a list of strings")
     add("--id-key", help="rows with an equal id show one image (default: with an equal path)")
     add("--question-key", help="check questions and answers in place of captions")
-    add("--answer-key", default="answer")
+    add("--answer-key", default="answer", help='"" where there are only questions')
     add("--rows-key", help="key of the list, where the file is an object with several lists")
     add("--fast", action="store_true", help="don't decode the images")
     add("--show", type=int, default=10, metavar="N", help="problems to show")

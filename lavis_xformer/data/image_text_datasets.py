@@ -18,7 +18,7 @@ from lavis.common.registry import registry
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis.datasets.datasets.vqa_datasets import VQADataset
-from omegaconf import DictConfig, ListConfig
+from omegaconf import ListConfig
 
 from lavis_xformer.data.guard import guard
 from lavis_xformer.data.image_text import Pair, PairKeys, Question, QuestionKeys, Record, load
@@ -35,25 +35,15 @@ PROCESSOR_KEYS = frozenset(f"vis_processor.*.{key}" for key in ("mae_image_size"
 
 
 class PhotoDataset(BaseDataset):
-    """Annotations in memory, photos from files: what the datasets below share.
-
-    Attributes:
-        annotation: one dict per sample, with ``image``, the path below ``vis_root``.
-        vis_root: the folder of the images.
-    """
+    """Annotations in memory, photos from files: what the datasets below share."""
 
     def __init__(
-        self,
-        *,
-        annotation: list[Sample],
-        vis_root: str | Path,
-        vis_processor: Processor,
-        text_processor: Processor,
+        self, *, annotation: list[Sample], vis_root: str | Path, vis_processor: Processor, text_processor: Processor
     ) -> None:
         """Number the annotations; nothing is opened yet.
 
         Args:
-            annotation: one dict per sample.
+            annotation: one dict per sample, with ``image``, the path below ``vis_root``.
             vis_root: the folder of the images.
             vis_processor: takes a PIL image.
             text_processor: takes a caption or question.
@@ -72,19 +62,10 @@ class PairDataset(PhotoDataset):
     """One sample per caption, for training, as LAVIS's COCO captions; equal image_id, equal image."""
 
     def __init__(self, *, pairs: Sequence[Pair], **shared: Any) -> None:
-        """Unfold the rows.
-
-        Args:
-            pairs: the rows.
-            shared: the arguments of :class:`PhotoDataset` but the annotation.
-        """
+        """Unfold the rows; other arguments as of :class:`PhotoDataset`."""
         numbers: dict[str, int] = {}
         annotation = [
-            {
-                "image": pair.image,
-                "caption": caption,
-                "image_id": numbers.setdefault(pair.image_id, len(numbers)),
-            }
+            {"image": pair.image, "caption": caption, "image_id": numbers.setdefault(pair.image_id, len(numbers))}
             for pair in pairs
             for caption in pair.captions
         ]
@@ -112,7 +93,7 @@ class PairEvalDataset(PhotoDataset):
     """
 
     def __init__(self, *, pairs: Sequence[Pair], **shared: Any) -> None:
-        """Gather the captions of each image; arguments as of :class:`PairDataset`."""
+        """Gather the captions of each image; other arguments as of :class:`PhotoDataset`."""
         by_id: dict[str, dict[str, Any]] = {}
         for pair in pairs:
             row: Sample = {"image": pair.image, "caption": [], "image_id": len(by_id)}
@@ -122,9 +103,8 @@ class PairEvalDataset(PhotoDataset):
         self.text: list[str] = []
         self.img2txt: dict[int, list[int]] = {}
         for number, row in enumerate(self.annotation):
-            first = len(self.text)
+            self.img2txt[number] = list(range(len(self.text), len(self.text) + len(row["caption"])))
             self.text += [self.text_processor(caption) for caption in row["caption"]]
-            self.img2txt[number] = list(range(first, len(self.text)))
         self.txt2img = {text: image for image, texts in self.img2txt.items() for text in texts}
 
     def __getitem__(self, index: int) -> Sample:
@@ -249,18 +229,9 @@ class LocalFilesBuilder(BaseDatasetBuilder):
 
     def load(self, split: str, keys: PairKeys | QuestionKeys) -> list[Record]:
         """Read and check all rows of a split's files."""
-        config: DictConfig = self.config
-        return [
-            record
-            for file in self.files(split)
-            for record in load(
-                file,
-                keys,
-                image_root=self.image_root(split),
-                rows_key=config.get("rows_key"),
-                check_files=config.get("check_files", True),
-            )
-        ]
+        options = {"rows_key": self.config.get("rows_key"), "check_files": self.config.get("check_files", True)}
+        read = [load(file, keys, image_root=self.image_root(split), **options) for file in self.files(split)]
+        return [record for records in read for record in records]
 
 
 @registry.register_builder("image_text_json")
@@ -307,9 +278,8 @@ class ImageQuestionBuilder(LocalFilesBuilder):
         Raises:
             UserError: an id is no whole number (LAVIS wants one) or not unique.
         """
-        ids = [question.question_id for question in questions]
-        if not self.config.get("id_key"):
-            ids = [str(number) for number in range(len(questions))]
+        own = bool(self.config.get("id_key"))
+        ids = [question.question_id if own else str(number) for number, question in enumerate(questions)]
         for question_id, count in Counter(ids).items():
             if count > 1 or not question_id.isdecimal():
                 raise UserError(
@@ -317,11 +287,6 @@ class ImageQuestionBuilder(LocalFilesBuilder):
                     "number; leave id_key out and the questions are numbered"
                 )
         return [
-            {
-                "image": question.image,
-                "question": question.question,
-                "answers": list(question.answers),
-                "question_id": int(question_id),
-            }
-            for question, question_id in zip(questions, ids, strict=True)
+            {"image": q.image, "question": q.question, "answers": list(q.answers), "question_id": int(question_id)}
+            for q, question_id in zip(questions, ids, strict=True)
         ]

@@ -7,17 +7,29 @@ an error.
 
 from __future__ import annotations
 
-import warnings
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageFile
 
 from lavis_xformer.errors import UserError
 
+PIXELS_VARIABLE = "LAVIS_XFORMER_MAX_PIXELS"
 _DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
+_TURNS = {  # what sets a photo upright, by its EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class PhotoError(UserError):
@@ -27,15 +39,15 @@ class PhotoError(UserError):
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any PIL mode to 8-bit RGB without losing what the picture shows.
 
-    16-bit grey is scaled (PIL would clip it at 255), transparency is laid over white (PIL would
-    uncover the hidden colours); every other mode, such as L, P, CMYK or YCbCr, goes through PIL's
-    own conversion.
+    16-bit grey is scaled (PIL would clip it at 255), and so are fractions of at most 1 (PIL would make them black);
+    transparency is laid over white (PIL would uncover the hidden colours); every other mode, such as L, P, CMYK or
+    YCbCr, goes through PIL's own conversion.
 
     Args:
         image: an image of any mode, W x H pixels.
 
     Returns:
-        The same W x H pixels in mode RGB; an RGB image is returned as it is.
+        The same W x H pixels in mode RGB; an RGB image without transparency is returned as it is.
 
     Raises:
         PhotoError: not a PIL image, or one without pixels.
@@ -44,15 +56,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise PhotoError(f"an image processor got {type(image).__name__}; it takes a PIL image")
     if 0 in image.size:
         raise PhotoError(f"the image is empty: {image.width} x {image.height} pixels")
-    if image.mode == "RGB":
+    if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode in _DEEP_GREY:
-        grey = np.asarray(image).astype(np.float64) / 257  # 65535 -> 255
-        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+        return _grey(np.asarray(image) / 257)  # 65535 -> 255
+    if image.mode == "F" and (shares := np.asarray(image)).max() <= 1:
+        return _grey(255 * shares)
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")
+
+
+def _grey(levels: NDArray[Any]) -> Image.Image:
+    return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8)).convert("RGB")
 
 
 def open_photo(path: str | Path) -> Image.Image:
@@ -66,31 +83,39 @@ def open_photo(path: str | Path) -> Image.Image:
 
     Raises:
         PhotoError: the file is missing, empty, truncated, not an image, or so large that it looks
-            like a decompression bomb (more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels).
+            like a decompression bomb (see :func:`strict_decoding`).
     """
     try:
         with strict_decoding(), Image.open(path) as image:
             image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+            return to_rgb(image if turn is None else image.transpose(turn))
     except FileNotFoundError as error:
         raise PhotoError(f"{path}: no such image file") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise PhotoError(f"{path}: {describe(error)}") from error
-    except Image.DecompressionBombWarning as error:
+    except Exception as error:  # whatever a broken file makes a decoder raise
         raise PhotoError(f"{path}: {describe(error)}") from error
 
 
 @contextmanager
 def strict_decoding() -> Iterator[None]:
-    """Let PIL fail on truncated files and on decompression bombs, whatever other code has set."""
-    lenient = ImageFile.LOAD_TRUNCATED_IMAGES
+    """Let PIL fail on truncated files, whatever other code has set, and on decompression bombs.
+
+    These are images of more pixels than ``LAVIS_XFORMER_MAX_PIXELS``, or, where that is not set, than PIL allows:
+    twice ``PIL.Image.MAX_IMAGE_PIXELS``.
+
+    Raises:
+        UserError: ``LAVIS_XFORMER_MAX_PIXELS`` is no whole number.
+    """
+    before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
     ImageFile.LOAD_TRUNCATED_IMAGES = False
+    if most := os.environ.get(PIXELS_VARIABLE):
+        if not most.isdecimal():
+            raise UserError(f"{PIXELS_VARIABLE} is {most!r}; it must be a whole number, such as 400000000")
+        Image.MAX_IMAGE_PIXELS = int(most) // 2
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            yield
+        yield
     finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+        ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS = before
 
 
 def describe(error: BaseException) -> str:
@@ -98,7 +123,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, KeyError):
         return f"no key {error}"
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image, or an empty file"
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return f"more than {Image.MAX_IMAGE_PIXELS} pixels: looks like a decompression bomb"
+        return "not an image that PIL can read, or an empty file"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"{error} Where it is none, set the environment variable {PIXELS_VARIABLE} to more"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

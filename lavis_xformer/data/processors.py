@@ -31,20 +31,12 @@ from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, pack
 
 _CROP_RATIO = (3 / 4, 4 / 3)  # torchvision's own default
-_DEFAULTS: dict[str, Any] = {
-    "image_size": 224,
-    "mae_image_size": None,
-    "mean": CLIP_MEAN,
-    "std": CLIP_STD,
-    "mae_mean": IMAGENET_MEAN,
-    "mae_std": IMAGENET_STD,
-}
 
 
 class _TwoViewProcessor(BaseProcessor):
     """What training and evaluation share: the two normalisations and the packing."""
 
-    keys: Mapping[str, Any] = _DEFAULTS
+    keys: tuple[str, ...] = ("image_size", "mae_image_size", "mean", "std", "mae_mean", "mae_std")
 
     def __init__(
         self,
@@ -120,7 +112,7 @@ class XFormerImageTrainProcessor(_TwoViewProcessor):
     equal LAVIS's.
     """
 
-    keys: Mapping[str, Any] = {**_DEFAULTS, "min_scale": 0.5, "max_scale": 1.0, "hflip": True}
+    keys = (*_TwoViewProcessor.keys, "min_scale", "max_scale", "hflip")
 
     def __init__(self, *, min_scale: float = 0.5, max_scale: float = 1.0, hflip: bool = True, **views: Any) -> None:
         """Prepare crop and flip.
@@ -150,6 +142,7 @@ class XFormerImageTrainProcessor(_TwoViewProcessor):
         mirrored = self.hflip and bool(torch.rand(1) < 0.5)
 
         def view(side: int) -> Image.Image:
+            """The chosen view at a side."""
             crop = tv.resized_crop(image, *box, [side, side], InterpolationMode.BICUBIC)
             return tv.hflip(crop) if mirrored else crop
 

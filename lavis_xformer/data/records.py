@@ -45,7 +45,7 @@ def read_rows(path: str | Path, *, rows_key: str | None = None) -> list[tuple[in
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such annotation file") from error
+        raise UserError(f"{path.absolute()}: no such annotation file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text: {error}; save it as UTF-8") from error
     except OSError as error:
@@ -95,22 +95,22 @@ def _misfit(row: dict[str | None, Any]) -> str:
 
 def _parse_json(text: str, path: Path, rows_key: str | None) -> list[tuple[int, Any]]:
     lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if path.suffix.lower() in (".jsonl", ".ndjson") or _is_json_object(lines, 2):
+    if path.suffix.lower() in (".jsonl", ".ndjson") or _are_objects(lines[:2]):
         return _parse_lines(lines, path)
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}") from error
+        remedy = "" if path.suffix.lower() == ".json" else "; a table needs a header, commas and the ending .csv"
+        raise UserError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}{remedy}") from error
     return list(enumerate(_pick_list(content, path, rows_key), start=1))
 
 
-def _is_json_object(lines: Sequence[tuple[int, str]], at_least: int) -> bool:
-    """Tell JSON lines in a file of another ending: its first lines are objects by themselves."""
+def _are_objects(lines: Sequence[tuple[int, str]]) -> bool:
+    """Tell JSON lines in a file of another ending: its first two are objects by themselves."""
     try:
-        first = [json.loads(line) for _, line in lines[:at_least]]
+        return len(lines) == 2 and all(isinstance(json.loads(line), dict) for _, line in lines)
     except json.JSONDecodeError:
         return False
-    return len(first) == at_least and all(isinstance(row, dict) for row in first)
 
 
 def _parse_lines(lines: Iterable[tuple[int, str]], path: Path) -> list[tuple[int, Any]]:
@@ -130,11 +130,13 @@ def _pick_list(content: object, path: Path, rows_key: str | None) -> list[Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds {type(content).__name__}, not a list of rows")
     lists = [key for key, value in content.items() if isinstance(value, list)]
+    if not lists:
+        raise UserError(f"{path}: an object that holds no list of rows")
     if rows_key is None and len(lists) == 1:
         return content[lists[0]]
     if rows_key not in lists:
         raise UserError(
-            f"{path}: an object whose lists are under {', '.join(lists) or 'no key'}; "
+            f"{path}: an object whose lists are under {', '.join(lists)}; "
             f"rows_key is {rows_key}: set it to the one that holds the rows"
         )
     return content[rows_key]
@@ -154,30 +156,44 @@ def report(path: str | Path, problems: Sequence[tuple[int, str]], total: int) ->
 
 
 def strings(value: object) -> tuple[str, ...]:
-    """Return the non-blank texts of a string, number or list of them; empty for anything else."""
+    """Return the non-blank texts of a string, number or list of them; empty for anything else, such as NaN."""
     many = value if isinstance(value, list) else [value]
-    if not all(isinstance(one, str | int | float) for one in many):
+    if not all(isinstance(one, str | int | float) and one == one for one in many):  # NaN differs from itself
         return ()
     return tuple(str(one) for one in many if str(one).strip())
 
 
-def file_exists(path: str) -> bool:
-    """Tell whether a file is there, by one listing per folder: fast for millions of rows."""
-    folder, name = os.path.split(path)
-    return name in _listing(folder or ".")
+def absent_images(root: str | Path, images: Iterable[tuple[int, str]]) -> dict[int, str]:
+    """Look for image files, by one listing per folder: fast for millions of rows.
+
+    Args:
+        root: the folder that the paths start from.
+        images: row numbers and paths.
+
+    Returns:
+        Row number and fault of each that is not there.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    root = expand(root)
+    if not root.is_dir():
+        raise UserError(f"{root.absolute()}: no such image folder (image_root)")
+    listing = cache(_files_in)
+    faults = {}
+    for number, image in images:
+        path = os.path.join(root, image)
+        folder, name = os.path.split(path)
+        if name not in listing(folder):
+            faults[number] = f"no image file {path}"
+    return faults
 
 
-@cache
-def _listing(folder: str) -> frozenset[str]:
+def _files_in(folder: str) -> frozenset[str]:
     try:
         return frozenset(entry.name for entry in os.scandir(folder) if entry.is_file())
     except OSError:
         return frozenset()
-
-
-def forget_listings() -> None:
-    """Look at the folders anew the next time :func:`file_exists` is asked."""
-    _listing.cache_clear()
 
 
 def sha256(path: str | Path) -> str:

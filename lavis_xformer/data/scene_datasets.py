@@ -6,7 +6,7 @@ when it is asked for, in well under two milliseconds, and is the same every time
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -18,9 +18,9 @@ from lavis.datasets.datasets.base_dataset import BaseDataset
 from numpy.typing import NDArray
 from PIL import Image
 
-from lavis_xformer.data.scenes import Scene, captions, make_scene, render
-from lavis_xformer.data.scenes.text import find_level
-from lavis_xformer.data.scenes.world import find_preset
+from lavis_xformer.data.packed import LazyRows
+from lavis_xformer.data.scenes import LEVELS, PRESETS, Scene, captions, make_scene, render
+from lavis_xformer.data.scenes.words import named
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.paths import config_path
 
@@ -33,21 +33,15 @@ _scene = lru_cache(maxsize=64)(make_scene)  # a sample asks for its scene twice
 
 @dataclass(frozen=True)
 class SceneSource:
-    """The scenes of one split.
+    """The scenes of one split."""
 
-    Attributes:
-        seed: of the world.
-        split: whose scenes.
-        presets: difficulties, see :data:`lavis_xformer.data.scenes.PRESETS`; where there are several, they take turns.
-        scenes: how many.
-        image_size: side of a picture in pixels.
-    """
-
-    seed: int
+    seed: int  # of the world
     split: str
-    presets: tuple[str, ...]
-    scenes: int
-    image_size: int
+    presets: tuple[
+        str, ...
+    ]  # names of :data:`lavis_xformer.data.scenes.PRESETS`; where there are several, they take turns
+    scenes: int  # how many
+    image_size: int  # side of a picture in pixels
 
     def scene(self, index: int) -> Scene:
         """Draw a scene."""
@@ -58,33 +52,11 @@ class SceneSource:
         return render(self.scene(index), self.image_size)
 
 
-class LazyRows(Sequence[Sample]):
-    """A list of annotations that are made when they are read."""
-
-    def __init__(self, length: int, make: Callable[[int], Sample]) -> None:
-        """Hold ``length`` rows, row ``i`` being ``make(i)``."""
-        self.length, self.make = length, make
-
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        return self.length
-
-    def __getitem__(self, index: Any) -> Any:
-        """Make one row, or a list of them for a slice."""
-        rows = range(self.length)[index]
-        return self.make(rows) if isinstance(rows, int) else [self.make(row) for row in rows]
-
-
 class SceneDataset(BaseDataset):
     """What all datasets of scenes share: pictures by scene number, annotations as LAVIS has them."""
 
     def __init__(
-        self,
-        *,
-        source: SceneSource,
-        vis_processor: Processor,
-        text_processor: Processor,
-        cached: bool = False,
+        self, *, source: SceneSource, vis_processor: Processor, text_processor: Processor, cached: bool = False
     ) -> None:
         """Prepare the pictures.
 
@@ -103,14 +75,14 @@ class SceneDataset(BaseDataset):
         name = f"{self.source.split}/{scene}"
         return {"image": name, "image_id": scene, "instance_id": str(number), **rest}
 
-    def sample(self, row: Sample, text: str) -> Sample:
-        """What every sample has: the processed picture and text, and the numbers of both."""
+    def sample(self, row: Sample, text: str | list[str]) -> Sample:
+        """What every sample has: the processed picture and text, or texts, and the numbers of both."""
         index = row["image_id"]
         kept = index < len(self.pictures)
         pixels = self.pictures[index] if kept else self.source.paint(index)
         return {
             "image": self.vis_processor(Image.fromarray(pixels)),
-            "text_input": self.text_processor(text),
+            "text_input": self.text_processor(text) if isinstance(text, str) else [*map(self.text_processor, text)],
             "image_id": index,
             "instance_id": row["instance_id"],
         }
@@ -120,13 +92,7 @@ class ScenePairDataset(SceneDataset):
     """One sample per caption, for training; a scene has several captions in a row, as COCO's images have."""
 
     def __init__(self, *, level: str, captions_per_image: int, **shared: Any) -> None:
-        """Prepare the captions.
-
-        Args:
-            level: ``coarse``, ``medium`` or ``fine``.
-            captions_per_image: captions of every scene.
-            shared: the arguments of :class:`SceneDataset`.
-        """
+        """Prepare captions of a level, ``coarse``, ``medium`` or ``fine``; ``shared`` is for :class:`SceneDataset`."""
         super().__init__(**shared)
         self.level, self.captions_per_image = level, captions_per_image
         self.annotation = LazyRows(self.source.scenes * captions_per_image, self._annotate)
@@ -201,7 +167,7 @@ class SceneBuilder(BaseDatasetBuilder):
                 raise UserError(f"splits.{name}: unknown key {key!r}: {nearest(key, known)}")
         presets = [self.config.preset] if isinstance(self.config.preset, str) else list(self.config.preset) or [""]
         for preset in presets:
-            find_preset(preset)
+            named(PRESETS, preset, "scene preset")
         mode = "train" if name == "train" else "eval"
         shared = {
             "source": SceneSource(
@@ -228,14 +194,13 @@ class ScenePairBuilder(SceneBuilder):
     """Scenes with captions: training pairs, and evaluation by losses and by retrieval."""
 
     DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": config_path("datasets/scenes.yaml")}
-    train_dataset_cls, eval_dataset_cls = ScenePairDataset, ScenePairEvalDataset
     split_keys = ("captions", "captions_per_image")
 
     def _dataset(self, name: str, part: Mapping[str, Any], shared: Sample) -> SceneDataset:
         level = part.get("captions", "medium")
-        find_level(level)
+        named(LEVELS, level, "caption level")
         each = whole("captions_per_image", part.get("captions_per_image", 1), least=1)
-        cls = self.train_dataset_cls if name == "train" else self.eval_dataset_cls
+        cls = ScenePairDataset if name == "train" else ScenePairEvalDataset
         return cls(level=level, captions_per_image=each, **shared)
 
 

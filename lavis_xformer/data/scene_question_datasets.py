@@ -13,10 +13,12 @@ from lavis.common.registry import registry
 from numpy.random import Generator
 from torch.utils.data.dataloader import default_collate
 
-from lavis_xformer.data.scene_datasets import LazyRows, Sample, SceneBuilder, SceneDataset, whole
+from lavis_xformer.data.packed import LazyRows
+from lavis_xformer.data.scene_datasets import Sample, SceneBuilder, SceneDataset, whole
 from lavis_xformer.data.scenes import ANSWERS, QUESTION_KINDS, Question, ask, questions, scene_rng
-from lavis_xformer.data.scenes.qa import details_asked, find_kind, inventory_asked
+from lavis_xformer.data.scenes.qa import KINDS, details_asked, inventory_asked
 from lavis_xformer.data.scenes.text import shuffled
+from lavis_xformer.data.scenes.words import named
 from lavis_xformer.errors import UserError
 from lavis_xformer.paths import config_path
 
@@ -61,22 +63,15 @@ class SceneQuestionDataset(SceneDataset):
 
     def _annotate(self, number: int) -> Sample:
         kind = self.kinds[number % len(self.kinds)]
-
-        def make(index: int) -> Question | None:
-            return ask(self.source.scene(index), self._rng(index, 2, number), kind)
-
-        index, asked = self._first(number // self.questions_per_image, make, [kind])
-        return self.row(
-            number,
-            index,
-            question_id=number,
-            question=asked.text,
-            answer=[asked.answer],
-            kind=asked.kind,
+        index, asked = self._first(
+            number // self.questions_per_image,
+            lambda index: ask(self.source.scene(index), self._rng(index, 2, number), kind),
+            [kind],
         )
+        return self.row(number, index, question_id=number, question=asked.text, answer=[asked.answer], kind=kind)
 
     def __getitem__(self, number: int) -> Sample:
-        """Return image, text_input (the question), answers, weights, kind, question_id and the numbers."""
+        """Return image, text_input (a question, or all of them), answers, weights, kind, question_id and numbers."""
         row = self.annotation[number]
         extra = {key: row[key] for key in ("question_id", "kind")}
         return {**self.sample(row, row["question"]), "answers": row["answer"], "weights": [1.0], **extra}
@@ -101,7 +96,10 @@ class SceneQuestionDataset(SceneDataset):
 
 
 class SceneDialogueDataset(SceneQuestionDataset):
-    """One sample per scene, for training: all its questions in a row, so that the image is encoded once."""
+    """One sample per scene, for training: all its questions in a row, so that the image is encoded once.
+
+    The ``text_input`` of a sample, and the only one of its ``answers``, are lists.
+    """
 
     def __init__(self, *, details_per_image: int = 0, inventory: bool = False, **questions: Any) -> None:
         """Prepare the dialogues.
@@ -129,26 +127,18 @@ class SceneDialogueDataset(SceneQuestionDataset):
         answers = [[question.answer for question in asked]]
         return self.row(number, index, question_id=number, question=texts, answer=answers, kind=DIALOGUE)
 
-    def __getitem__(self, number: int) -> Sample:
-        """Return what :class:`SceneQuestionDataset` does, ``text_input`` and the one of ``answers`` being lists."""
-        row = self.annotation[number]
-        asked = [self.text_processor(question) for question in row["question"]]
-        extra = {key: row[key] for key in ("question_id", "kind")}
-        return {**self.sample(row, ""), "text_input": asked, "answers": row["answer"], "weights": [1.0], **extra}
-
 
 @registry.register_builder("xformer_scenes_vqa")
 class SceneQuestionBuilder(SceneBuilder):
     """Scenes with questions and answers."""
 
     DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": config_path("datasets/scenes_vqa.yaml")}
-    train_dataset_cls = eval_dataset_cls = SceneQuestionDataset
     split_keys = ("questions_per_image", "dialogue", "details_per_image", "inventory")
 
     def _dataset(self, name: str, part: Mapping[str, Any], shared: Sample) -> SceneDataset:
         kinds = tuple(self.config.get("kinds") or QUESTION_KINDS)
         for kind in kinds:
-            find_kind(kind)
+            named(KINDS, kind, "question kind")
         each = whole("questions_per_image", part.get("questions_per_image", 1), least=1)
         asked = {"kinds": kinds, "questions_per_image": each, **shared}
         if not part.get("dialogue", False):

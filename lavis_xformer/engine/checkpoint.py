@@ -8,7 +8,6 @@ Names tell the order: ``checkpoint_{epoch}.pth`` after an epoch (LAVIS's name),
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import logging
 import os
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from lavis_xformer.errors import UserError, first_line
+from lavis_xformer.files import flush_folder, replacing, temporary_of
 
 FORMAT = "lavis_xformer/checkpoint/1"
 #: errors of a machine, a disk or a network that may be gone in a minute
@@ -44,63 +44,33 @@ def name_of(epoch: int, step: int | None = None) -> str:
 
 def listed(folder: Path) -> list[Path]:
     """Return the checkpoints of a run folder, newest first; the best one is not among them."""
-
-    def position(path: Path) -> tuple[int, float]:
-        match = _NAME.fullmatch(path.name)
-        assert match is not None
-        return int(match[1]), float(match[2] or "inf")
-
-    found = [path for path in folder.glob("checkpoint_*.pth") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=position, reverse=True)
+    found = {path: match for path in folder.glob("checkpoint_*.pth") if (match := _NAME.fullmatch(path.name))}
+    return sorted(found, key=lambda path: (int(found[path][1]), float(found[path][2] or "inf")), reverse=True)
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` to ``path`` so that at any moment the old file or the new one is whole.
-
-    Temporary file, flush to disk, rename, flush of the folder's entry. An interrupted or failed
-    write leaves ``path`` as it was.
+    """Write ``content`` to ``path``; an interrupted or failed write leaves ``path`` as it was.
 
     Raises:
         OSError: the disk is full or not writable.
     """
-    temporary = _temporary(path)
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             torch.save({"format": FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except RuntimeError as error:  # torch's zip writer reports a full disk so
-        raise OSError(f"the disk is full or failing ({str(error).splitlines()[0]})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush_folder(path.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small text file as ``write`` does a checkpoint."""
-    temporary = _temporary(path)
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _flush_folder(path.parent)
+        raise OSError(f"the disk is full or failing ({first_line(error)})") from error
 
 
 def alias(source: Path, path: Path) -> None:
     """Give the file ``source`` the second name ``path``: a hard link where possible, else a copy."""
-    temporary = _temporary(path)
+    temporary = temporary_of(path)
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
     except OSError:
         shutil.copyfile(source, temporary)
     os.replace(temporary, path)
-    _flush_folder(path.parent)
+    flush_folder(path.parent)
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -147,20 +117,17 @@ def _leave_what_passes(path: Path, error: Exception) -> None:
         raise UserError(f"{path} can't be read at this moment ({first_line(error)}); it is left as it is") from error
 
 
-def newest(folder: Path, *, set_aside: bool = False) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest good checkpoint of a run folder and its content, ``None`` without any.
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest good checkpoint of a run folder and its content, ``None`` without any; for one process.
 
-    Args:
-        folder: the run's.
-        set_aside: rename what is bad to ``*.bad``, so that it never counts again; for one process.
+    What is bad is renamed to ``*.bad``, so that it never counts again.
     """
     for path in listed(folder):
         try:
             return path, read(path)
         except BadCheckpoint as error:
             logger.warning("%s; trying the one before", error)
-            if set_aside:
-                os.replace(path, path.with_name(path.name + ".bad"))
+            path.rename(f"{path}.bad")
     return None
 
 
@@ -170,16 +137,3 @@ def prune(folder: Path, *, keep: int) -> None:
         path.unlink(missing_ok=True)
     for path in folder.glob(".checkpoint_*.tmp"):
         path.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
-def _flush_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # some file systems can't flush a folder
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

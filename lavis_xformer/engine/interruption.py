@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, ClassVar
 
 
@@ -22,7 +22,6 @@ class Interruption:
     SECONDS: ClassVar[dict[signal.Signals, float]] = {signal.SIGTERM: 5.0, signal.SIGINT: 1.0}
 
     def __init__(self) -> None:
-        """Nothing is caught before the ``with`` block."""
         self.signum = 0
         self._caught = 0.0
         self._deferred = False
@@ -34,12 +33,7 @@ class Interruption:
             self._previous = {s: signal.signal(s, self._handle) for s in self.SECONDS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *unused: object) -> None:
         """Put the handlers back that were there before."""
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import platform
 from collections.abc import Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,18 +13,18 @@ from lavis_xformer import launch
 from lavis_xformer.distributed import is_main
 from lavis_xformer.engine import checkpoint
 from lavis_xformer.errors import UserError
+from lavis_xformer.files import read_json
+from lavis_xformer.versions import versions_of
 
 CONFIG_NAME, SUMMARY_NAME, LOCK_NAME = "config.json", "summary.json", ".lock"
 
 # What may differ between a run and its restart: where and how it runs, not what it computes.
-INCIDENTAL = {
-    f"run.{name}"
-    for name in (
-        "resume resume_ckpt_path job_id output_dir num_workers device distributed gpu rank world_size "
-        "dist_url dist_backend log_freq tensorboard next_command keep_last save_every_steps "
-        "save_every_minutes loader_timeout skip_nonfinite on_corrupt wandb"
-    ).split()
-}
+_INCIDENTAL = (
+    "resume resume_ckpt_path job_id output_dir num_workers device distributed gpu rank world_size dist_url "
+    "dist_backend log_freq tensorboard next_command keep_last save_every_steps save_every_minutes loader_timeout "
+    "skip_nonfinite on_corrupt wandb"
+)
+INCIDENTAL = {f"run.{name}" for name in _INCIDENTAL.split()}
 PACKAGES = ("lavis_xformer", "salesforce-lavis", "torch", "transformers", "numpy")
 
 logger = logging.getLogger(__name__)
@@ -34,13 +32,7 @@ logger = logging.getLogger(__name__)
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that decide what a run computes."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version(), **versions_of(PACKAGES)}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -62,7 +54,7 @@ def newest_matching(output_dir: Path, config: Mapping[str, Any]) -> str | None:
     folders = sorted(output_dir.glob(f"*/{CONFIG_NAME}"), key=lambda path: path.stat().st_mtime_ns)
     for path in reversed(folders):
         try:
-            changes = differences(json.loads(path.read_text(encoding="utf-8")), config)
+            changes = differences(read_json(path), config)
         except ValueError:
             continue
         if not changes and checkpoint.listed(path.parent):
@@ -106,12 +98,7 @@ def _locked(folder: Path) -> IO[str] | None:
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """Return what a finished run wrote at its end, ``None`` for a run that has not finished."""
     path = folder / SUMMARY_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    checkpoint.write_text(path, json.dumps(content, indent=2, default=str) + "\n")
+    return read_json(path) if path.exists() else None
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

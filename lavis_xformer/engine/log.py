@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -15,8 +16,8 @@ from typing import Any, TextIO, TypeVar
 import torch
 from tqdm import tqdm
 
-from lavis_xformer.engine import checkpoint
 from lavis_xformer.errors import UserError
+from lavis_xformer.files import write_text
 
 LOG_NAME = "log.jsonl"
 T = TypeVar("T")
@@ -29,13 +30,12 @@ def plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
 
 
+@dataclass
 class Averages:
     """Means of named values over the steps of an epoch."""
 
-    def __init__(self) -> None:
-        """Start with nothing."""
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, values: dict[str, float]) -> None:
         """Take in the values of a step; a name may be absent from some steps."""
@@ -47,14 +47,6 @@ class Averages:
         """Return the mean of each name over the steps that had it."""
         return {name: self.sums[name] / self.counts[name] for name in self.sums}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return plain values for a checkpoint."""
-        return {"sums": dict(self.sums), "counts": dict(self.counts)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state_dict``'s values."""
-        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
-
 
 class MetricsLog:
     """Writes records to ``log.jsonl`` and their numbers to TensorBoard and W&B; for one process.
@@ -65,11 +57,7 @@ class MetricsLog:
     """
 
     def __init__(self, folder: Path, *, from_step: int = 0, tensorboard: bool = True, wandb: bool = False) -> None:
-        """Open the log of a run folder; records after ``from_step`` are of a lost future: dropped.
-
-        Raises:
-            UserError: W&B is wanted and not installed.
-        """
+        """Open the log of a run folder; records after ``from_step`` are of a lost future: dropped."""
         self._wandb = start_wandb(folder) if wandb else None
         self.path = folder / LOG_NAME
         _keep_until(self.path, from_step)
@@ -124,15 +112,7 @@ class Progress:
     """A bar with losses, images per second and time left in a terminal; plain lines elsewhere."""
 
     def __init__(self, *, total: int, done: int, title: str, every: int, shown: bool) -> None:
-        """Start at ``done`` of ``total`` steps.
-
-        Args:
-            total: steps to show.
-            done: how many lie behind already.
-            title: what is going on.
-            every: where there is no terminal, write a line each so many steps.
-            shown: False on all processes but one.
-        """
+        """Start at ``done`` of ``total`` steps; where there is no terminal, write a line ``every`` so many."""
         self.title, self.every, self.total, self.done = title, max(1, every), total, done
         self.shown = shown
         self._first, self._start = self.done, time.monotonic()
@@ -189,6 +169,7 @@ class _BarHandler(logging.Handler):
     """Prints above a bar, if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Print a message, from WARNING on with its level."""
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         tqdm.write(prefix + record.getMessage(), file=sys.stdout)
         sys.stdout.flush()
@@ -211,4 +192,4 @@ def _keep_until(path: Path, step: int) -> None:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
             continue
-    checkpoint.write_text(path, "".join(f"{line}\n" for line in kept))
+    write_text(path, "".join(f"{line}\n" for line in kept))

@@ -17,7 +17,8 @@ from lavis_xformer import launch
 from lavis_xformer.distributed import is_main, rank, world_size
 from lavis_xformer.engine import rng
 from lavis_xformer.engine.interruption import Interruption, leave_lost_workers_to_next
-from lavis_xformer.engine.log import Averages, MetricsLog, Progress, peak_memory_mb
+from lavis_xformer.engine.log import Averages, Progress, peak_memory_mb
+from lavis_xformer.engine.options import RunOptions
 from lavis_xformer.engine.step import Stepper
 from lavis_xformer.engine.weights import trainable_state
 from lavis_xformer.errors import UserError, lost_worker, worker_is_gone
@@ -48,34 +49,26 @@ class Position:
     steps: int = 0
     skipped: int = 0
 
-    def as_dict(self) -> dict[str, int]:
-        """Return plain values for a checkpoint."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all ranks agree on after the gradients of a step."""
+    """What all ranks agree on after the gradients of a step, and this rank's own terms."""
 
     terms: dict[str, float]
+    own: dict[str, float]
     finite: bool
     signum: int
     save: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rules:
-    """How a loop behaves beside the arithmetic; see ``RunOptions`` for the meaning."""
-
-    accumulate: int = 1
-    skip_nonfinite: int = 0
-    save_every_steps: int = 0
-    save_every_minutes: float = 0.0
-    log_every: int = 50
-
-
 class EpochLoop:
-    """Trains the rest of an epoch from a position."""
+    """Trains the rest of an epoch from ``position``, which moves on.
+
+    ``accumulate`` batches make a step. ``options`` say when to save, and what to do about losses that are not finite.
+    ``save`` writes a checkpoint of the present position and is called on all ranks together; ``log`` takes ``"step"``
+    and a step's values; where there is no terminal, ``log_every`` so many steps a line is written. What is wanted to
+    understand a loss that is not finite goes to ``folder``.
+    """
 
     def __init__(
         self,
@@ -84,28 +77,17 @@ class EpochLoop:
         schedule: Schedule,
         position: Position,
         averages: Averages,
-        rules: Rules,
+        options: RunOptions,
+        accumulate: int,
+        log_every: int,
         interruption: Interruption,
         save: Callable[[], None],
-        log: MetricsLog | None,
+        log: Callable[[str, dict[str, Any]], None],
         folder: Path,
     ) -> None:
-        """Take the parts.
-
-        Args:
-            stepper: computes and applies gradients.
-            schedule: sets the learning rate.
-            position: moved on while training.
-            averages: of the epoch so far.
-            rules: accumulation, saving, what to do about losses that are not finite.
-            interruption: looked at after each step.
-            save: writes a checkpoint of the current position; called on all ranks together.
-            log: on the main process, ``None`` on others.
-            folder: for debugging bundles.
-        """
-        self.stepper, self.schedule, self.position = stepper, schedule, position
-        self.averages, self.rules, self.interruption = averages, rules, interruption
-        self.save, self.log, self.folder = save, log, folder
+        self.stepper, self.schedule, self.position, self.averages = stepper, schedule, position, averages
+        self.options, self.accumulate, self.log_every = options, accumulate, log_every
+        self.interruption, self.save, self.log, self.folder = interruption, save, log, folder
         self._last_save = time.monotonic()
 
     def run(self, loader: DataLoader[Any], *, batches: int) -> dict[str, float]:
@@ -120,7 +102,7 @@ class EpochLoop:
         started = time.monotonic()
         for window, waited in self._windows(loader, batches):
             before = rng.capture()
-            self._set_learning_rate()
+            self.schedule.step(self.position.epoch, self.position.batches // self.accumulate)
             terms = self.stepper.gradients(window)
             verdict = self._agree(terms)
             self._update(verdict, window, before)
@@ -135,7 +117,7 @@ class EpochLoop:
         iterator: Iterator[Any] = iter(loader) if left else iter(())
         while left > 0:
             begin = time.monotonic()
-            window = self._fetch(iterator, min(left, self.rules.accumulate))
+            window = self._fetch(iterator, min(left, self.accumulate))
             waited = time.monotonic() - begin
             left -= len(window)
             yield [to_device(samples, self.stepper.device) for samples in window], waited
@@ -166,10 +148,6 @@ class EpochLoop:
             self.save()
             logger.info("step %d saved", self.position.steps)
 
-    def _set_learning_rate(self) -> None:
-        step = self.position.batches // self.rules.accumulate
-        self.schedule.step(cur_epoch=self.position.epoch, cur_step=step)
-
     def _agree(self, terms: dict[str, torch.Tensor]) -> Verdict:
         """Average the terms over ranks and let any rank's wish to stop or save count for all.
 
@@ -182,9 +160,9 @@ class EpochLoop:
         flags = torch.tensor([bad, self.interruption.signum, self._save_is_due()]).double()
         summed = launch.total(torch.cat([flags, values]))
         means = (summed[3:] / world_size()).tolist()
-        self._own_terms = dict(zip(names, values.tolist(), strict=True))
         return Verdict(
             terms=dict(zip(names, means, strict=True)),
+            own=dict(zip(names, values.tolist(), strict=True)),
             finite=not summed[0],
             signum=self.interruption.signum or (15 if summed[1] else 0),
             save=bool(summed[2]),
@@ -194,7 +172,7 @@ class EpochLoop:
         if verdict.finite:
             self.stepper.apply()
         else:
-            self._skip_or_stop(window, before)
+            self._skip_or_stop(verdict.own, window, before)
             self.stepper.discard()
         self.position.batches += len(window)
         self.position.steps += 1
@@ -212,14 +190,13 @@ class EpochLoop:
         values = {**verdict.terms, **speed}
         if verdict.finite:  # the norm may still not be, where fp16's scaler seeks its scale
             self.averages.add({name: value for name, value in values.items() if math.isfinite(value)})
-        if self.log is not None:
-            self.log.write("step", epoch=self.position.epoch, step=self.position.steps, values=_json_safe(values))
+        self.log("step", {name: value if math.isfinite(value) else str(value) for name, value in values.items()})
         progress.step(values)
         return now
 
     def _save_is_due(self) -> bool:
         """Whether minutes or steps say so; only the main process's clock counts."""
-        minutes, steps = self.rules.save_every_minutes, self.rules.save_every_steps
+        minutes, steps = self.options.save_every_minutes, self.options.save_every_steps
         by_clock = minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes and is_main()
         return by_clock or (steps > 0 and (self.position.steps + 1) % steps == 0)
 
@@ -232,18 +209,18 @@ class EpochLoop:
             logger.info("signal %d: step %d done and saved", verdict.signum, self.position.steps)
             raise SystemExit(128 + verdict.signum)
 
-    def _skip_or_stop(self, window: list[Any], before: dict[str, Any]) -> None:
+    def _skip_or_stop(self, terms: dict[str, float], window: list[Any], before: dict[str, Any]) -> None:
         """Count a step whose loss or gradient is not finite, or stop the run as it was before, with what is known."""
-        bad = [name for name, value in self._own_terms.items() if not math.isfinite(value)]
+        bad = [name for name, value in terms.items() if not math.isfinite(value)]
         ids = [image_ids(samples) for samples in window]
         found = f"rank {rank()}: {', '.join(bad)} for image ids {ids}" if bad else ""
         about = "; ".join(text for text in launch.collect(found) if text)
         about = f"not finite in step {self.position.steps} of epoch {self.position.epoch}: {about}"
-        if self.position.skipped < self.rules.skip_nonfinite:
+        if self.position.skipped < self.options.skip_nonfinite:
             self.position.skipped += 1
             logger.warning("%s; skipped (%d)", about, self.position.skipped)
             return
-        bundle = self._save_bundle(window, before, bad) if bad else None
+        bundle = self._save_bundle(bad, terms, window, before) if bad else None
         self.stepper.discard()
         rng.restore(before)
         self._save_what_is_done()
@@ -252,13 +229,13 @@ class EpochLoop:
             "run.skip_nonfinite sets how many such steps to skip"
         )
 
-    def _save_bundle(self, window: list[Any], before: dict[str, Any], bad: list[str]) -> Path:
+    def _save_bundle(self, bad: list[str], terms: dict[str, float], window: list[Any], before: dict[str, Any]) -> Path:
         path = self.folder / f"nonfinite_step{self.position.steps}_rank{rank()}.pt"
         model = getattr(self.stepper.model, "module", self.stepper.model)
         content = {
             "bad": bad,
-            "terms": self._own_terms,
-            "position": self.position.as_dict(),
+            "terms": terms,
+            "position": asdict(self.position),
             "window": [to_device(samples, torch.device("cpu")) for samples in window],
             "rng": before,
             "model": trainable_state(model),
@@ -268,10 +245,10 @@ class EpochLoop:
 
     def _progress(self, batches: int) -> Progress:
         return Progress(
-            total=math.ceil(batches / self.rules.accumulate),
-            done=math.ceil(self.position.batches / self.rules.accumulate),
+            total=math.ceil(batches / self.accumulate),
+            done=math.ceil(self.position.batches / self.accumulate),
             title=f"epoch {self.position.epoch}",
-            every=self.rules.log_every,
+            every=self.log_every,
             shown=is_main(),
         )
 
@@ -297,7 +274,3 @@ def image_ids(samples: Mapping[str, Any]) -> list[Any]:
     """Return the ids of a batch's images as plain values; empty where there are none."""
     ids = samples.get("image_id", samples.get("instance_id", []))
     return ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)
-
-
-def _json_safe(values: dict[str, float]) -> dict[str, Any]:
-    return {name: v if math.isfinite(v) else str(v) for name, v in values.items()}

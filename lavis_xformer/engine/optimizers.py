@@ -19,15 +19,7 @@ class MuonAdamW(Optimizer):
     def __init__(
         self, module: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], pace: float
     ) -> None:
-        """Take all parameters that want gradients.
-
-        Args:
-            module: what is trained.
-            lr: learning rate of AdamW.
-            weight_decay: decoupled; none on vectors and scalars.
-            betas: of AdamW.
-            pace: Muon's learning rate in units of AdamW's.
-        """
+        """Take the parameters of ``module`` that want gradients; vectors and scalars don't decay."""
         tables = {id(p) for part in module.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
         wanted = [p for p in module.parameters() if p.requires_grad]
         hidden = [p for p in wanted if p.ndim == 2 and id(p) not in tables]

@@ -15,11 +15,11 @@ NEEDED_TO_TRAIN = ("lr_sched", "init_lr", "min_lr", "weight_decay", "max_epoch")
 #: LAVIS's own numbers: of what kind, and the least that makes sense
 NUMBERS: dict[str, tuple[type, float]] = {
     **dict.fromkeys(("batch_size_train", "batch_size_eval", "accum_grad_iters", "max_epoch", "max_iters"), (int, 1)),
-    **dict.fromkeys(("num_workers", "warmup_steps"), (int, 0)),
+    **dict.fromkeys(("num_workers", "warmup_steps", "log_freq"), (int, 0)),
     **dict.fromkeys(("init_lr", "min_lr", "weight_decay"), (float, 0)),
     "warmup_lr": (float, -1),  # LAVIS's word for none
 }
-LISTS = ("train_splits", "valid_splits", "test_splits")
+LISTS = ("train_splits", "valid_splits", "test_splits", "train_dataset_ratios")
 ON_CORRUPT = {"": "", "skip": "skip", "raise": "raise"}
 
 
@@ -27,50 +27,27 @@ ON_CORRUPT = {"": "", "skip": "skip", "raise": "raise"}
 class RunOptions:
     """Typed and checked values of the runner's own keys; LAVIS's keys are read by ``RunnerBase``.
 
-    Attributes:
-        amp: mixed precision: ``bf16``, on a GPU ``fp16`` (``True`` means fp16, as in LAVIS), ``no``; ``auto``:
-            bf16 where the hardware computes it itself.
-        muon: trains matrices that are no embeddings by Muon instead of AdamW, at so many times the learning rate; 0:
-            AdamW for all, as in LAVIS.
-        max_grad_norm: clip the gradient to this 2-norm; 0 does not clip.
-        skip_nonfinite: how many steps with a loss or gradient that is not finite may be skipped in
-            the whole run; the next one stops it.
-        save_every_steps: also save after every so many optimiser steps; 0 saves after epochs only.
-        save_every_minutes: also save when so much time has passed since the last save; 0 never.
-        keep_last: how many checkpoints to keep besides the best; 0 keeps all.
-        resume: ``auto`` continues the newest run of the same configuration under ``output_dir``.
-        job_id: name of the run folder; empty means the time of the start.
-        seed: seed of the weights, of the order of the data and of all augmentation.
-        tensorboard: write TensorBoard events beside the JSON lines.
-        on_corrupt: what a sample that can't be read does: ``skip`` names and counts it and takes the next
-            good one in its place, ``raise`` stops with its name. Not set, training skips and evaluation
-            raises, since there the replacement would count twice; ``skip`` accepts that. A dataset with an
-            ``on_corrupt`` of its own (``image_text_json``) keeps it.
-        wandb: also log to Weights & Biases, which then has to be installed.
-        iters_per_epoch: batches of each process in an epoch. 0 is as many as the data fill, once; streams of shards,
-            which have no length, need a number. Map-style datasets go on where the epoch before left off. LAVIS's
-            ``runner_iter`` calls it ``iters_per_inner_epoch``, which is read too; with ``max_iters`` alone there is
-            one epoch of so many.
-        loader_timeout: seconds to wait for a batch before a data worker is taken for dead; 0 waits.
-        next_command: a command to suggest when the run has ended; ``{checkpoint}`` stands for the best one's path.
+    What each means is told at length in docs/engine.md.
     """
 
-    amp: str = "no"
-    muon: float = 0.0
-    max_grad_norm: float = 0.0
-    skip_nonfinite: int = 0
-    save_every_steps: int = 0
-    save_every_minutes: float = 0.0
-    keep_last: int = 3
-    resume: str = "no"
-    job_id: str = ""
-    seed: int = 42
+    amp: str = "no"  # bf16; on a GPU fp16 (True, as in LAVIS); no; auto: bf16 where the hardware computes it itself
+    muon: float = (
+        0.0  # trains matrices that are no embeddings by Muon, at so many times the learning rate; 0: AdamW all
+    )
+    max_grad_norm: float = 0.0  # 2-norm to clip to; 0 does not clip
+    skip_nonfinite: int = 0  # steps that may be skipped in the whole run; the next one stops it
+    save_every_steps: int = 0  # optimiser steps; 0 saves after epochs only
+    save_every_minutes: float = 0.0  # since the last save; 0 never
+    keep_last: int = 3  # checkpoints besides the best; 0 keeps all
+    resume: str = "no"  # auto: go on with the newest run of the same configuration
+    job_id: str = ""  # name of the run folder; empty: the time of the start
+    seed: int = 42  # of the weights, of the order of the data and of all augmentation
     tensorboard: bool = True
     wandb: bool = False
-    on_corrupt: str = ""
-    iters_per_epoch: int = 0
-    loader_timeout: float = 0.0
-    next_command: str = ""
+    on_corrupt: str = ""  # skip or raise; empty: training skips, evaluation, where a replacement counts twice, raises
+    iters_per_epoch: int = 0  # batches of each process; 0: as many as the data fill, once
+    loader_timeout: float = 0.0  # seconds to wait for a batch before a data worker is taken for dead; 0 waits
+    next_command: str = ""  # to suggest at the end; {checkpoint} stands for the best one's path
 
     @classmethod
     def from_config(cls, run_cfg: Mapping[str, Any]) -> RunOptions:
@@ -108,7 +85,7 @@ def check_lavis_keys(run_cfg: Mapping[str, Any]) -> None:
         if run_cfg.get(name) is not None and _number(name, run_cfg[name], kind) < least:
             raise UserError(f"run.{name} is {run_cfg[name]!r}; it must be at least {least}")
     for name in LISTS:
-        if isinstance(run_cfg.get(name), str):
+        if isinstance(run_cfg.get(name), (str, int, float)):
             raise UserError(f"run.{name} is {run_cfg[name]!r}; it must be a list: [{run_cfg[name]}]")
 
 
@@ -120,6 +97,8 @@ def _checked(name: str, value: object, kind: type) -> object:
         return choices[str(value)]
     if kind is str and not isinstance(value, str):
         raise UserError(f"run.{name} is {value!r}; it must be text: quote it")
+    if kind is bool and not isinstance(value, int):
+        raise UserError(f"run.{name} is {value!r}; it must be True or False")
     converted = _number(name, value, kind)
     if kind in (int, float) and converted < 0:
         raise UserError(f"run.{name} is {value!r}; it can't be negative")

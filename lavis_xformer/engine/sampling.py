@@ -80,11 +80,7 @@ class Mixture:
 
 
 def check_ratios(ratios: Sequence[Any], parts: Sequence[str]) -> None:
-    """Refuse ratios that are not one positive number for each of ``parts``.
-
-    Raises:
-        UserError: they are not.
-    """
+    """Raise a UserError where ratios are not one positive number for each of ``parts``."""
     good = all(isinstance(ratio, (int, float)) and ratio > 0 for ratio in ratios)
     if not good or len(ratios) != len(parts):
         raise UserError(
@@ -125,12 +121,9 @@ class EpochBatchSampler(Sampler[list[Key]]):
         mixture: Mixture | None = None,
     ) -> None:
         """Make a sampler of ``length`` samples that starts at epoch 0, batch 0; a ``mixture`` says which they are."""
-        self.length = length if mixture is None else sum(mixture.counts())
-        self.mixture = mixture
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
+        self.length, self.mixture = length if mixture is None else sum(mixture.counts()), mixture
+        self.batch_size, self.seed = batch_size, seed
+        self.rank, self.world_size = rank, world_size
         self.start(epoch=0)
 
     def start(self, *, epoch: int, skip_batches: int = 0) -> None:
@@ -159,7 +152,6 @@ class ReplayDataset(Dataset[Any]):
     """A map-style dataset read by (visit, index), its randomness seeded for each sample."""
 
     def __init__(self, dataset: Dataset[Any], *, seed: int) -> None:
-        """Wrap ``dataset``; ``seed`` is the run's."""
         self.dataset = dataset
         self.seed = seed
 
@@ -208,10 +200,10 @@ def train_loader(
     batches: int = 0,
     **options: Any,
 ) -> ReplayLoader:
-    """Return this rank's loader of a training set.
+    """Return this rank's loader of a map-style training set.
 
     Args:
-        dataset: map-style.
+        dataset: joined of several where there are ``ratios``.
         batch_size: samples for each process.
         seed: the run's.
         ratios: shares of the datasets that it joins, see ``Mixture``; without them every sample comes once an epoch.
@@ -264,9 +256,9 @@ def shielded() -> Callable[[int], None]:
 
 
 def _start_worker(closing: Event, worker_id: int) -> None:
-    def leave_if_closing(signum: int, frame: FrameType | None) -> None:
+    def _leave_if_closing(signum: int, frame: FrameType | None) -> None:
         if closing.is_set():
             os._exit(0)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, leave_if_closing)
+    signal.signal(signal.SIGTERM, _leave_if_closing)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import nn
 
-from lavis_xformer.distributed import rank
+from lavis_xformer.distributed import rank, world_size
 from lavis_xformer.engine import jobs, rng
 from lavis_xformer.engine.log import Averages
 from lavis_xformer.engine.loop import Position
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 class Corrupt:
-    """The samples that a run can't read: how many, and the names of the first of them.
+    """The samples that a run can't read, earlier parts of it included: how many, and the names of the first of them.
 
     One that is met again after a restart counts once as long as its name is kept.
     """
@@ -28,7 +29,6 @@ class Corrupt:
     MOST = 1000
 
     def __init__(self, names: Sequence[str] = (), count: int = 0) -> None:
-        """Begin with what earlier parts of the run have met."""
         self.names, self.count = list(names), max(count, len(names))
         self._before, self._count_before = frozenset(names), self.count
 
@@ -54,24 +54,14 @@ class TrainingState:
         config: dict[str, Any],
         batches_per_epoch: int,
         steps_per_epoch: int,
-        joined_batch: int,
         seed: int,
+        has_streams: bool,
     ) -> None:
-        """Take the parts of a run at its beginning.
-
-        Args:
-            model: without any wrapper.
-            optimizer: of its trainable parameters.
-            scaler: of fp16, or ``None``.
-            config: plain values.
-            batches_per_epoch: of each process.
-            steps_per_epoch: optimiser steps.
-            joined_batch: samples in a batch of all processes together.
-            seed: the run's.
-        """
+        """Take the parts of a run at its beginning: ``model`` without any wrapper, ``config`` as plain values."""
         self.model, self.optimizer, self.scaler, self.config = model, optimizer, scaler, config
         self.batches_per_epoch, self.steps_per_epoch = batches_per_epoch, steps_per_epoch
-        self.joined_batch, self.seed = joined_batch, seed
+        self.seed, self.has_streams = seed, has_streams
+        self.joined_batch = int(config["run"]["batch_size_train"]) * world_size()
         self.position = Position()
         self.averages = Averages()
         self.best: dict[str, Any] = {}
@@ -99,8 +89,8 @@ class TrainingState:
             "scaler": self.scaler.state_dict() if self.scaler else None,
             "epoch": self.position.epoch,
             "epoch_done": self.epoch_done,
-            "position": self.position.as_dict(),
-            "averages": self.averages.state_dict(),
+            "position": asdict(self.position),
+            "averages": asdict(self.averages),
             "rng": rng_of_ranks,
             "best": self.best,
             "corrupt": self.corrupt.names,
@@ -124,10 +114,10 @@ class TrainingState:
         self.position = self._restored_position(content, source)
         self.best = content.get("best", {})
         self.corrupt = Corrupt(content.get("corrupt", []), content.get("corrupt_count", 0))
-        self.averages = Averages()
-        if "averages" in content:
-            self.averages.load_state_dict(content["averages"])
+        self.averages = Averages(**content.get("averages", {}))
         self._restore_rng(content.get("rng", []), source)
+        if self.has_streams and self.position.batches and not self.epoch_done:
+            self._warn_of_other_lanes(content)
 
     def _restore_optimizer(self, content: dict[str, Any], source: str) -> None:
         own = [{k: v for k, v in g.items() if k in ("weight_decay", "betas")} for g in self.optimizer.param_groups]
@@ -147,20 +137,32 @@ class TrainingState:
             return Position(epoch=epoch, steps=epoch * self.steps_per_epoch)
         position = Position(**content["position"])
         before, now = content["joined_batch"], self.joined_batch
+        samples = position.batches * before
         if content["epoch_done"]:
             position.batches = self.batches_per_epoch
-        elif before != now:
-            samples = position.batches * before
-            if samples % now:
-                raise UserError(
-                    f"{source} was saved within an epoch, after {samples} samples in batches of "
-                    f"{before} over all processes; batches of {now} can't go on there: take one "
-                    "that divides it, or a checkpoint of an epoch's end"
-                )
+        elif samples % now:
+            raise UserError(
+                f"{source} was saved within an epoch, after {samples} samples in batches of {before} over all "
+                f"processes; batches of {now} can't go on there: take one that divides it, or a checkpoint of an "
+                "epoch's end"
+            )
+        else:
             position.batches = samples // now
         if before != now:
             logger.warning("%s: a batch over all processes was %d samples, is %d", source, before, now)
         return position
+
+    def _warn_of_other_lanes(self, content: dict[str, Any]) -> None:
+        """Say where an epoch of a stream can't go on as it began."""
+        before = int(content["config"]["run"]["num_workers"]), len(content["rng"])
+        now = int(self.config["run"]["num_workers"]), world_size()
+        if before != now:
+            logger.warning(
+                "workers and processes were %s, are %s: this epoch's streams go on in another order, which repeats "
+                "and leaves out samples; the next epoch is whole",
+                before,
+                now,
+            )
 
     def _restore_rng(self, states: list[dict[str, Any]], source: str) -> None:
         if rank() < len(states):

@@ -27,6 +27,9 @@ class Stepper:
     The mean over the window's batches is optimised: ``k`` batches of one size give the gradient of
     one batch ``k`` times as large, for losses that are means over samples. ITC and ITM contrast the
     samples of one batch, so for them ``k`` small batches are not one large batch.
+
+    ``forward(model, samples)`` gives a dict with ``loss``; every entry that is a 0-dim tensor is a term. A model that
+    several processes train is wrapped in DistributedDataParallel. ``max_grad_norm`` 0 does not clip.
     """
 
     def __init__(
@@ -39,21 +42,7 @@ class Stepper:
         scaler: torch.amp.GradScaler | None = None,
         max_grad_norm: float = 0.0,
     ) -> None:
-        """Take the parts.
-
-        Args:
-            model: wrapped in DistributedDataParallel where several processes train.
-            optimizer: of the trainable parameters.
-            forward: ``forward(model, samples)`` gives a dict with ``loss``; every entry that is a
-                0-dim tensor is a term.
-            amp: ``no``, ``bf16`` or ``fp16``.
-            scaler: for fp16.
-            max_grad_norm: 2-norm to clip to; 0 does not clip.
-        """
-        self.model = model
-        self.optimizer = optimizer
-        self.forward = forward
-        self.scaler = scaler
+        self.model, self.optimizer, self.forward, self.scaler = model, optimizer, forward, scaler
         self.max_grad_norm = max_grad_norm or float("inf")
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device

@@ -46,13 +46,7 @@ class ShardStream(IterableDataset[Any]):
     """
 
     def __init__(self, pipeline: Any, *, seed: int, guard: StreamGuard, lanes: int = 1) -> None:
-        """Take a ``webdataset.DataPipeline`` apart.
-
-        Args:
-            pipeline: as LAVIS's ``laion`` builders make it: a list of shards first.
-            seed: of this stream.
-            guard: what to do about samples that can't be read.
-            lanes: of all processes together; each needs a shard.
+        """Take a ``webdataset.DataPipeline`` apart; ``lanes`` are those of all processes together.
 
         Raises:
             UserError: the pipeline does not begin with a list of shards, or has fewer shards than lanes.
@@ -113,10 +107,9 @@ class ShardStream(IterableDataset[Any]):
 
 
 class StreamLoader(DataLoader[Any]):
-    """A loader of a stream, of which an epoch takes a given number of batches."""
+    """A loader of a stream, of which an epoch takes so many ``batches``; ``options`` are more of ``DataLoader``'s."""
 
     def __init__(self, stream: ShardStream, *, batches: int, **options: Any) -> None:
-        """Take the stream, the batches of an epoch, and more arguments of ``DataLoader``."""
         super().__init__(stream, generator=torch.Generator(), worker_init_fn=shielded(), **options)
         self.batches = batches
         self.start(epoch=0)
@@ -156,7 +149,6 @@ class JoinedLoader:
     """Loaders that take turns, batch by batch, in an order drawn from (seed, epoch), equal on all ranks."""
 
     def __init__(self, loaders: Sequence[EpochLoader], *, seed: int) -> None:
-        """Take the loaders; each gives as many batches of an epoch as it has."""
         self.loaders, self.seed = loaders, seed
         self.start(epoch=0)
 

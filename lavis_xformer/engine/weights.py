@@ -38,12 +38,7 @@ def weights_told(model: nn.Module) -> str:
 
 
 def load_trainable(model: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
-    """Load a trained state into ``model``; frozen weights may be missing from it.
-
-    Args:
-        model: without any wrapper of a distributed engine.
-        state: as ``trainable_state`` returns it; frozen weights in it are loaded too.
-        source: where it comes from, for messages.
+    """Load what ``trainable_state`` has returned into ``model``; frozen weights are loaded where there are any.
 
     Raises:
         UserError: a trainable weight is missing, a name is unknown, or a shape differs.

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import shlex
 import time
 from collections.abc import Iterator
@@ -23,12 +25,12 @@ from lavis_xformer.assets import write_sums
 from lavis_xformer.data.scenes import vocabulary
 from lavis_xformer.errors import UserError
 from lavis_xformer.mini import pool
-from lavis_xformer.mini.cards import Card, write_card
+from lavis_xformer.mini.cards import write_card
 from lavis_xformer.mini.clip import ClipConfig, MiniClip, clip_loss, retrieval, shipped_state
 from lavis_xformer.mini.language import Document, accuracy, encode, language_loss, opt_config, perplexity, prepare
 from lavis_xformer.mini.mae import mae_config, mae_loss, reconstruction
-from lavis_xformer.mini.t5 import examine, t5_config, t5_loss, write_t5
-from lavis_xformer.mini.tokenizers import write_bert, write_opt
+from lavis_xformer.mini.t5 import examine, t5_config, t5_loss
+from lavis_xformer.mini.tokenizers import write_bert, write_opt, write_t5
 from lavis_xformer.mini.training import Schedule, StepLoss, fit
 
 
@@ -109,17 +111,15 @@ class Job:
     def finish(self, part: str, data: str, seconds: float, figures: dict[str, float]) -> None:
         """Write the model card of one part."""
         schedule: Schedule | None = getattr(self.recipe, part, None)
-        steps = json.dumps(asdict(schedule)) if schedule else "none"
-        card = Card(
-            part=part,
-            command=self.command,
-            seed=self.seed,
-            data=data,
-            steps=steps,
-            seconds=seconds,
-            figures=figures,
-        )
-        write_card(self.out / part, card)
+        facts = {
+            "command": f"`{self.command}`",
+            "seed": self.seed,
+            "data": data,
+            "training": json.dumps(asdict(schedule)) if schedule else "none",
+            "time": f"{seconds / 60:.1f} min",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared",
+        }
+        write_card(self.out / part, facts, figures)
         print(f"{part}: {seconds:.0f} s, " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 
 
@@ -131,7 +131,6 @@ def build_bert(job: Job) -> None:
 
 def build_clip(job: Job) -> None:
     """CLIP stand-in; its text tower reads the word pieces of the Q-Former."""
-    torch.manual_seed(job.seed)
     recipe, config = job.recipe, ClipConfig()
     tokenizer = write_bert(job.out / "bert", vocabulary())
     images = pool.images(pool.TRAIN, seed=job.seed, count=recipe.scenes)
@@ -149,7 +148,6 @@ def build_clip(job: Job) -> None:
 
 def build_mae(job: Job) -> None:
     """MAE stand-in."""
-    torch.manual_seed(job.seed)
     recipe = job.recipe
     images = pool.images(pool.TRAIN, seed=job.seed, count=recipe.scenes)
     model = ViTMAEForPreTraining(mae_config()).to(job.device)
@@ -163,7 +161,6 @@ def build_mae(job: Job) -> None:
 
 def build_opt(job: Job) -> None:
     """Language model and its tokenizer: first on texts, then on texts and notes."""
-    torch.manual_seed(job.seed)
     recipe = job.recipe
     documents = pool.documents(pool.TRAIN, seed=job.seed, count=recipe.documents)
     tokenizer = write_opt(job.out / "opt", _said(documents))
@@ -191,7 +188,6 @@ def build_opt(job: Job) -> None:
 
 def build_t5(job: Job) -> None:
     """Encoder-decoder language model and its tokenizer."""
-    torch.manual_seed(job.seed)
     recipe = job.recipe
     documents = pool.documents(pool.TRAIN, seed=job.seed, count=recipe.documents)
     tokenizer = write_t5(job.out / "t5", _said(documents))
@@ -244,9 +240,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longer", type=float, default=1.0, metavar="FACTOR", help="multiply every part's steps")
     parser.add_argument("--resume", action="store_true", help="go on where a stopped run was")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args(argv)
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is visible here; use --device cpu")
     job = Job(
         out=args.out,
@@ -258,13 +254,8 @@ def main(argv: list[str]) -> int:
     )
     begin = time.monotonic()
     for part in args.only or PARTS:
+        torch.manual_seed(args.seed)
         PARTS[part](job)
     write_sums(args.out)
     print(f"{args.out}: done in {(time.monotonic() - begin) / 60:.1f} min")
     return 0
-
-
-if __name__ == "__main__":
-    import sys
-
-    sys.exit(main(sys.argv[1:]))

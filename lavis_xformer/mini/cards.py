@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import platform
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 from lavis_xformer.assets import sha256
@@ -19,34 +17,13 @@ INTENT = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Card:
-    """What the build knows about one part when it is done."""
-
-    part: str
-    command: str
-    seed: int
-    data: str
-    steps: str
-    seconds: float
-    figures: dict[str, float]
-
-
-def write_card(folder: Path, card: Card) -> None:
-    """Write README.md beside the files of a part, with the checksum of each."""
-    facts = {
-        "command": f"`{card.command}`",
-        "seed": card.seed,
-        "data": card.data,
-        "training": card.steps,
-        "time": f"{card.seconds / 60:.1f} min",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared",
-    }
-    lines = [f"# Mini {card.part}", "", INTENT[card.part], "", "| | |", "|---|---|"]
+def write_card(folder: Path, facts: Mapping[str, object], figures: Mapping[str, float]) -> None:
+    """Write README.md beside the files of a part, with what the build knows of it and the checksum of each file."""
+    lines = [f"# Mini {folder.name}", "", INTENT[folder.name], "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
-    if card.figures:
+    if figures:
         lines += ["", "| figure on held-out scenes | |", "|---|---|"]
-        lines += [f"| {name} | {value:.4g} |" for name, value in card.figures.items()]
+        lines += [f"| {name} | {value:.4g} |" for name, value in figures.items()]
     lines += ["", "| file | sha256 |", "|---|---|"]
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md")
     lines += [f"| {path.name} | `{sha256(path)}` |" for path in files]

@@ -108,6 +108,7 @@ def clip_loss(model: MiniClip, images: Tensor, captions: Tensor, *, batch: int) 
     device = next(model.parameters()).device
 
     def step(rng: torch.Generator, _progress: float) -> Tensor:
+        """Loss of random scenes, cropped and recoloured."""
         rows = torch.randint(len(images), (batch,), generator=rng)
         wording = torch.randint(captions.shape[1], (batch,), generator=rng)
         view = unit(images[rows].to(device))

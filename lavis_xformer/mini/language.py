@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -106,13 +107,7 @@ class Encoded(NamedTuple):
 
 def encode(documents: Sequence[Document], tokenizer: GPT2Tokenizer, *, length: int = 512) -> Encoded:
     """Tokenise documents: notes, then ``</s>``, text and questions; one of more than ``length`` places is cut."""
-    pieces: dict[str, list[int]] = {}
-
-    def ids(text: str) -> list[int]:
-        if text not in pieces:
-            pieces[text] = tokenizer(text, add_special_tokens=False).input_ids
-        return pieces[text]
-
+    ids = cache(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
     rows, marks, places = [], [], []
     for document in documents:
         row: list[int] = []
@@ -156,6 +151,7 @@ def next_token_loss(
     size = (len(tokens), int(places.max()) + 1)
 
     def spread(values: Tensor) -> Tensor:
+        """Sum of the values (B, T) of all words at a place, (B, S)."""
         return values.new_zeros(size).scatter_add_(1, places, values * real)
 
     number, words = spread(real.long()), model.get_input_embeddings()(tokens) * real[..., None]  # (B, S), (B, T, D)
@@ -193,6 +189,7 @@ def language_loss(
     budget = batch * float(lengths.float().mean())
 
     def step(rng: torch.Generator, progress: float) -> Tensor:
+        """Loss of documents of about one length."""
         known = max(bucket, round(len(order) * min(1.0, first + 1.4 * progress)))
         start = int(torch.randint(known - bucket + 1, (), generator=rng))
         number = max(4, int(budget / int(lengths[order[start + bucket - 1]])))
@@ -216,13 +213,19 @@ def accuracy(model: OPTForCausalLM, tokenizer: GPT2Tokenizer, documents: Sequenc
     """
     texts = encode(documents, tokenizer)
     device = next(model.parameters()).device
-    right: dict[str, list[bool]] = {}
+    solved: list[bool] = []
     for rows in torch.arange(len(documents)).split(100):
         with autocast(device):
             _, hits, wanted = next_token_loss(model, texts.take(rows, device))
-        solved = (hits | ~wanted).all(1).tolist()
-        for row, good in zip(rows.tolist(), solved, strict=True):
-            right.setdefault(documents[row].turns[0].kind, []).append(good)
+        solved += (hits | ~wanted).all(1).tolist()
+    return percent_by_kind(documents, solved)
+
+
+def percent_by_kind(documents: Sequence[Document], solved: Sequence[bool]) -> dict[str, float]:
+    """Percent of documents of one turn each that were solved: ``{kind: percent}``, and ``mean`` over kinds."""
+    right: dict[str, list[bool]] = {}
+    for document, good in zip(documents, solved, strict=True):
+        right.setdefault(document.turns[0].kind, []).append(good)
     shares = {kind: 100 * sum(hits) / len(hits) for kind, hits in sorted(right.items())}
     return shares | {"mean": sum(shares.values()) / len(shares)}
 

@@ -38,6 +38,7 @@ def mae_loss(model: ViTMAEForPreTraining, images: Tensor, *, batch: int) -> Step
     patches = (model.config.image_size // model.config.patch_size) ** 2
 
     def step(rng: torch.Generator, _progress: float) -> Tensor:
+        """Loss of random scenes, cropped, mirrored and masked."""
         rows = torch.randint(len(images), (batch,), generator=rng)
         view = random_crop(unit(images[rows].to(device)), rng, smallest=0.5, share=0.5, flip=True)
         view = normalise(view, IMAGENET_MEAN, IMAGENET_STD)

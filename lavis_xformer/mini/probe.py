@@ -173,7 +173,7 @@ def main(argv: list[str]) -> int:
     """Run the command; returns its exit status.
 
     Raises:
-        UserError: there is no such set of models or source of tokens.
+        UserError: there is no such set of models or source of tokens, or a number is less than 1.
     """
     parser = argparse.ArgumentParser(prog="lavis-xformer probe", description=__doc__)
     parser.add_argument("--set", default="assets://mini", help="folder with clip and mae")
@@ -185,6 +185,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args(argv)
+    for key in ("scenes", "held_out", "steps", "seeds"):
+        if getattr(args, key) < 1:
+            raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: it must be at least 1")
     begin = time.monotonic()
     folder = resolve(f"{args.set}/clip").parent
     sources = encoders(folder)
@@ -211,9 +214,3 @@ def main(argv: list[str]) -> int:
     draw(args.out / "probe.png", results, curves)
     print(f"{text}\n{args.out}: probe.md, probe.json, probe.png in {(time.monotonic() - begin) / 60:.1f} min")
     return 0
-
-
-if __name__ == "__main__":
-    import sys
-
-    sys.exit(main(sys.argv[1:]))

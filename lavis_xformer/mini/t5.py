@@ -8,21 +8,15 @@ B: batch, S: source tokens, T: target tokens, V: vocabulary.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
-from tokenizers import ByteLevelBPETokenizer
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration, T5TokenizerFast
 
 from lavis_xformer.losses import NO_TARGET, token_losses
-from lavis_xformer.mini.language import Document
+from lavis_xformer.mini.language import Document, percent_by_kind
 from lavis_xformer.mini.training import StepLoss, autocast
-
-SPECIALS = ("<pad>", "</s>", "<unk>")  # in the order of T5's own checkpoints
 
 
 def t5_config(vocabulary: int) -> T5Config:
@@ -44,29 +38,6 @@ def t5_config(vocabulary: int) -> T5Config:
     )
     config.dense_act_fn = "gelu"  # exact, as LAVIS sets it for FlanT5
     return config
-
-
-def write_t5(folder: Path, texts: Iterable[str], *, size: int = 1024) -> T5TokenizerFast:
-    """Learn byte-pair merges from texts and write them as a T5 tokenizer: ``</s>`` last, every text spelled somehow.
-
-    Args:
-        folder: where to write; made if missing.
-        texts: what the merges are learned from.
-        size: most tokens in the vocabulary.
-
-    Returns:
-        The tokenizer that ``T5TokenizerFast.from_pretrained(folder)`` gives.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    learner = ByteLevelBPETokenizer(add_prefix_space=True)
-    learner.train_from_iterator(
-        texts, vocab_size=size, min_frequency=2, special_tokens=list(SPECIALS), show_progress=False
-    )
-    learner.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    learner.save(str(folder / "tokenizer.json"))
-    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 512}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
-    return T5TokenizerFast.from_pretrained(folder)
 
 
 def pair(document: Document, rng: torch.Generator) -> tuple[str, str]:
@@ -99,7 +70,8 @@ def t5_loss(
 ) -> StepLoss:
     """One step: mean cross-entropy of the targets of ``batch`` documents, a pair of each."""
 
-    def step(rng: torch.Generator, progress: float) -> Tensor:
+    def step(rng: torch.Generator, _progress: float) -> Tensor:
+        """Loss of random documents."""
         rows = torch.randint(len(documents), (batch,), generator=rng).tolist()
         drawn = encode([pair(documents[row], rng) for row in rows], tokenizer)
         loss, _ = token_loss(model, drawn)
@@ -119,13 +91,11 @@ def examine(
     Returns:
         ``{kind: percent}`` and ``mean`` over kinds.
     """
-    right: dict[str, list[bool]] = {}
+    solved: list[bool] = []
     rng = torch.Generator()
     for start in range(0, len(documents), 100):
         part = documents[start : start + 100]
         with autocast(model.device):
             _, hits = token_loss(model, encode([pair(document, rng) for document in part], tokenizer))
-        for document, good in zip(part, hits.all(dim=1).tolist(), strict=True):
-            right.setdefault(document.turns[0].kind, []).append(good)
-    shares = {kind: 100 * sum(hits) / len(hits) for kind, hits in sorted(right.items())}
-    return shares | {"mean": sum(shares.values()) / len(shares)}
+        solved += hits.all(dim=1).tolist()
+    return percent_by_kind(documents, solved)

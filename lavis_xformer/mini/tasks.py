@@ -28,17 +28,11 @@ CELLS = tuple(f"{row} {column}".strip() or "middle" for row in ROWS for column i
 
 @dataclass(frozen=True)
 class Task:
-    """A question about a scene, answered by the number of a class.
+    """A question about a scene, answered by the number of a class."""
 
-    Attributes:
-        classes: how many answers there are.
-        label: the answer for a scene and the object that is pointed at; NONE where there is none.
-        pointed: whether the probe is told where the object is.
-    """
-
-    classes: int
-    label: Callable[[Scene, SceneObject], int]
-    pointed: bool
+    classes: int  # how many answers there are
+    label: Callable[[Scene, SceneObject], int]  # for the object that is pointed at; NONE where there is no answer
+    pointed: bool  # whether the probe is told where the object is
 
 
 def _side(scene: Scene, item: SceneObject) -> int:
@@ -75,17 +69,11 @@ def _kind(item: SceneObject) -> int:
 
 @dataclass(frozen=True)
 class Exam:
-    """Scenes of one split with their answers.
+    """Scenes of one split with their answers."""
 
-    Attributes:
-        images: uint8 (N, 3, S, S).
-        points: (N, 2), x and y of the object that is pointed at, as shares of the side.
-        labels: task to (N,) long.
-    """
-
-    images: Tensor
-    points: Tensor
-    labels: dict[str, Tensor]
+    images: Tensor  # uint8 (N, 3, S, S)
+    points: Tensor  # (N, 2), x and y of the object that is pointed at, as shares of the side
+    labels: dict[str, Tensor]  # task to (N,) long
 
 
 def make_exam(split: str, *, seed: int, count: int) -> Exam:

@@ -1,31 +1,29 @@
 """Tokenizers of the mini world, made from the language of its scenes; no weights, nothing downloaded.
 
-Both keep every letter as a piece of its own, so that any English text still becomes tokens.
+All keep every letter as a piece of its own, so that any English text still becomes tokens. Folders are made if missing.
 """
 
 from __future__ import annotations
 
 import json
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tokenizers import ByteLevelBPETokenizer
-from transformers import BertConfig, BertTokenizer, GPT2Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import BertConfig, BertTokenizer, GPT2Tokenizer, T5TokenizerFast
 
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 OPT_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
+T5_SPECIALS = ("<pad>", "</s>", "<unk>")  # each in the order of the original's checkpoints
 
 
 def write_bert(folder: Path, words: Iterable[str]) -> BertTokenizer:
-    """Write vocab.txt, the tokenizer's settings and the Q-Former's config.json.
-
-    Args:
-        folder: where to write; made if missing.
-        words: whole words of the scenes' language; anything else is spelled.
+    """Write vocab.txt, the tokenizer's settings and the Q-Former's config.json; other words than these are spelled.
 
     Returns:
-        The tokenizer, as ``BertTokenizer.from_pretrained(folder)`` gives it.
+        The tokenizer that ``BertTokenizer.from_pretrained(folder)`` gives.
     """
     folder.mkdir(parents=True, exist_ok=True)
     letters = string.ascii_lowercase + string.digits
@@ -49,24 +47,15 @@ def write_bert(folder: Path, words: Iterable[str]) -> BertTokenizer:
     return BertTokenizer.from_pretrained(folder)
 
 
-def write_opt(folder: Path, texts: Iterable[str], *, size: int = 1024) -> GPT2Tokenizer:
+def write_opt(folder: Path, texts: Iterable[str]) -> GPT2Tokenizer:
     r"""Learn byte-pair merges from texts and write them as OPT's checkpoints do.
-
-    Args:
-        folder: where to write; made if missing.
-        texts: what the merges are learned from.
-        size: most tokens in the vocabulary.
 
     Returns:
         The tokenizer that ``AutoTokenizer.from_pretrained(folder, use_fast=False)`` gives: it puts ``</s>``
         first, pads with ``<pad>``, and ``"\n"``, where BLIP-2 ends a text, is one token.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    learner = ByteLevelBPETokenizer()
-    learner.train_from_iterator(
-        texts, vocab_size=size, min_frequency=2, special_tokens=list(OPT_SPECIALS), show_progress=False
-    )
-    learner.save_model(str(folder))
+    _merges(texts, OPT_SPECIALS).save_model(str(folder))
     settings = {
         "tokenizer_class": "GPT2Tokenizer",
         "add_bos_token": True,
@@ -78,6 +67,30 @@ def write_opt(folder: Path, texts: Iterable[str], *, size: int = 1024) -> GPT2To
     }
     _write_json(folder / "tokenizer_config.json", settings)
     return GPT2Tokenizer.from_pretrained(folder)
+
+
+def write_t5(folder: Path, texts: Iterable[str]) -> T5TokenizerFast:
+    """Learn byte-pair merges from texts and write them as a T5 tokenizer: ``</s>`` last, every text spelled somehow.
+
+    Returns:
+        The tokenizer that ``T5TokenizerFast.from_pretrained(folder)`` gives.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    learner = _merges(texts, T5_SPECIALS, add_prefix_space=True)
+    learner.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    learner.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 512}
+    _write_json(folder / "tokenizer_config.json", settings)
+    return T5TokenizerFast.from_pretrained(folder)
+
+
+def _merges(texts: Iterable[str], specials: Sequence[str], **options: bool) -> ByteLevelBPETokenizer:
+    """Learn at most 1024 tokens, the special ones first."""
+    learner = ByteLevelBPETokenizer(**options)
+    learner.train_from_iterator(
+        texts, vocab_size=1024, min_frequency=2, special_tokens=list(specials), show_progress=False
+    )
+    return learner
 
 
 def _write_json(path: Path, values: dict[str, object]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lavis_xformer.errors import UserError
-from lavis_xformer.models.base import XFormerBase
+from lavis_xformer.models.base import XFormerBase, take
 from lavis_xformer.models.features import FeatureModel
 from lavis_xformer.models.fusion import Attention, Concat
 
@@ -38,9 +38,9 @@ def attention_maps(model: XFormerBase, samples: dict[str, Any], *, layer: int = 
     Raises:
         UserError: there is no such layer.
     """
-    explained = "text_input" in samples
+    image, explained = take(samples, "image"), "text_input" in samples
     with recording(model) as found, torch.set_grad_enabled(explained), _trainable(model.query_tokens):
-        score = _score(model, samples) if explained else model.encode_queries(samples["image"])
+        score = _score(model, samples) if explained else model.encode_queries(image)
     looking = [name for name in found if name.startswith("Qformer.")]
     if not -len(looking) <= layer < len(looking):
         raise UserError(f"layer {layer}: the Q-Former has {len(looking)} layers that look at the image")

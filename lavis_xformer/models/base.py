@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,7 +30,7 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.images import unpack
 from lavis_xformer.models import towers
 from lavis_xformer.models.checkpoints import CheckpointLoading
-from lavis_xformer.models.frozen import Precision, cast, compute_dtype, freeze, is_frozen, own_autocast
+from lavis_xformer.models.frozen import Precision, cast, compact, compute_dtype, freeze, is_frozen, own_autocast
 from lavis_xformer.models.fusion import Fusion
 from lavis_xformer.models.mae import MaeFeatures, MaskedAutoencoder, sincos, unmasked
 from lavis_xformer.paths import type_path
@@ -118,6 +118,14 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         self.clip_layer = clip_layer
         self.shuffle_mae = shuffle_mae
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode, but for frozen parts, which stay in eval mode."""
+        super().train(mode)
+        for part in self.children():
+            if is_frozen(part):
+                part.eval()
+        return self
+
     def drop_text_branch(self) -> None:
         """Remove what only text needs of the Q-Former, as BLIP-2 does for its second stage."""
         self.Qformer.cls = None
@@ -157,13 +165,14 @@ class XFormerBase(CheckpointLoading, Blip2Base):
             clip = self.ln_vision(self._run_clip(clip_pixels))  # (B, Nc, Dc)
         placed = clip + sincos(clip.shape[-1], clip.shape[1] - 1).to(clip) if "clip" in self.token_positions else clip
         if not self.fusion.needs_mae:
-            return Tokens(clip=placed, mae=None, pixels=None)
+            return Tokens(clip=compact(placed), mae=None, pixels=None)
         if self.mae is None:
             m = unmasked(F.layer_norm(middle[0].float(), middle[0].shape[-1:]) if middle else clip)
         else:
             m = self._run_mae(mae_pixels, mask_ratio, noise)
         mae, pixels = self._place(m, mae_pixels)
-        return Tokens(self.fusion.visual_tokens(placed, mae.tokens), mae, None if self.mae is None else pixels)
+        clip = compact(self.fusion.visual_tokens(placed, mae.tokens))
+        return Tokens(clip, mae, None if self.mae is None else pixels)
 
     def mask_again(self, tokens: Tokens, image: Tensor, *, mask_ratio: float, noise: Tensor | None = None) -> Tokens:
         """The same C with the M of a masked image, for which MAE alone runs; arguments as of :meth:`encode_image`."""
@@ -191,6 +200,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         """M with its positions, and with its pixels another image's, as ``token_positions`` and ``shuffle_mae`` say."""
         if "mae" in self.token_positions:
             mae = mae._replace(tokens=mae.tokens + mae.positions())
+        mae = mae._replace(tokens=compact(mae.tokens))
         if not self.shuffle_mae:
             return mae, pixels
         before, self._image_before = self._image_before, (MaeFeatures(*(part[-1:] for part in mae)), pixels[-1:])
@@ -210,8 +220,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
     def _run_mae(self, pixels: Tensor, mask_ratio: float, noise: Tensor | None) -> MaeFeatures:
         assert self.mae is not None
         with self._tower(self.mae.model.vit):
-            mae = self.mae.encode(pixels, mask_ratio=mask_ratio, noise=noise)
-        return mae._replace(tokens=mae.tokens.float())
+            return self.mae.encode(pixels, mask_ratio=mask_ratio, noise=noise)
 
     def _tower(self, tower: nn.Module) -> contextlib.AbstractContextManager[Any]:
         """Bring a frozen encoder to its precision on this device and run it there under autocast."""
@@ -253,7 +262,10 @@ class XFormerBase(CheckpointLoading, Blip2Base):
 
     def encode_queries(self, image: Tensor) -> Tensor:
         """Image (B, 3 or 6, S, S) -> Z' (B, Q, D)."""
-        tokens = self.encode_image(image)
+        return self.refined(self.encode_image(image))
+
+    def refined(self, tokens: Tokens) -> Tensor:
+        """C and M of an image -> Z' (B, Q, D)."""
         zq = self.query_image(tokens.clip).last_hidden_state  # (B, Q, D)
         return self.fusion.refine(zq, tokens.mae_tokens)[0]
 
@@ -326,6 +338,20 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         if not model.load_report.loaded:
             logger.warning("%s: no weights are known for this type; load a checkpoint, or train it", model_type)
         return model
+
+
+def take(samples: Any, key: str) -> Any:
+    """What the samples hold under a key.
+
+    Raises:
+        UserError: they are no dict, or don't hold it.
+    """
+    if not isinstance(samples, Mapping):
+        raise UserError(f"samples is a {type(samples).__name__}; give a dict such as {{'image': images}}")
+    if samples.get(key) is None:
+        there = [name for name, value in samples.items() if value is not None]
+        raise UserError(f"samples['{key}'] is missing; there are {there}")
+    return samples[key]
 
 
 def _ones(tokens: Tensor) -> Tensor:

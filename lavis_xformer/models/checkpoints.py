@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lavis.common.utils import is_url
+from lavis.models.eva_vit import interpolate_pos_embed
 from omegaconf import DictConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 NOTHING = r"(?!)"  # the regular expression that no name matches
 FUSION = r"(fusion|itg_reader)\."
 CLIP = r"visual_encoder\."
+CLIP_POSITIONS = "visual_encoder.pos_embed"
 LANGUAGE_MODEL = r"(opt|t5)_model\."  # frozen; LAVIS's files hold tied ones all the same
 
 
@@ -187,6 +189,10 @@ def _load_either_stage(model: Any, state: dict[str, Tensor], *, source: str, may
         may_miss += f"|{CLIP}"
     elif is_frozen(model.visual_encoder):
         logger.warning("%s brings its own image encoder; checkpoints of a training that freezes it won't", source)
+    if CLIP_POSITIONS in state and hasattr(model.visual_encoder, "pos_embed"):  # trained perhaps at another size
+        positions = {"pos_embed": state[CLIP_POSITIONS]}
+        interpolate_pos_embed(model.visual_encoder, positions)
+        state[CLIP_POSITIONS] = positions["pos_embed"]
     ignored = f"{LANGUAGE_MODEL}|{model.STAGE1_WEIGHTS}"
     return load_state(model, state, source=source, may_miss=may_miss, ignored=ignored)
 
@@ -257,7 +263,7 @@ def load_state(
             },
         },
     )
-    model.load_state_dict({**own, **{name: state[name] for name in loaded}})
+    model.load_state_dict({name: state[name] for name in loaded}, strict=False)  # the rest is accounted for above
     report = LoadReport(
         loaded=tuple(sorted(loaded)),
         missing_frozen=tuple(sorted(missing - trainable)),

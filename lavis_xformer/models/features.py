@@ -17,7 +17,7 @@ from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.models.base import XFormerBase
+from lavis_xformer.models.base import XFormerBase, take
 from lavis_xformer.models.fusion import CrossAttentionBlock, Init
 
 MODES = ("multimodal", "image", "text")
@@ -110,21 +110,17 @@ class FeatureModel(XFormerBase):
         """
         if mode not in MODES:
             raise UserError(f"mode: no mode '{mode}'; {nearest(mode, MODES)}")
-        if mode != "text" and samples.get("image") is None:
-            raise UserError(f"mode '{mode}' needs samples['image']")
-        if mode != "image" and samples.get("text_input") is None:
-            raise UserError(f"mode '{mode}' needs samples['text_input']")
         if mode == "image":
-            z, _ = self.forward_image(samples["image"])
+            z = self.encode_queries(take(samples, "image"))
             return BlipOutputFeatures(image_embeds=z, image_embeds_proj=F.normalize(self.vision_proj(z), dim=-1))
         most = self.Qformer.config.max_position_embeddings  # LAVIS cuts nothing, and fails on longer texts
         text = self.tokenizer(
-            samples["text_input"], return_tensors="pt", padding=True, truncation=True, max_length=most
+            take(samples, "text_input"), return_tensors="pt", padding=True, truncation=True, max_length=most
         ).to(self.device)
         if mode == "text":
             hidden = self.encode_text(text.input_ids, text.attention_mask)  # (B, T, D)
             return BlipOutputFeatures(text_embeds=hidden, text_embeds_proj=F.normalize(self.text_proj(hidden), dim=-1))
-        tokens = self.encode_image(samples["image"])
+        tokens = self.encode_image(take(samples, "image"))
         zq = self.query_image_and_text(tokens.clip, text.input_ids, text.attention_mask)
         return BlipOutputFeatures(multimodal_embeds=self.fusion.refine(zq, tokens.mae_tokens)[0])
 
@@ -135,9 +131,7 @@ class FeatureModel(XFormerBase):
         (B, Nc + Nm, max(Dc, Dm)), so that LAVIS's retrieval code can store and repeat them.
         """
         tokens = self.encode_image(image)
-        zq = self.query_image(tokens.clip).last_hidden_state  # (B, Q, D)
-        z, _ = self.fusion.refine(zq, tokens.mae_tokens)
-        return z, self._join(tokens.clip, tokens.mae_tokens)
+        return self.refined(tokens), self._join(tokens.clip, tokens.mae_tokens)
 
     def forward_text(self, text_tokens: Any) -> Tensor:
         """Tokenised text (B, T) -> (B, D), the state of its first token."""
@@ -182,10 +176,9 @@ class FeatureModel(XFormerBase):
             repetition_penalty: 1 means none.
         """
         beams = 1 if use_nucleus_sampling else num_beams
-        tokens = self.encode_image(samples["image"])
+        tokens = self.encode_image(take(samples, "image"))
         start = torch.full((len(tokens.clip), 1), self.tokenizer.bos_token_id, device=tokens.clip.device)
-        zq = self.query_image(tokens.clip).last_hidden_state  # (B, Q, D)
-        z = self.fusion.refine(zq, tokens.mae_tokens)[0].repeat_interleave(beams, dim=0)
+        z = self.refined(tokens).repeat_interleave(beams, dim=0)  # (B * beams, Q, D)
         clip = tokens.clip.repeat_interleave(beams, dim=0)
         with self.writing_from(z):
             ids = self.Qformer.generate(

@@ -1,9 +1,8 @@
-"""Freeze a module for good (no gradients, always in eval mode), and the precision that it computes in."""
+"""Freeze a part of a model, and the precision that it computes in."""
 
 from __future__ import annotations
 
 import contextlib
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -14,26 +13,12 @@ Precision = Literal["fp32", "fp16", "bf16"]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def _stay_in_eval_mode(module: nn.Module, mode: bool = True) -> nn.Module:
-    return module
-
-
 def freeze(module: M) -> M:
-    """Stop all gradients to the module's parameters and keep it in eval mode whatever ``train()`` says.
+    """Stop all gradients to the module's parameters, not those through it to its input; return the same module.
 
-    The module keeps its class and the names of its weights, so that checkpoints of other models fit; gradients
-    still pass *through* it to its input.
-
-    Args:
-        module: changed in place.
-
-    Returns:
-        The same module.
+    ``XFormerBase.train`` keeps it in eval mode.
     """
-    module.requires_grad_(False).eval()
-    for child in module.modules():
-        child.train = partial(_stay_in_eval_mode, child)  # type: ignore[method-assign]  # MethodType is not unpickled
-    return module
+    return module.requires_grad_(False).eval()
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -57,6 +42,12 @@ def own_autocast(device: torch.device, dtype: torch.dtype) -> contextlib.Abstrac
     if dtype == torch.float32 and device.type == "cpu":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def compact(tokens: torch.Tensor) -> torch.Tensor:
+    """Under autocast, tokens in its precision: one copy for all layers, each of which would keep one of its own."""
+    device = tokens.device.type
+    return tokens.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tokens
 
 
 def unscaled_half(device: torch.device, dtype: torch.dtype) -> bool:

@@ -14,7 +14,7 @@ from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.models.base import XFormerBase
+from lavis_xformer.models.base import XFormerBase, take
 from lavis_xformer.models.language import LanguageModel
 
 METHODS = ("generate", "rank")  # of answering
@@ -106,9 +106,10 @@ class GenerativeModel(XFormerBase):
             raise UserError(
                 f"num_captions is {num_captions}, num_beams {num_beams}; more beams or use_nucleus_sampling"
             )
+        prefix = self.projection(self.encode_queries(take(samples, "image")))  # (B, Q, L)
         return self.language.generate(
-            self.projection(self.encode_queries(samples["image"])),  # (B, Q, L)
-            one_per_image(samples.get("prompt", self.prompt), len(samples["image"]), name="samples['prompt']"),
+            prefix,
+            one_per_image(samples.get("prompt", self.prompt), len(prefix), name="samples['prompt']"),
             do_sample=use_nucleus_sampling,
             num_beams=1 if use_nucleus_sampling else num_beams,
             max_new_tokens=max_length,
@@ -173,7 +174,7 @@ class GenerativeModel(XFormerBase):
 
     def _ask(self, samples: dict[str, Any], prompt: str | Sequence[str] | None) -> tuple[Tensor, list[str]]:
         """Prefixes (B, Q, L), of no queries where there are no images, and the questions in their prompts."""
-        questions = samples.get("text_input")
+        questions = take(samples, "text_input")
         if "image" in samples:
             prefix = self.projection(self.encode_queries(samples["image"]))  # (B, Q, L)
         else:
@@ -205,7 +206,7 @@ class GenerativeModel(XFormerBase):
         """
         if mode != "image":
             raise UserError(f"mode: stage 2 has no features '{mode}', only 'image'; use xformer_feature_extractor")
-        z = self.encode_queries(samples["image"])
+        z = self.encode_queries(take(samples, "image"))
         return BlipOutputFeatures(image_embeds=z, image_embeds_proj=self.projection(z))
 
 

@@ -320,8 +320,8 @@ class T5Language(LanguageModel):
             logits = self.model(
                 inputs_embeds=embeds,
                 attention_mask=attention,
+                decoder_input_ids=self.model.prepare_decoder_input_ids_from_labels(labels),
                 decoder_attention_mask=said.attention_mask,
-                labels=labels,
                 use_cache=False,
             ).logits  # (B, T, V)
         return logits, labels

@@ -62,10 +62,9 @@ class OwnParts(CheckpointLoading):
         if not dist.is_initialized():  # LAVIS asks for its rank unguarded
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        built = type(
-            cls.__name__, (cls,), {"config": cfg}
-        )  # LAVIS's builders are class methods without a configuration
+        built = type(cls.__name__, (cls,), {"config": cfg})  # LAVIS builds by class methods without a configuration
         model = super(OwnParts, built).from_config(cfg)  # type: ignore[misc]
+        model.__class__ = cls  # one that unpickling finds
         model.visual_encoder.register_forward_pre_hook(partial(_clip_view, size=cfg.image_size))
         model.fusion = NoFusion()
         model.load_report = load_pretrained(model, cfg)

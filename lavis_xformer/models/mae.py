@@ -9,12 +9,13 @@ B: batch, N: patches, Nv: visible patches, Nm = 1 + Nv: tokens with CLS, Dm: wid
 
 from __future__ import annotations
 
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import ViTMAEForPreTraining
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAESelfAttention, get_2d_sincos_pos_embed
 
@@ -52,7 +53,7 @@ class MaskedAutoencoder(nn.Module):
         self.model = freeze(model)
         for module in model.modules():
             if isinstance(module, ViTMAESelfAttention):
-                module.forward = partial(_attend, module)
+                module.__class__ = KernelAttention
         if norm_pix_loss is not None:
             self.model.config.norm_pix_loss = norm_pix_loss
 
@@ -92,8 +93,8 @@ class MaskedAutoencoder(nn.Module):
         return MaeFeatures(tokens=tokens, mask=mask, ids_restore=ids_restore)
 
     def decode(self, tokens: Tensor, ids_restore: Tensor) -> Tensor:
-        """Predict all patches (B, N, P) from M or M' (B, Nm, Dm)."""
-        return self.model.decoder(tokens, ids_restore).logits
+        """Predict all patches (B, N, P) from M or M' (B, Nm, Dm); what is between is computed again on the way back."""
+        return checkpoint(self.model.decoder, tokens, ids_restore, use_reentrant=False).logits
 
     def target(self, pixels: Tensor) -> Tensor:
         """What the decoder should predict for ``pixels`` (B, 3, S, S): (B, N, P)."""
@@ -105,12 +106,15 @@ class MaskedAutoencoder(nn.Module):
         return (patches - mean) / (variance + 1e-6).sqrt()
 
 
-def _attend(self: ViTMAESelfAttention, hidden: Tensor, *unused: object) -> tuple[Tensor]:
-    """Attend by torch's kernel in the place of transformers' own steps, which keep every map: (B, N, D) -> the same."""
-    query, key, value = (
-        self.transpose_for_scores(project(hidden)) for project in (self.query, self.key, self.value)
-    )  # (B, heads, N, D / heads)
-    return (F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2),)
+class KernelAttention(ViTMAESelfAttention):
+    """Attends by torch's kernel in the place of transformers' own steps, which keep every map."""
+
+    def forward(self, hidden: Tensor, *unused: object) -> tuple[Tensor]:
+        """(B, N, D) -> the same."""
+        query, key, value = (
+            self.transpose_for_scores(project(hidden)) for project in (self.query, self.key, self.value)
+        )  # (B, heads, N, D / heads)
+        return (F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2),)
 
 
 class MaeTower(nn.Module):

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
-from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from transformers import ViTMAEConfig
 
 from lavis_xformer.errors import UserError
 
@@ -42,30 +42,28 @@ RENAMES = (
 )
 
 
-def load_meta_mae(path: Path, *, norm_pix_loss: bool | None = None, key: str = "mae_model") -> ViTMAEForPreTraining:
-    """Build ViTMAE from one of Meta's files.
+def from_meta(
+    content: dict[str, Any], path: Path, *, norm_pix_loss: bool | None, key: str
+) -> tuple[ViTMAEConfig, dict[str, Tensor]]:
+    """Configuration and weights for ViTMAE from one of Meta's files.
 
     Args:
-        path: ``mae_pretrain_vit_*_full.pth`` or ``mae_visualize_vit_*.pth``.
+        content: of the file.
+        path: ``mae_pretrain_vit_*_full.pth``, ``mae_visualize_vit_*.pth``, or what Meta's code has trained.
         norm_pix_loss: needed where the file's name doesn't tell its kind.
         key: the configuration key that named it, for messages.
 
     Raises:
-        UserError: the file holds no decoder, isn't MAE's, or doesn't tell whether it predicts normalised pixels.
+        UserError: the file holds no decoder, or doesn't tell whether it predicts normalised pixels.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["model"]
-    except Exception as error:
-        raise UserError(f"model.{key}: '{path}' is no intact MAE file (pickled code is refused): {error}") from error
+    state = content.get("model", content)
     if "decoder_embed.weight" not in state:
         raise UserError(
             f"model.{key}: '{path}' holds MAE's encoder only, and X-Former reconstructs through its decoder; "
             f"download '{path.stem.removesuffix('_full')}_full.pth' or mae_visualize_vit_*.pth instead"
         )
     config = meta_config(state, norm_pix_loss=_predicts_normalised(path, norm_pix_loss, key=key))
-    model = ViTMAEForPreTraining(config)
-    model.load_state_dict(convert_meta_keys(state))
-    return model
+    return config, convert_meta_keys(state)
 
 
 def _predicts_normalised(path: Path, norm_pix_loss: bool | None, *, key: str) -> bool:

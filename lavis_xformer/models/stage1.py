@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lavis_xformer import losses
 from lavis_xformer.distributed import gather, own_rows
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.models.base import Tokens
+from lavis_xformer.models.base import Tokens, take
 from lavis_xformer.models.checkpoints import load_pretrained
 from lavis_xformer.models.features import FeatureModel
 from lavis_xformer.models.parts import build_parts
@@ -97,8 +97,8 @@ class XFormer(FeatureModel):
             Scalars: ``loss``, the weighted sum; ``loss_itc``, ``loss_itm``, ``loss_itg``, ``loss_rec`` (where M' is
             reconstructed); ``itm_accuracy``; in eval mode ``rec_mae``, the frozen MAE's own error beside ``loss_rec``.
         """
-        text = self.tokenize(samples["text_input"])
-        seen, whole = self._encode_for_training(samples["image"], noise)  # C and M, masked and not
+        text = self.tokenize(take(samples, "text_input"))
+        seen, whole = self._encode_for_training(take(samples, "image"), noise)  # C and M, masked and not
 
         zq = self.query_image(whole.clip, use_cache=True)  # Zq (B, Q, D)
         z, aligned = self.fusion.refine(zq.last_hidden_state, whole.mae_tokens)  # Z' and M'

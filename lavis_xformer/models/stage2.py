@@ -19,6 +19,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.models.base import take
 from lavis_xformer.models.checkpoints import load_pretrained
 from lavis_xformer.models.generation import GenerativeModel, ask, one_per_image
 from lavis_xformer.models.language import Dialogue, LanguageModel, OptLanguage, T5Language
@@ -105,8 +106,9 @@ class XFormerStage2(GenerativeModel):
         Raises:
             UserError: texts that don't fit the images, or questions (``question_id``) without answers.
         """
+        image = take(samples, "image")
         texts = self._texts(samples, generator)
-        tokens = self.encode_image(samples["image"])
+        tokens = self.encode_image(image)
         zq = self.query_image(tokens.clip).last_hidden_state  # Zq (B, Q, D)
         z, _ = self.fusion.refine(zq, tokens.mae_tokens)  # Z' (B, Q, D)
         prefix = self.projection(z)  # (B, Q, L)
@@ -114,7 +116,7 @@ class XFormerStage2(GenerativeModel):
             prefix = prefix[texts.images]  # (A, Q, L)
         terms = {"lm": self.language.loss(prefix, texts.dialogues, texts.weights)}
         if self.reconstructs:
-            seen = self.mask_again(tokens, samples["image"], mask_ratio=self.mask_ratio, noise=noise)
+            seen = self.mask_again(tokens, image, mask_ratio=self.mask_ratio, noise=noise)
             terms["rec"] = self.reconstruction_loss(self.fusion.align(seen.mae_tokens, zq), seen)  # of M'
         loss = torch.stack([self.loss_weights[name] * term for name, term in terms.items()]).sum()
         return {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}}
@@ -126,7 +128,7 @@ class XFormerStage2(GenerativeModel):
         if "answer" in samples and "text_output" not in samples:
             return self._answers(samples, generator)
         count = len(samples["image"])
-        texts = one_per_image(samples.get("text_input"), count, name="samples['text_input']")
+        texts = one_per_image(take(samples, "text_input"), count, name="samples['text_input']")
         if "text_output" in samples:
             said = one_per_image(samples["text_output"], count, name="samples['text_output']")
             return Texts([[(text, spaced(text, target))] for text, target in zip(texts, said, strict=True)])
@@ -138,7 +140,7 @@ class XFormerStage2(GenerativeModel):
         return split(self.prompt, caption, generator) if self.prefix_lm and self.training else (self.prompt, caption)
 
     def _answers(self, samples: dict[str, Any], generator: torch.Generator | None) -> Texts:
-        count, questions = len(samples["image"]), samples.get("text_input")
+        count, questions = len(samples["image"]), take(samples, "text_input")
         if not (isinstance(questions, list) and any(isinstance(question, list) for question in questions)):
             questions = one_per_image(questions, count, name="samples['text_input']")
         each = samples.get("n_answers")

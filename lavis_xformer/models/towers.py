@@ -6,6 +6,7 @@ import. What can't be found or doesn't fit is one clear line that names the key 
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import logging
@@ -26,7 +27,7 @@ from transformers import BertConfig, BertTokenizer, ViTMAEConfig, ViTMAEForPreTr
 from lavis_xformer.assets import SCHEME, resolve
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models.mae import MaeTower, MaskedAutoencoder
-from lavis_xformer.models.meta_mae import load_meta_mae
+from lavis_xformer.models.meta_mae import from_meta
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,6 @@ EVA_CLIP_G: dict[str, Any] = {
     "mlp_ratio": 4.3637,
     "qkv_bias": True,
 }
-EVA_CLIP_G_UNUSED = ("norm.", "fc_norm.", "head.", "blocks.39.")  # behind what BLIP-2 reads
 EVA_CLIP_G_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
 EVA_KEYS = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -80,13 +80,12 @@ def build_clip(
     """
     path = resolve(name)
     options: dict[str, Any] = {"drop_path_rate": drop_path_rate, "use_grad_checkpoint": use_grad_checkpoint}
-    unused: tuple[str, ...] = ()
     if _is_mae(path):
         return MaeTower(mae=build_mae(name, image_size=image_size, key="vit_model"))
     if name == "eva_clip_g":
         model = eva_vit(img_size=image_size, **EVA_CLIP_G, **options)
-        state = load_torch_file(weights or download(EVA_CLIP_G_URL, key="vit_weights"), key="vit_weights")
-        unused = EVA_CLIP_G_UNUSED
+        whole = load_torch_file(weights or download(EVA_CLIP_G_URL, key="vit_weights"), key="vit_weights")
+        state = {key: whole[key] for key in model.state_dict().keys() & whole.keys()}  # the last block goes unread
     elif name == "clip_L":
         try:
             return create_clip_vit_L(image_size, use_grad_checkpoint, "fp32")
@@ -104,7 +103,7 @@ def build_clip(
     else:
         raise UserError(f"model.vit_model: no model or folder '{name}'; {nearest(name, VIT_MODELS)}")
     interpolate_pos_embed(model, state)
-    load_checked(model, state, source=f"vit_model '{name}'", may_be_unused=unused)
+    load_checked(model, state, source=f"vit_model '{name}'")
     return model
 
 
@@ -180,8 +179,10 @@ def build_mae(
         UserError: there is no such model, it can't be fetched, it has no decoder, or it wants another size.
     """
     path = resolve(name)
-    if str(path).endswith(".pth"):
-        model = load_meta_mae(_existing(Path(path), key), norm_pix_loss=norm_pix_loss, key=key)
+    if path.suffix == ".pth":
+        config, state = from_meta(load_torch_file(path, key=key), path, norm_pix_loss=norm_pix_loss, key=key)
+        model = ViTMAEForPreTraining(config)
+        load_checked(model, state, source=f"{key} '{name}'")
     else:
         model = _load_hub_mae(str(path), name, key=key)
     if image_size is not None and image_size != model.config.image_size:
@@ -266,21 +267,15 @@ def build_tokenizer(name: str) -> BertTokenizer:
     return tokenizer
 
 
-def load_checked(
-    module: nn.Module,
-    state: dict[str, Tensor],
-    *,
-    source: str,
-    may_be_unused: tuple[str, ...] = (),
-) -> None:
+def load_checked(module: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
     """Load a state dict of which every weight must fit and every weight must be used.
 
     Raises:
-        UserError: a weight is missing, of another shape, or unknown (unless it begins as one of ``may_be_unused``).
+        UserError: a weight is missing, of another shape, or unknown.
     """
     own = module.state_dict()
     missing = sorted(own.keys() - state.keys())
-    unexpected = sorted(key for key in state.keys() - own.keys() if not key.startswith(may_be_unused))
+    unexpected = sorted(state.keys() - own.keys())
     shapes = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
         for key in own.keys() & state.keys()
@@ -291,7 +286,7 @@ def load_checked(
             f"the weights of {source} don't fit: missing {missing[:5]}, unexpected {unexpected[:5]}, "
             f"other shapes {shapes[:5]}"
         )
-    module.load_state_dict({key: state[key] for key in own})
+    module.load_state_dict(state)
     logger.info("loaded %d weights of %s", len(own), source)
 
 
@@ -307,7 +302,8 @@ def load_torch_file(path: str | Path, *, key: str) -> dict[str, Any]:
     """
     file = _existing(Path(path), key)
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options that MAE's code, for one, saves too
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
             f"model.{key}: '{file}' is no intact file of tensors (files with pickled code are refused): "

@@ -1,28 +1,11 @@
 """Rendered scenes with their captions, questions and ground truth: numpy and PIL only."""
 
-from lavis_xformer.data.scenes.qa import (
-    ANSWERS,
-    QUESTION_KINDS,
-    Question,
-    ask,
-    majority_share,
-    questions,
-)
+from lavis_xformer.data.scenes.qa import ANSWERS, QUESTION_KINDS, Question, ask, majority_share, questions
 from lavis_xformer.data.scenes.render import render
-from lavis_xformer.data.scenes.text import (
-    LEVELS,
-    caption,
-    captions,
-    coarse_caption,
-    description,
-    details,
-    fine_caption,
-)
+from lavis_xformer.data.scenes.text import LEVELS, caption, captions, coarse_caption, description, fine_caption
 from lavis_xformer.data.scenes.words import vocabulary
 from lavis_xformer.data.scenes.world import (
     PRESETS,
-    Ground,
-    Preset,
     Scene,
     SceneObject,
     make_scene,
@@ -36,8 +19,6 @@ __all__ = [
     "LEVELS",
     "PRESETS",
     "QUESTION_KINDS",
-    "Ground",
-    "Preset",
     "Question",
     "Scene",
     "SceneObject",
@@ -46,7 +27,6 @@ __all__ = [
     "captions",
     "coarse_caption",
     "description",
-    "details",
     "fine_caption",
     "majority_share",
     "make_scene",

@@ -22,11 +22,11 @@ from lavis_xformer.data.scenes.words import (
     ROWS,
     SHAPES,
     SIZES,
+    named,
     plural,
     with_article,
 )
 from lavis_xformer.data.scenes.world import CELL_BORDERS, Scene, SceneObject, visible_shares
-from lavis_xformer.errors import UserError, nearest
 
 CELL_MARGIN = 0.03
 """How far from the border of a cell an object must be for its place to be asked."""
@@ -45,11 +45,7 @@ class Question:
 
 
 def _count(scene: Scene, rng: Generator) -> Question | None:
-    texts = (
-        "how many objects are there?",
-        "how many objects are in the image?",
-        "what is the number of objects?",
-    )
+    texts = ("how many objects are there?", "how many objects are in the image?", "what is the number of objects?")
     return Question("count", pick(rng, texts), str(len(scene.objects)))
 
 
@@ -99,15 +95,6 @@ def _presence(scene: Scene, rng: Generator) -> Question | None:
     return Question("presence", f"does {with_article(name)} exist in the image?", "yes")
 
 
-def _named(scene: Scene, rng: Generator, among: Sequence[SceneObject]) -> tuple[SceneObject, str] | None:
-    """Choose one of the objects that can be named without doubt, with its name."""
-    named = [(item, item.name) for item in scene.singles() if item in among]
-    largest = scene.largest()
-    if largest in among and largest is not None and len(scene.objects) > 1:
-        named += [(largest, "largest object")] * max(1, len(named))
-    return pick(rng, named) if named else None
-
-
 def _attribute(scene: Scene, rng: Generator) -> Question | None:
     """Colour or shape of the largest object, size of a named one, colour of the only one of its shape."""
     options = []
@@ -130,22 +117,30 @@ def _uncovered(scene: Scene) -> list[SceneObject]:
     return [o for o, share in zip(scene.objects, shares, strict=True) if share >= DETAIL_VISIBLE]
 
 
+def _of_one(
+    scene: Scene, rng: Generator, among: Sequence[SceneObject], put: Callable[[SceneObject, str], Question]
+) -> Question | None:
+    """Ask about one of the objects that can be named without doubt: ``put`` makes the question of it and its name."""
+    asked = [put(item, item.name) for item in scene.singles() if item in among]
+    largest = scene.largest()
+    if largest in among and largest is not None and len(scene.objects) > 1:
+        asked += [put(largest, "largest object")] * max(1, len(asked))
+    return pick(rng, asked) if asked else None
+
+
 def _mark(scene: Scene, rng: Generator) -> Question | None:
     """The fine mark of the largest or of a named object."""
-    chosen = _named(scene, rng, _uncovered(scene))
-    if chosen is None:
-        return None
-    item, name = chosen
-    return Question("mark", f"what mark has the {name}?", item.mark)
+    return _of_one(
+        scene, rng, _uncovered(scene), lambda o, name: Question("mark", f"what mark has the {name}?", o.mark)
+    )
 
 
 def _facing(scene: Scene, rng: Generator) -> Question | None:
     """Which way the largest or a named object faces, where one sees it."""
-    chosen = _named(scene, rng, [item for item in _uncovered(scene) if item.directed])
-    if chosen is None:
-        return None
-    item, name = chosen
-    return Question("facing", f"which way does the {name} face?", item.facing)
+    directed = [item for item in _uncovered(scene) if item.directed]
+    return _of_one(
+        scene, rng, directed, lambda o, name: Question("facing", f"which way does the {name} face?", o.facing)
+    )
 
 
 def _relation(scene: Scene, rng: Generator) -> Question | None:
@@ -168,14 +163,11 @@ def _clearly_placed(item: SceneObject) -> bool:
 
 def _position(scene: Scene, rng: Generator) -> Question | None:
     """In which of nine cells the largest or a named object lies."""
-    chosen = _named(scene, rng, [item for item in scene.objects if _clearly_placed(item)])
-    if chosen is None:
-        return None
-    item, name = chosen
-    return Question("position", f"where is the {name}?", item.cell)
+    placed = [item for item in scene.objects if _clearly_placed(item)]
+    return _of_one(scene, rng, placed, lambda o, name: Question("position", f"where is the {name}?", o.cell))
 
 
-_ASK: dict[str, Callable[[Scene, Generator], Question | None]] = {
+KINDS: dict[str, Callable[[Scene, Generator], Question | None]] = {
     "count": _count,
     "count_group": _count_group,
     "presence": _presence,
@@ -185,7 +177,7 @@ _ASK: dict[str, Callable[[Scene, Generator], Question | None]] = {
     "relation": _relation,
     "position": _position,
 }
-QUESTION_KINDS = tuple(_ASK)
+QUESTION_KINDS = tuple(KINDS)
 
 
 ANSWERS = sorted(
@@ -196,24 +188,13 @@ ANSWERS = sorted(
 """Every answer there is."""
 
 
-def find_kind(name: str) -> Callable[[Scene, Generator], Question | None]:
-    """Return the function that asks questions of a kind.
-
-    Raises:
-        UserError: there is no such kind.
-    """
-    if name not in _ASK:
-        raise UserError(f"no question kind named {name!r}: {nearest(name, _ASK)}")
-    return _ASK[name]
-
-
 def ask(scene: Scene, rng: Generator, kind: str) -> Question | None:
     """Ask one question of a kind; None where the scene allows none.
 
     Raises:
         UserError: there is no such kind.
     """
-    return find_kind(kind)(scene, rng)
+    return named(KINDS, kind, "question kind")(scene, rng)
 
 
 def questions(

@@ -12,7 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from lavis_xformer.data.scenes.qa import QUESTION_KINDS, majority_share, questions
 from lavis_xformer.data.scenes.render import render
 from lavis_xformer.data.scenes.text import LEVELS, captions
-from lavis_xformer.data.scenes.world import PRESETS, Scene, find_preset, make_scene, scene_rng
+from lavis_xformer.data.scenes.words import named
+from lavis_xformer.data.scenes.world import PRESETS, Scene, make_scene, scene_rng
 from lavis_xformer.errors import UserError
 
 INK, SOFT, ANSWER, PAPER, CARD = "#20242c", "#727987", "#0a7050", "#e9ebef", "#ffffff"
@@ -84,9 +85,11 @@ def contact_sheet(preset: str, seed: int, path: str | Path, split: str = "train"
         split: whose scenes.
 
     Raises:
-        UserError: there is no such preset, or ``path`` can't be written.
+        UserError: there is no such preset, the seed is negative, or ``path`` can't be written.
     """
-    find_preset(preset)
+    if seed < 0:
+        raise UserError(f"--seed {seed}: it must be at least 0")
+    named(PRESETS, preset, "scene preset")
     levels = list(LEVELS)
     cards = [
         _card(make_scene(seed, split, index, preset), levels[index % len(levels)]) for index in range(COLUMNS * ROWS)

@@ -24,12 +24,9 @@ FINE = 4  # supersampling factor per side
 class Sprite(NamedTuple):
     """Layers of one object, each (D, D) in [0, 1]."""
 
-    alpha: Floats
-    """How much of the pixel the object covers."""
-    ink: Floats
-    """How much of the covered part carries the mark."""
-    edge: Floats
-    """How much of the covered part is outline."""
+    alpha: Floats  # how much of the pixel the object covers
+    ink: Floats  # how much of the covered part carries the mark
+    edge: Floats  # how much of the covered part is outline
 
 
 def _arc(start: float, stop: float, radius: float, centre: float = 0.0) -> NDArray[np.float64]:

@@ -9,9 +9,8 @@ from typing import TypeVar
 
 from numpy.random import Generator
 
-from lavis_xformer.data.scenes.words import COLOURS, SHAPES, counted, listed, plural, with_article
+from lavis_xformer.data.scenes.words import COLOURS, SHAPES, counted, listed, named, plural, with_article
 from lavis_xformer.data.scenes.world import Scene, SceneObject, relations, scene_rng
-from lavis_xformer.errors import UserError, nearest
 
 Item = TypeVar("Item")
 
@@ -108,24 +107,13 @@ LEVELS: dict[str, Callable[[Scene, Generator], str]] = {
 }
 
 
-def find_level(name: str) -> Callable[[Scene, Generator], str]:
-    """Return the caption function of a level.
-
-    Raises:
-        UserError: there is no such level.
-    """
-    if name not in LEVELS:
-        raise UserError(f"no caption level named {name!r}: {nearest(name, LEVELS)}")
-    return LEVELS[name]
-
-
 def captions(scene: Scene, level: str, n: int) -> list[str]:
     """Write ``n`` captions of a level; the same scene gives the same captions, the first being the same for any n.
 
     Raises:
         UserError: there is no such level.
     """
-    write = find_level(level)
+    write = named(LEVELS, level, "caption level")
     rng = scene_rng(scene.seed, scene.split, scene.index, 1)
     return [write(scene, rng) for _ in range(n)]
 

@@ -25,8 +25,8 @@ from lavis_xformer.data.scenes.words import (
     ROWS,
     SHAPES,
     SIZES,
+    named,
 )
-from lavis_xformer.errors import UserError, nearest
 
 RGB = tuple[int, int, int]
 
@@ -43,24 +43,15 @@ _REFERENCE = 64  # side of the grid on which visibility is measured
 class Preset:
     """Difficulty of a world, in numbers."""
 
-    objects: tuple[int, int] = (1, 9)
-    """Fewest and most objects; every number is equally likely."""
-    kinds: int = 4
-    """Most different (colour, shape) pairs in one scene."""
-    overlap: float = 0.25
-    """How much of the sum of two radii two objects may share."""
-    visible: float = 0.7
-    """Least share of every object that no later object covers."""
-    marked: float = 0.8
-    """Share of objects that carry a mark."""
-    contrast: float = 0.75
-    """How far the ink of a mark is from its object's colour, 0 to 1."""
-    jitter: float = 14.0
-    """How far an object's colour strays from its name's, in grey levels."""
-    noise: float = 5.0
-    """Standard deviation of the pixel noise, in grey levels."""
-    clutter: int = 12
-    """Most grey strokes scattered on the ground."""
+    objects: tuple[int, int] = (1, 9)  # fewest and most objects; every number is equally likely
+    kinds: int = 4  # most different (colour, shape) pairs in one scene
+    overlap: float = 0.25  # how much of the sum of two radii two objects may share
+    visible: float = 0.7  # least share of every object that no later object covers
+    marked: float = 0.8  # share of objects that carry a mark
+    contrast: float = 0.75  # how far the ink of a mark is from its object's colour, 0 to 1
+    jitter: float = 14.0  # how far an object's colour strays from its name's, in grey levels
+    noise: float = 5.0  # standard deviation of the pixel noise, in grey levels
+    clutter: int = 12  # most grey strokes scattered on the ground
     grounds: tuple[str, ...] = GROUNDS
 
 
@@ -86,8 +77,7 @@ class SceneObject:
     x: float
     y: float
     diameter: float
-    tilt: int
-    """Small turn away from its facing, in degrees."""
+    tilt: int  # small turn away from its facing, in degrees
     rgb: RGB
     ink: RGB
 
@@ -131,14 +121,12 @@ class Ground:
     name: str
     light: RGB
     dark: RGB
-    angle: float
-    """Direction of the pattern, in radians."""
+    angle: float  # direction of the pattern, in radians
     period: float
     phase: float
     noise: float
     clutter: int
-    grain: int
-    """Seed of everything on the ground that has no name."""
+    grain: int  # seed of everything on the ground that has no name
 
 
 @dataclass(frozen=True)
@@ -152,19 +140,13 @@ class Scene:
     index: int
     preset: str
 
-    def find(
-        self, *, shape: str | None = None, colour: str | None = None, mark: str | None = None
-    ) -> list[SceneObject]:
+    def find(self, *, shape: str | None = None, colour: str | None = None) -> list[SceneObject]:
         """All objects with the given attributes."""
-        return [
-            o
-            for o in self.objects
-            if shape in (None, o.shape) and colour in (None, o.colour) and mark in (None, o.mark)
-        ]
+        return [o for o in self.objects if shape in (None, o.shape) and colour in (None, o.colour)]
 
-    def count(self, *, shape: str | None = None, colour: str | None = None, mark: str | None = None) -> int:
+    def count(self, *, shape: str | None = None, colour: str | None = None) -> int:
         """How many objects have the given attributes."""
-        return len(self.find(shape=shape, colour=colour, mark=mark))
+        return len(self.find(shape=shape, colour=colour))
 
     def groups(self) -> Counter[tuple[str, str]]:
         """How many objects there are of each (colour, shape)."""
@@ -210,17 +192,6 @@ def scene_rng(seed: int, split: str, index: int, *purpose: int) -> Generator:
     return np.random.default_rng([seed, zlib.crc32(split.encode()), index, *purpose])
 
 
-def find_preset(name: str) -> Preset:
-    """Return a preset by name.
-
-    Raises:
-        UserError: there is no such preset.
-    """
-    if name not in PRESETS:
-        raise UserError(f"no scene preset named {name!r}: {nearest(name, PRESETS)}")
-    return PRESETS[name]
-
-
 def make_scene(seed: int, split: str, index: int, preset: str = "standard") -> Scene:
     """Draw a scene.
 
@@ -236,7 +207,7 @@ def make_scene(seed: int, split: str, index: int, preset: str = "standard") -> S
     Raises:
         UserError: there is no such preset.
     """
-    rules = find_preset(preset)
+    rules = named(PRESETS, preset, "scene preset")
     rng = scene_rng(seed, split, index)
     number = int(rng.integers(rules.objects[0], rules.objects[1] + 1))
     looks = [_look(rng, kind, rules) for kind in _kinds(rng, number, rules)]
@@ -307,12 +278,9 @@ def _arrange(rng: Generator, looks: Sequence[_Look], rules: Preset) -> tuple[Sce
     if centres is None:
         return None
     return tuple(
-        SceneObject(
-            shape=look.shape, colour=look.colour, size=size, mark=look.mark, facing=look.facing,
-            x=float(x), y=float(y), diameter=float(diameter), tilt=look.tilt, rgb=look.rgb, ink=look.ink,
-        )
+        SceneObject(**vars(look), size=size, x=float(x), y=float(y), diameter=float(diameter))
         for look, size, diameter, (x, y) in zip(looks, sizes, diameters, centres, strict=True)
-    )  # fmt: skip
+    )
 
 
 def _places(
