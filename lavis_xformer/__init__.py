@@ -22,13 +22,13 @@ _REGISTERING = (
     "lavis.runners",
     "lavis_xformer.models.registry",
     "lavis_xformer.data.registry",
-    "lavis_xformer.tasks",
-    "lavis_xformer.stage2_task",
-    "lavis_xformer.benchmark_task",
-    "lavis_xformer.vqa_tasks",
-    "lavis_xformer.caption_tasks",
-    "lavis_xformer.schedules",
-    "lavis_xformer.runner",
+    "lavis_xformer.tasks.stage1",
+    "lavis_xformer.tasks.stage2",
+    "lavis_xformer.tasks.benchmark",
+    "lavis_xformer.tasks.vqa",
+    "lavis_xformer.tasks.captions",
+    "lavis_xformer.runners.schedules",
+    "lavis_xformer.runners.xformer",
 )
 
 
@@ -76,7 +76,7 @@ def load_model_and_preprocess(
     register()
     from lavis.models import load_model_and_preprocess as load
 
-    from lavis_xformer.config import choose_model_type
+    from lavis_xformer.config.load import choose_model_type
 
     return load(name, choose_model_type(name, model_type), is_eval=is_eval, device=device)
 

@@ -28,8 +28,8 @@ COMMANDS = {
     "export": ("lavis_xformer.export", "write a checkpoint as a folder of safetensors, settings and a card"),
     "build-mini": ("lavis_xformer.mini.build", "train the mini encoders and language model from scratch"),
     "compare": ("lavis_xformer.compare.run", "train and evaluate variants alike, and say how they differ"),
-    "attend": ("lavis_xformer.attend", "draw where a model looks in an image, and what speaks for a text"),
-    "diagnose": ("lavis_xformer.diagnose", "say whether a trained model uses M, where, and what teaches it to"),
+    "attend": ("lavis_xformer.analysis.attend", "draw where a model looks in an image, and what speaks for a text"),
+    "diagnose": ("lavis_xformer.analysis.diagnose", "say whether a model uses M, where, and what teaches it to"),
     "probe": ("lavis_xformer.mini.probe", "measure what the mini encoders' tokens tell about scenes"),
 }
 

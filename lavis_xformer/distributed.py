@@ -58,9 +58,9 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         """Join (B, ...) to (W * B, ...)."""
         tensor = tensor.contiguous()
-        parts = [torch.empty_like(tensor) for _ in range(world_size())]
-        dist.all_gather(parts, tensor)
-        return torch.cat(parts)
+        joined = tensor.new_empty(world_size() * len(tensor), *tensor.shape[1:])
+        dist.all_gather_into_tensor(joined, tensor)
+        return joined
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

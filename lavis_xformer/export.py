@@ -106,7 +106,7 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
     """Sections ``model`` and ``preprocess``, with the checkpoint to load, and what it says of its training."""
     from omegaconf import OmegaConf
 
-    from lavis_xformer.config import choose_model_type, find
+    from lavis_xformer.config.load import choose_model_type, find
     from lavis_xformer.models.checkpoints import is_blip2, read_checkpoint
     from lavis_xformer.models.towers import load_torch_file
 

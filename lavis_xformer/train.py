@@ -35,7 +35,7 @@ def read_config(argv: Sequence[str], doc: str | None) -> Any:
     from lavis_xformer import register
 
     register()
-    from lavis_xformer.config import load_config
+    from lavis_xformer.config.load import load_config
 
     return load_config(args.cfg_path, args.options)
 

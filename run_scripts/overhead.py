@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import lavis_xformer
-from lavis_xformer.config import load_config
+from lavis_xformer.config.load import load_config
 from lavis_xformer.engine.log import Averages
 from lavis_xformer.engine.loop import EpochLoop, Position
 from lavis_xformer.engine.options import RunOptions

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lavis_xformer.answers import read_choice, read_count, read_gvt_presence, read_presence
 from lavis_xformer.errors import UserError
+from lavis_xformer.tasks.answers import read_choice, read_count, read_gvt_presence, read_presence
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lavis_xformer import attend, cli
+from lavis_xformer import cli
+from lavis_xformer.analysis import attend
 from lavis_xformer.errors import UserError
 from lavis_xformer.models.attention_maps import attention_maps, recording
 from lavis_xformer.models.checkpoints import train_only

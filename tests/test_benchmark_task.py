@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lavis_xformer import benchmark_task
-from lavis_xformer.benchmark_task import BenchmarkTask, fingerprint, items
 from lavis_xformer.errors import UserError
-from lavis_xformer.protocols import PROTOCOLS
+from lavis_xformer.tasks import benchmark
+from lavis_xformer.tasks.benchmark import BenchmarkTask, fingerprint, items
+from lavis_xformer.tasks.protocols import PROTOCOLS
 
 
 class Questions:
@@ -107,7 +107,7 @@ def test_a_scorer_that_cannot_read_the_answers_is_refused_before_anything_is_ask
 def test_an_unanswered_question_is_wrong() -> None:
     assert [item.answer for item in items(SCENES, {1: "yes"})] == ["", "yes", "", ""]
     with pytest.raises(UserError, match="no questions"):
-        benchmark_task.score([], "strict")
+        benchmark.score([], "strict")
 
 
 def test_answers_are_kept_where_they_cannot_be_scored(tmp_path: Path) -> None:

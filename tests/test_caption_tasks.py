@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from pycocoevalcap.cider.cider import Cider
 
 import lavis_xformer
-from lavis_xformer.caption_tasks import XFormerCaptionTask, XFormerRetrievalTask
 from lavis_xformer.errors import UserError
+from lavis_xformer.tasks.captions import XFormerCaptionTask, XFormerRetrievalTask
 
 
 @pytest.fixture(autouse=True)

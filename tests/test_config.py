@@ -44,7 +44,7 @@ def _registered():
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Load YAML, or another text, with options, in a folder with one photo folder and one annotation file."""
-    from lavis_xformer.config import load_config
+    from lavis_xformer.config.load import load_config
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lavis_xformer import diagnose
+from lavis_xformer.analysis import diagnose
 from lavis_xformer.models.checkpoints import train_only
 
 

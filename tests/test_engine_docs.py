@@ -9,7 +9,7 @@ from pathlib import Path
 from lavis.common.registry import registry
 
 import lavis_xformer
-from lavis_xformer.config_keys import LAVIS_KEYS, RUN_KEYS
+from lavis_xformer.config.keys import LAVIS_KEYS, RUN_KEYS
 from lavis_xformer.engine.options import RunOptions
 
 PAGE = Path(__file__).parents[1] / "docs" / "engine.md"

@@ -82,7 +82,7 @@ def test_a_folder_gives_the_model_back_bit_for_bit(
 
 
 def test_a_run_whose_type_is_a_folder_loads_its_weights(trained: XFormerOPT, checkpoint: Path, tmp_path: Path) -> None:
-    from lavis_xformer.config import load_config
+    from lavis_xformer.config.load import load_config
 
     lavis_xformer.register()
     folder = export(checkpoint, tmp_path / "out")

@@ -15,7 +15,7 @@ import lavis_xformer
 
 PACKAGE = Path(lavis_xformer.__file__).parent
 HEAVY = ("lavis.*", "torch.*", "transformers.*", "numpy.*")
-ROOMS = ("models", "data", "tasks", "runner", "engine", "analysis", "mini", "cli", "train", "evaluate", "config")
+ROOMS = ("models", "data", "tasks", "runners", "engine", "analysis", "mini", "cli", "train", "evaluate", "config")
 
 DATA_BUT_GUARD = [f"data.{path.stem}" for path in PACKAGE.joinpath("data").glob("[a-z]*") if path.stem != "guard"]
 
@@ -27,30 +27,31 @@ def rooms(*names: str) -> tuple[str, ...]:
 #: (modules, what they may not import): names are matched as patterns, with ".*" for a module and all below it
 RULES = [
     # 1. parts that know neither LAVIS nor a configuration
-    (("losses", "distributed", "images", "metrics"), ("lavis.*", "transformers.*", "omegaconf.*", *rooms(*ROOMS))),
+    (("losses", "distributed", "images"), ("lavis.*", "transformers.*", "omegaconf.*", *rooms(*ROOMS))),
+    (("tasks.metrics", "tasks.answers"), ("lavis.*", "transformers.*", "omegaconf.*")),
     (("models.fusion", "models.frozen"), ("lavis.*", "transformers.*", "omegaconf.*")),
     (("models.mae", "models.meta_mae"), ("lavis.*", "omegaconf.*")),
     # 2. models: no data, no training; the stages know nothing of each other, LAVIS's Q-Former has one door
-    (("models.*",), rooms("data", "tasks", "runner", "engine", "analysis", "cli", "train", "config")),
+    (("models.*",), rooms("data", "tasks", "runners", "engine", "analysis", "cli", "train", "config")),
     (("models.stage1*",), rooms("models.stage2")),
     (("models.stage2*",), rooms("models.stage1")),
     (("models.stage*", "models.features", "models.checkpoints"), ("lavis.models.blip2_models.Qformer.*",)),
     (("models.stage*", "models.generation", "models.base"), ("lavis.models.blip2_models.modeling_*",)),
     # 3. data knows no model; scenes know neither LAVIS nor torch
-    (("data.*",), (*rooms("models", "tasks", "runner", "engine", "analysis", "cli", "train"), "lavis.models.*")),
+    (("data.*",), (*rooms("models", "tasks", "runners", "engine", "analysis", "cli", "train"), "lavis.models.*")),
     (("data.scenes.*",), ("lavis.*", "torch.*", "torchvision.*")),
     # 4. tasks and runner reach a model through the registry and its methods; data has one door, the guard
     (
-        ("tasks", "*_tasks", "*_task", "protocols", "runner", "schedules", "engine.*"),
+        ("tasks.*", "runners.xformer", "runners.schedules", "engine.*"),
         (*rooms("models", "data", "mini"), "lavis.models.*"),
     ),
     (
-        ("portable_runner",),
+        ("runners.portable",),
         (*rooms("models", "mini", *DATA_BUT_GUARD), "lavis.models.*"),
     ),
-    # 5. analysis reads files, and so does compare, whose runs are processes of their own
-    (("compare.*",), (*rooms("models", "data", "tasks", "runner", "engine", "config"), "lavis.*")),
-    (("analysis.*",), (*rooms("models", "data", "tasks", "runner", "engine", "config"), "lavis.*")),
+    # 5. a report is made of files, and so is a comparison, whose runs are processes of their own
+    (("compare.*",), (*rooms("models", "data", "tasks", "runners", "engine", "config"), "lavis.*")),
+    (("analysis.report",), (*rooms("models", "data", "tasks", "runners", "engine", "config"), "lavis.*")),
 ]
 
 

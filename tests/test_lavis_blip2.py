@@ -46,7 +46,7 @@ def build(cell: Any) -> Any:
     """The model of a cell, as its run would build it."""
     from lavis.common.registry import registry
 
-    from lavis_xformer.config import load_config
+    from lavis_xformer.config.load import load_config
 
     options = [f"{key}={value}" for key, value in cell.options.items() if key.startswith("model.")]
     cfg = load_config(cell.stage.config, [o for o in options if "pretrained" not in o]).model_cfg

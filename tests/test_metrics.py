@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lavis_xformer import metrics
+from lavis_xformer.tasks import metrics
 
 
 def naive(similarity, owners):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lavis_xformer.schedules import WarmupCosineLR
+from lavis_xformer.runners.schedules import WarmupCosineLR
 
 
 def make(**arguments):

@@ -8,9 +8,9 @@ import math
 import numpy as np
 import pytest
 
-from lavis_xformer.bootstrap import paired_bootstrap
+from lavis_xformer.compare.bootstrap import paired_bootstrap
 from lavis_xformer.errors import UserError
-from lavis_xformer.scoring import (
+from lavis_xformer.tasks.scoring import (
     score_counts,
     score_exact,
     score_pairs,

@@ -14,7 +14,8 @@ from lavis_xformer.data.guard import guard, guards_in
 from lavis_xformer.data.image_text_datasets import QuestionEvalDataset
 from lavis_xformer.engine.sampling import Mixture
 from lavis_xformer.errors import UserError
-from lavis_xformer.stage2_task import (
+from lavis_xformer.tasks.base import NamedLossTask
+from lavis_xformer.tasks.stage2 import (
     CAPTION,
     CaptionsAndQuestions,
     Said,
@@ -25,7 +26,6 @@ from lavis_xformer.stage2_task import (
     score_captions,
     word_f1,
 )
-from lavis_xformer.tasks import NamedLossTask
 
 
 class Rows(Dataset[Any]):

@@ -14,7 +14,7 @@ from lavis.tasks.vqa import GQATask, VQATask
 from omegaconf import OmegaConf
 
 from lavis_xformer.errors import UserError
-from lavis_xformer.vqa_tasks import XFormerGQATask, XFormerVQATask, vqa_majority
+from lavis_xformer.tasks.vqa import XFormerGQATask, XFormerVQATask, vqa_majority
 
 
 class Model:

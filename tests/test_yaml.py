@@ -25,7 +25,7 @@ def registered() -> None:
 
 @pytest.mark.parametrize("path", PROJECTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_project_passes_the_checks_of_a_run(path: Path, tmp_path: Path) -> None:
-    from lavis_xformer.config import load_config
+    from lavis_xformer.config.load import load_config
 
     raw = OmegaConf.load(path)
     cfg = load_config(str(path), [f"run.output_dir={tmp_path}", *own_files(raw), *lavis_files(raw, tmp_path)])
@@ -36,7 +36,7 @@ def test_every_project_passes_the_checks_of_a_run(path: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
 def test_every_run_of_a_comparison_passes_the_checks_of_a_run(path: Path, tmp_path: Path) -> None:
     from lavis_xformer.compare.plan import read_plan
-    from lavis_xformer.config import load_config
+    from lavis_xformer.config.load import load_config
 
     plan = read_plan(str(path))
     for cell in plan.cells(seeds=plan.seeds[:1]):

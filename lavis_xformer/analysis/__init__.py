@@ -1,1 +1,1 @@
-"""Figures and reports drawn from the files that a run leaves; nothing here imports a model."""
+"""What can be seen of a run: its curves (report), where its model looks (attend), whether it uses M (diagnose)."""

@@ -29,7 +29,7 @@ from lavis_xformer.versions import versions_of
 
 PACKAGE = Path(assets.__file__).parent
 #: what compares, reports, checks and builds, but takes no part in a run
-APART = frozenset({"analysis", "attend", "compare", "mini", "cli", "diagnose", "doctor", "export"})
+APART = frozenset({"analysis", "compare", "mini", "cli", "doctor", "export"})
 LIBRARIES = ("salesforce-lavis", "torch", "torchvision", "transformers", "timm", "numpy", "pillow")
 SOFTWARE = ("code", "python", *LIBRARIES)
 PLACES = ("run.output_dir", "run.job_id", "run.resume")  # where a run lies, not what it computes

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from lavis_xformer.bootstrap import paired_bootstrap
+from lavis_xformer.compare.bootstrap import paired_bootstrap
 from lavis_xformer.compare.plan import Cell, Plan
 from lavis_xformer.files import read_json
 

@@ -3,7 +3,7 @@
 GVT-bench (github.com/TencentARC/GVT, arXiv 2305.12223): ``gvt_coco_oc``, ``gvt_coco_mci``, ``gvt_vcr_oc``,
 ``gvt_vcr_mci``; POPE (arXiv 2305.10355): ``pope``; MMVP (arXiv 2401.06209): ``mmvp``. Question files and images
 are the user's: paths stand in the YAML, nothing is downloaded. Two files of GVT-bench are called coco_oc.json,
-with different questions, so every dataset tells the sha256 of its files. Scores: :mod:`lavis_xformer.scoring`.
+with different questions, so every dataset tells the sha256 of its files. Scores: :mod:`lavis_xformer.tasks.scoring`.
 """
 
 from __future__ import annotations

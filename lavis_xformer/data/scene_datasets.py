@@ -150,7 +150,7 @@ class SceneBuilder(BaseDatasetBuilder):
             UserError: a key of the configuration is unknown, missing or wrong.
         """
         self.build_processors()
-        parts = {name: part for name, part in self.config.splits.items() if part is not None}
+        parts = {name: part for name, part in (self.config.splits or {}).items() if part is not None}
         for name in parts:
             if name not in SPLITS:
                 raise UserError(f"splits: no split named {name!r}: {nearest(name, SPLITS)}")

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lavis_xformer.errors import UserError
-from lavis_xformer.models.base import XFormerBase, take
+from lavis_xformer.models.base import XFormerBase
 from lavis_xformer.models.features import FeatureModel
 from lavis_xformer.models.fusion import Attention, Concat
+from lavis_xformer.models.samples import take
 
 
 def attention_maps(model: XFormerBase, samples: dict[str, Any], *, layer: int = -1) -> dict[str, Tensor]:
@@ -62,20 +63,20 @@ def recording(model: XFormerBase) -> Iterator[dict[str, Tensor]]:
     """Keep the maps (B, heads, L, S) of the first pass through each cross-attention within, with their graph."""
     found: dict[str, Tensor] = {}
 
-    def ours(name: str, module: Attention, inputs: tuple[Tensor, Tensor], output: Tensor) -> Tensor:
+    def _ours(name: str, module: Attention, inputs: tuple[Tensor, Tensor], output: Tensor) -> Tensor:
         attended, weights = module.with_map(*inputs)
         found.setdefault(name, weights)
         return attended  # in place of the output, so that it depends on the map
 
-    def the_qformers(name: str, module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
+    def _the_qformers(name: str, module: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> None:
         found.setdefault(name, output[1])
 
     hooks = []
     for name, module in model.named_modules():
         if name.startswith("fusion.") and name.endswith(".cross_attention"):
-            hooks.append(module.register_forward_hook(partial(ours, name)))
+            hooks.append(module.register_forward_hook(partial(_ours, name)))
         elif name.startswith("Qformer.") and name.endswith(".crossattention.self"):
-            hooks.append(module.register_forward_hook(partial(the_qformers, name)))
+            hooks.append(module.register_forward_hook(partial(_the_qformers, name)))
     config = model.Qformer.bert.config
     before, config.output_attentions = config.output_attentions, True
     try:

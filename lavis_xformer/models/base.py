@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -338,20 +338,6 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         if not model.load_report.loaded:
             logger.warning("%s: no weights are known for this type; load a checkpoint, or train it", model_type)
         return model
-
-
-def take(samples: Any, key: str) -> Any:
-    """What the samples hold under a key.
-
-    Raises:
-        UserError: they are no dict, or don't hold it.
-    """
-    if not isinstance(samples, Mapping):
-        raise UserError(f"samples is a {type(samples).__name__}; give a dict such as {{'image': images}}")
-    if samples.get(key) is None:
-        there = [name for name, value in samples.items() if value is not None]
-        raise UserError(f"samples['{key}'] is missing; there are {there}")
-    return samples[key]
 
 
 def _ones(tokens: Tensor) -> Tensor:

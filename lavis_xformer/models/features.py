@@ -17,8 +17,9 @@ from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.models.base import XFormerBase, take
+from lavis_xformer.models.base import XFormerBase
 from lavis_xformer.models.fusion import CrossAttentionBlock, Init
+from lavis_xformer.models.samples import take
 
 MODES = ("multimodal", "image", "text")
 ITG_SOURCES = ("qformer", "xformer")

@@ -177,7 +177,7 @@ class DualCrossAttention(Fusion):
         """
         super().__init__()
 
-        def blocks(context_width: int, block_init: Init) -> nn.ModuleList:
+        def _blocks(context_width: int, block_init: Init) -> nn.ModuleList:
             return nn.ModuleList(
                 CrossAttentionBlock(
                     width=query_width,
@@ -191,9 +191,9 @@ class DualCrossAttention(Fusion):
             )
 
         self.mae_in = nn.Linear(mae_width, query_width)
-        self.align_blocks = blocks(query_width, "normal")
+        self.align_blocks = _blocks(query_width, "normal")
         self.mae_out = nn.Linear(query_width, mae_width)
-        self.enrich_blocks = blocks(mae_width, init)
+        self.enrich_blocks = _blocks(mae_width, init)
         _initialise(self.mae_in, std=std)
         _initialise(self.mae_out, std=std)
         if init == "identity":

@@ -14,8 +14,9 @@ from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.models.base import XFormerBase, take
+from lavis_xformer.models.base import XFormerBase
 from lavis_xformer.models.language import LanguageModel
+from lavis_xformer.models.samples import one_per_image, take
 
 METHODS = ("generate", "rank")  # of answering
 SPACY_MODEL = "en_core_web_sm"
@@ -103,9 +104,7 @@ class GenerativeModel(XFormerBase):
             UserError: prompts that don't fit the images, or more captions than beams.
         """
         if not use_nucleus_sampling and num_captions > num_beams:
-            raise UserError(
-                f"num_captions is {num_captions}, num_beams {num_beams}; more beams or use_nucleus_sampling"
-            )
+            raise UserError(f"num_captions is {num_captions}, num_beams {num_beams}; take more beams, or sample")
         prefix = self.projection(self.encode_queries(take(samples, "image")))  # (B, Q, L)
         return self.language.generate(
             prefix,
@@ -208,22 +207,6 @@ class GenerativeModel(XFormerBase):
             raise UserError(f"mode: stage 2 has no features '{mode}', only 'image'; use xformer_feature_extractor")
         z = self.encode_queries(take(samples, "image"))
         return BlipOutputFeatures(image_embeds=z, image_embeds_proj=self.projection(z))
-
-
-def one_per_image(text: Any, count: int, *, name: str) -> list[str]:
-    """One string for all images, or one for each -> a list of ``count`` strings.
-
-    Raises:
-        UserError: something else; ``name`` says what it is.
-    """
-    texts = [text] * count if isinstance(text, str) else text
-    if not isinstance(texts, list | tuple) or not all(isinstance(entry, str) for entry in texts):
-        raise UserError(f"{name} must be a string or a list of strings, not {text!r:.80}")
-    if not texts:
-        raise UserError(f"{name} is empty; give one string, or one for each of the {count} images")
-    if len(texts) != count:
-        raise UserError(f"{name} has {len(texts)} strings for {count} images; give one, or one for each image")
-    return list(texts)
 
 
 def ask(template: str, question: str) -> str:

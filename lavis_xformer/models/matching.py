@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lavis.common.registry import registry
 
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.models.base import take
+from lavis_xformer.models.samples import take
 from lavis_xformer.models.stage1 import XFormer
 
 MATCH_HEADS = ("itm", "itc")

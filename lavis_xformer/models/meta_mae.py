@@ -85,12 +85,12 @@ def meta_config(state: dict[str, Tensor], *, norm_pix_loss: bool) -> ViTMAEConfi
     decoder_width = state["decoder_embed.weight"].shape[0]
     grid = int((state["pos_embed"].shape[1] - 1) ** 0.5)
 
-    def depth(prefix: str) -> int:
+    def _depth(prefix: str) -> int:
         return 1 + max(int(k.split(".")[1]) for k in state if k.startswith(f"{prefix}."))
 
     return ViTMAEConfig(
         hidden_size=width,
-        num_hidden_layers=depth("blocks"),
+        num_hidden_layers=_depth("blocks"),
         num_attention_heads=width // HEAD_WIDTH.get(width, 64),
         intermediate_size=state["blocks.0.mlp.fc1.weight"].shape[0],
         layer_norm_eps=1e-6,
@@ -98,7 +98,7 @@ def meta_config(state: dict[str, Tensor], *, norm_pix_loss: bool) -> ViTMAEConfi
         patch_size=patch,
         num_channels=channels,
         decoder_hidden_size=decoder_width,
-        decoder_num_hidden_layers=depth("decoder_blocks"),
+        decoder_num_hidden_layers=_depth("decoder_blocks"),
         decoder_num_attention_heads=decoder_width // HEAD_WIDTH.get(decoder_width, 32),
         decoder_intermediate_size=state["decoder_blocks.0.mlp.fc1.weight"].shape[0],
         norm_pix_loss=norm_pix_loss,

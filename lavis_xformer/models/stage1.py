@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from lavis_xformer import losses
 from lavis_xformer.distributed import gather, own_rows
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.models.base import Tokens, take
+from lavis_xformer.models.base import Tokens
 from lavis_xformer.models.checkpoints import load_pretrained
 from lavis_xformer.models.features import FeatureModel
 from lavis_xformer.models.parts import build_parts
+from lavis_xformer.models.samples import take
 
 LOSSES = ("itc", "itm", "itg", "rec")
 

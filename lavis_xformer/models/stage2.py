@@ -19,11 +19,11 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.models.base import take
 from lavis_xformer.models.checkpoints import load_pretrained
-from lavis_xformer.models.generation import GenerativeModel, ask, one_per_image
+from lavis_xformer.models.generation import GenerativeModel, ask
 from lavis_xformer.models.language import Dialogue, LanguageModel, OptLanguage, T5Language
 from lavis_xformer.models.parts import build_parts
+from lavis_xformer.models.samples import one_per_image, take
 
 LOSSES = ("lm", "rec")
 

@@ -147,10 +147,10 @@ def tap(encoder: Any, layer: int | None) -> Iterator[list[Tensor]]:
         return
     tokens_first = not hasattr(encoder, "blocks")  # LAVIS's clip_L computes with (Nc, B, Dc)
 
-    def keep(block: nn.Module, inputs: Any, output: Tensor) -> None:
+    def _keep(block: nn.Module, inputs: Any, output: Tensor) -> None:
         found.append(output.transpose(0, 1) if tokens_first else output)
 
-    handle = block_of(encoder, layer).register_forward_hook(keep)
+    handle = block_of(encoder, layer).register_forward_hook(_keep)
     try:
         yield found
     finally:

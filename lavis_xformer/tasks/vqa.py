@@ -21,7 +21,7 @@ from lavis.tasks.vqa import GQATask, VQATask
 from lavis_xformer.distributed import is_main
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import read_json
-from lavis_xformer.protocols import Row, WithProtocol
+from lavis_xformer.tasks.protocols import Row, WithProtocol
 
 TYPES = ("structural", "semantic")
 

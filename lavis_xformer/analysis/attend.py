@@ -108,7 +108,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 def _check(args: argparse.Namespace) -> None:
     """Refuse a model that has no such maps, or can't be asked, before any weight is loaded."""
     from lavis_xformer import register
-    from lavis_xformer.config import find
+    from lavis_xformer.config.load import find
     from lavis_xformer.models.base import XFormerBase
     from lavis_xformer.models.generation import GenerativeModel
 

@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     from lavis_xformer import launch, register
 
     register()
-    from lavis_xformer.config import load_config
+    from lavis_xformer.config.load import load_config
     from lavis_xformer.engine import jobs
     from lavis_xformer.engine.loop import to_device
     from lavis_xformer.files import write_json

@@ -16,11 +16,11 @@ from lavis.common.registry import registry
 from lavis.tasks.captioning import CaptionTask
 from lavis.tasks.retrieval import RetrievalTask
 
-from lavis_xformer import metrics
 from lavis_xformer.distributed import is_main
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import read_json
-from lavis_xformer.protocols import (
+from lavis_xformer.tasks import metrics
+from lavis_xformer.tasks.protocols import (
     CAPTION_PROTOCOLS,
     RETRIEVAL_PROTOCOLS,
     Protocol,

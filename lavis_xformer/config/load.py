@@ -25,8 +25,8 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lavis_xformer.config_files import check_data_files, check_file
-from lavis_xformer.config_keys import check_keys
+from lavis_xformer.config.files import check_data_files, check_file
+from lavis_xformer.config.keys import check_keys
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.paths import project_path
 

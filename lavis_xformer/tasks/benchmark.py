@@ -18,11 +18,12 @@ from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 from torch.utils.data import DataLoader
 
-from lavis_xformer import launch, scoring
+from lavis_xformer import launch
 from lavis_xformer.distributed import is_main
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.protocols import PROTOCOL_KEYS, Protocol, Row, protocol_of, write_result
-from lavis_xformer.tasks import own_batches
+from lavis_xformer.tasks import scoring
+from lavis_xformer.tasks.base import own_batches
+from lavis_xformer.tasks.protocols import PROTOCOL_KEYS, Protocol, Row, protocol_of, write_result
 
 logger = logging.getLogger(__name__)
 

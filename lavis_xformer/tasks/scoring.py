@@ -2,7 +2,7 @@
 
 Pure functions of predictions, which are what a model said, and truths; lists that differ in length or are empty raise
 a :class:`UserError`. A scorer's name belongs beside every number it gives; what the names mean is told in
-:mod:`lavis_xformer.answers`. Accuracies, ratios and shares are between 0 and 1.
+:mod:`lavis_xformer.tasks.answers`. Accuracies, ratios and shares are between 0 and 1.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lavis_xformer.answers import read_choice, read_count, read_gvt_presence, read_presence
 from lavis_xformer.errors import UserError
+from lavis_xformer.tasks.answers import read_choice, read_count, read_gvt_presence, read_presence
 
 _COUNT_EDGES = (3, 6, 9)  # the authors' bins of the true count: 0-2, 3-5, 6-8, 9 and more
 _PRESENCE_EDGES = (10, 20)  # and of the number of objects in the image: 0-9, 10-19, 20 and more

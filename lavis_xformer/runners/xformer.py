@@ -26,7 +26,7 @@ from lavis_xformer.engine.step import Stepper
 from lavis_xformer.engine.weights import load_trainable, weights_told
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import write_json
-from lavis_xformer.portable_runner import PortableRunner, size_of
+from lavis_xformer.runners.portable import PortableRunner, size_of
 
 logger = logging.getLogger(__name__)
 

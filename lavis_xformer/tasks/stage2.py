@@ -16,7 +16,7 @@ from torch.utils.data import ConcatDataset, IterableDataset
 
 from lavis_xformer import launch
 from lavis_xformer.errors import UserError
-from lavis_xformer.tasks import NamedLossTask, Samples
+from lavis_xformer.tasks.base import NamedLossTask, Samples
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""A run's configuration: read, merged and checked before anything is built."""

@@ -1,0 +1,38 @@
+"""What a caller gives a model: a dict of images and texts, checked where it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lavis_xformer.errors import UserError
+
+
+def take(samples: Any, key: str) -> Any:
+    """What the samples hold under a key.
+
+    Raises:
+        UserError: they are no dict, or don't hold it.
+    """
+    if not isinstance(samples, Mapping):
+        raise UserError(f"samples is a {type(samples).__name__}; give a dict such as {{'image': images}}")
+    if samples.get(key) is None:
+        there = [name for name, value in samples.items() if value is not None]
+        raise UserError(f"samples['{key}'] is missing; there are {there}")
+    return samples[key]
+
+
+def one_per_image(text: Any, count: int, *, name: str) -> list[str]:
+    """One string for all images, or one for each -> a list of ``count`` strings.
+
+    Raises:
+        UserError: something else; ``name`` says what it is.
+    """
+    texts = [text] * count if isinstance(text, str) else text
+    if not isinstance(texts, list | tuple) or not all(isinstance(entry, str) for entry in texts):
+        raise UserError(f"{name} must be a string or a list of strings, not {text!r:.80}")
+    if not texts:
+        raise UserError(f"{name} is empty; give one string, or one for each of the {count} images")
+    if len(texts) != count:
+        raise UserError(f"{name} has {len(texts)} strings for {count} images; give one, or one for each image")
+    return list(texts)

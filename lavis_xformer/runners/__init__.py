@@ -1,0 +1,1 @@
+"""What trains: LAVIS's runner on any machine, and ``xformer_runner``; the schedules."""

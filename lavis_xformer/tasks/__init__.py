@@ -1,0 +1,1 @@
+"""Tasks of LAVIS's registry, how they ask and how they score."""
