@@ -57,6 +57,7 @@ def tiny_mae_model() -> Any:
         decoder_intermediate_size=32,
         mask_ratio=0.5,
         norm_pix_loss=True,
+        initializer_range=0.2,  # so that what is predicted differs from nothing
     )
     return ViTMAEForPreTraining(config).eval()
 

@@ -76,7 +76,7 @@ def test_figures_and_result_file_by_hand(tmp_path: Path) -> None:
     assert (figures["accuracy_count"], figures["majority_count"], figures["mae_count"]) == (50, 50, 1)
     assert (figures["accuracy_presence"], figures["accuracy_attribute"]) == (0, 100)
     result = json.loads((tmp_path / "test_xformer_scenes_vqa.json").read_text())
-    assert result["protocol"]["length_penalty"] == -1
+    assert result["protocol"]["length_penalty"] == model.asked[0][1]["length_penalty"] == -1
     assert (result["scorer"], result["blind"], result["config"]) == ("strict", False, CONFIG)
     assert [answer["correct"] for answer in result["answers"]] == [True, False, False, True]
     assert result["answers"][2] == {
@@ -102,6 +102,17 @@ def test_a_scorer_that_cannot_read_the_answers_is_refused_before_anything_is_ask
         UserError, match=r"run\.scorer: 'pope_official' reads no answers of the kind attribute, count; "
     ):
         task.before_evaluation(Parrot(), SCENES)
+
+
+def test_a_subset_is_a_group_and_its_bins_are_of_objects() -> None:
+    rows = [
+        {"image": "a", "question_id": n, "question": "a cat?", "answer": ["yes"], "subset": subset, "n_objects": many}
+        for n, (subset, many) in enumerate([("random", 4), ("random", 15), ("popular", 4)])
+    ]
+    found = items(SimpleNamespace(annotation=rows, kind="presence"), {0: "yes", 1: "no", 2: "yes"})
+    scores = benchmark.score(found, "strict")
+    assert list(scores) == ["popular", "random"]
+    assert [(group.low, group.accuracy) for group in scores["random"].bins] == [(0, 1), (10, 0)]
 
 
 def test_an_unanswered_question_is_wrong() -> None:

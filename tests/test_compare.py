@@ -276,9 +276,11 @@ def test_differences_by_hand() -> None:
     paired = differences(ours, theirs + seeded([answer(n, False) for n in range(4)], 2))["asked.count"]
     assert (paired["difference"], paired["seeds"]) == (75, 2)
     assert paired["high"] - paired["low"] > gap["high"] - gap["low"], "seeds differ, and the interval knows"
-    more = ours + seeded([answer(n, False) for n in range(4)], 3)
+    more = seeded([answer(n, False) for n in range(4)], 0) + ours
     common = differences(more, theirs + seeded([answer(n, False) for n in range(4)], 2))["asked.count"]
     assert common == paired, "seeds that the other lacks are left out"
+    fewer = differences(ours, seeded([answer(n, False) for n in range(1, 4)], 1))["asked.count"]
+    assert (fewer["n"], fewer["difference"]) == (3, pytest.approx(200 / 3)), "only what both were asked"
     assert mean_and_spread([1, 3]) == {"mean": 2, "spread": pytest.approx(2**0.5)}
     assert mean_and_spread([1])["spread"] is None
 
@@ -298,8 +300,14 @@ def test_tasks_and_accuracies_by_hand() -> None:
     assert found["high"] > 75
 
 
+def test_questions_about_one_image_are_drawn_together() -> None:
+    rows = seeded([{**answer(n, n < 10), "image": f"i{n // 10}"} for n in range(20)], 1)
+    found = accuracies(rows)["asked.count"]
+    assert (found["mean"], found["low"], found["high"]) == (50, 0, 100)
+
+
 def test_accuracy_by_true_count_by_hand() -> None:
-    rows = [answer(0, True, truth="2"), answer(1, False, truth="2"), answer(2, True, truth="5"),
+    rows = [answer(0, True, truth="2"), answer(1, False, truth="2"), answer(2, True, truth="5", kind="count_group"),
             answer(3, True, truth="red", kind="attribute")]  # fmt: skip
     counted = by_count(seeded(rows, 1))
     assert {count: (value["n"], value["mean"]) for count, value in counted.items()} == {"2": (2, 50), "5": (1, 100)}
@@ -348,6 +356,15 @@ def test_tables_figures_and_json(plan: Plan) -> None:
     for name in ("bars", "counts", "curves"):
         assert (plan.output / "toy" / f"{name}.png").stat().st_size > 1000
     assert figures.losses(plan.cells()[0].folder) == {"loss_itc": ([(5, 9.0)], [(5, 2.0)])}
+
+
+def test_what_is_to_be_done_anew_counts_no_more(tmp_path: Path, plan: Plan) -> None:
+    pretend(plan)
+    assert collect(plan)["variants"]["b"]["accuracy"]
+    (tmp_path / "stage2.yaml").write_text("model: {arch: xformer, model_type: mini, fusion: none}\n")
+    found = collect(plan)
+    assert found["variants"]["b"]["accuracy"] == {}
+    assert found["finished"] == 4, "the first stage alone"
 
 
 def test_captions_and_retrieval_have_figures_and_no_answers_to_pair(plan: Plan) -> None:

@@ -131,14 +131,14 @@ def test_m_may_come_with_positions(configured: Any, toy: Any, batch: dict[str, A
     assert torch.allclose(*losses, atol=1e-5), "MAE's decoder gets M' without them"
 
 
-@pytest.mark.parametrize("fusion", ["none", "dual"])
-def test_c_may_come_with_positions(configured: Any, toy: Any, batch: dict[str, Any], fusion: str) -> None:
-    plain, placed = (configured(toy, fusion=fusion, token_positions=names).eval() for names in ([], ["clip"]))
+@pytest.mark.parametrize("changes", [{"fusion": "none"}, {"fusion": "dual"}, {"mae_source": "clip"}])
+def test_c_may_come_with_positions(configured: Any, toy: Any, batch: dict[str, Any], changes: dict[str, str]) -> None:
+    plain, placed = (configured(toy, token_positions=names, **changes).eval() for names in ([], ["clip"]))
     placed.load_state_dict(plain.state_dict())
     own, other = (model.encode_image(batch["image"]) for model in (plain, placed))
     assert_lie_apart(other.clip - own.clip)
-    if fusion == "dual":
-        assert torch.equal(other.mae_tokens, own.mae_tokens)
+    if changes != {"fusion": "none"}:
+        assert torch.equal(other.mae_tokens, own.mae_tokens), "of C's alone, though M may be C"
 
 
 def test_c_in_place_of_m_has_positions_as_m_would(configured: Any, toy: Any, batch: dict[str, Any]) -> None:
@@ -173,6 +173,7 @@ def test_each_image_may_get_anothers_m(
         seen = model.encode_image(batch["image"], mask_ratio=0.5, noise=noise)
         model.shuffle_mae = False
         straight = model.encode_image(batch["image"], mask_ratio=0.5, noise=noise)
+        assert torch.equal(seen.pixels, straight.pixels[[2, 3, 0, 1]])
         loss, expected = (model.reconstruction_loss(of.mae_tokens, of) for of in (seen, straight))
         assert torch.allclose(loss, expected, atol=1e-6)
 

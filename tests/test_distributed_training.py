@@ -44,11 +44,11 @@ def torchrun(*options, processes=2, script=SCRIPT):
 
 
 def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
-    done = torchrun(
-        f"output_dir={tmp_path}", "job_id=two", "batch_size_train=4", "batch_size_eval=4", "dropout=0", "max_epoch=4"
-    )
+    options = {"dropout": 0, "max_epoch": 4, "accum_grad_iters": 2}
+    settings = [f"{name}={value}" for name, value in options.items()]
+    done = torchrun(f"output_dir={tmp_path}", "job_id=two", "batch_size_train=4", "batch_size_eval=4", *settings)
     assert done.returncode == 0, done.stderr
-    one = toy_training.make_runner(tmp_path, job_id="one", batch_size_train=8, dropout=0, max_epoch=4)
+    one = toy_training.make_runner(tmp_path, job_id="one", batch_size_train=8, **options)
     one.train()
     states = [torch.load(tmp_path / "two" / f"final{rank}.pt", weights_only=True) for rank in (0, 1)]
     for name, value in one.state.model.state_dict().items():

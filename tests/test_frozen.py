@@ -14,6 +14,8 @@ import torch
 @pytest.mark.parametrize("kind", ["opt", "t5"])
 def test_a_whole_model_is_saved_and_read(kind: str, make_stage2: Any, batch: dict[str, Any]) -> None:
     model, file = make_stage2(kind, init="normal"), io.BytesIO()
+    for tower in (model.visual_encoder, model.mae.model, model.language.model):
+        assert not any(module.training for module in tower.modules()), "from the first moment on"
     torch.save(model, file)
     file.seek(0)
     again = torch.load(file, weights_only=False)

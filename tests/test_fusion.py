@@ -35,6 +35,24 @@ def test_shapes(name: str, seen: int, tokens: tuple[torch.Tensor, ...]) -> None:
     assert aligned.shape == mae.shape
 
 
+def test_concat_puts_m_behind_c(tokens: tuple[torch.Tensor, ...]) -> None:
+    clip, mae, _ = tokens
+    joined = FUSIONS["concat"](**SIZES).visual_tokens(clip, mae)
+    assert torch.equal(joined[:, :17], clip)
+
+
+def test_dual_asks_m_prime_and_teaches_both_steps(tokens: tuple[torch.Tensor, ...]) -> None:
+    """M' = CA1(M, Zq), then Z' = CA2(Zq, M'): a loss on Z' alone reaches the first step too."""
+    _, mae, queries = tokens
+    fusion = FUSIONS["dual"](**SIZES, init="normal", std=0.3)
+    z, aligned = fusion.refine(queries, mae)
+    assert torch.equal(aligned, fusion.align(mae, queries))
+    assert torch.equal(z, fusion.enrich(queries, aligned))
+    assert not torch.allclose(z, fusion.enrich(queries, mae), atol=1e-3)
+    z.square().sum().backward()
+    assert [n for n, p in fusion.named_parameters() if p.grad is None] == []
+
+
 @pytest.mark.parametrize("name", ["dual", "early", "none"])
 def test_identity_start_is_exact(name: str, tokens: tuple[torch.Tensor, ...]) -> None:
     clip, mae, queries = tokens
@@ -115,7 +133,7 @@ def test_gradients_reach_every_parameter_after_one_step_from_the_identity(
     optimizer = torch.optim.SGD(fusion.parameters(), lr=0.1)
     generator = torch.Generator().manual_seed(2)
     goal_z, goal_m = torch.randn(queries.shape, generator=generator), torch.randn(mae.shape, generator=generator)
-    for _ in range(3):
+    for _ in range(2):
         optimizer.zero_grad()
         z, aligned = fusion.refine(queries, mae)
         ((z - goal_z).square().mean() + (aligned - goal_m).square().mean()).backward()
@@ -140,6 +158,28 @@ def test_attention_equals_torchs_own() -> None:
     assert torch.allclose(ours(x, context), expected, atol=1e-6)
     for found, wanted in zip(ours.with_map(x, context), (expected, weights), strict=True):
         assert torch.allclose(found, wanted, atol=1e-6)
+
+
+def test_a_block_is_torchs_own_decoder_layer() -> None:
+    torch.manual_seed(0)
+    ours = CrossAttentionBlock(width=16, context_width=16, heads=4, init="normal", std=0.3)
+    theirs = torch.nn.TransformerDecoderLayer(16, 4, 64, 0.0, "gelu", batch_first=True, norm_first=True)
+    pairs = [(ours.self_attention, theirs.self_attn), (ours.cross_attention, theirs.multihead_attn)]
+    norms = [(ours.self_norm, theirs.norm1), (ours.cross_norm, theirs.norm2), (ours.feed_forward_norm, theirs.norm3)]
+    with torch.no_grad():
+        for attention, reference in pairs:
+            for kind in ("weight", "bias"):
+                parts = [getattr(part, kind) for part in (attention.query, attention.key, attention.value)]
+                getattr(reference, f"in_proj_{kind}").copy_(torch.cat(parts))
+            reference.out_proj.load_state_dict(attention.out.state_dict())
+        for norm, reference in norms:
+            torch.nn.init.normal_(norm.weight)
+            reference.load_state_dict(norm.state_dict())
+        torch.nn.init.normal_(ours.context_norm.weight)
+    theirs.linear1.load_state_dict(ours.feed_forward[0].state_dict())
+    theirs.linear2.load_state_dict(ours.feed_forward[2].state_dict())
+    x, context = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
+    assert torch.allclose(ours(x, context), theirs(x, ours.context_norm(context)), atol=1e-5)
 
 
 def test_full_size_blocks_add_about_twenty_million() -> None:

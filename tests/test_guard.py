@@ -11,7 +11,7 @@ import pytest
 import torch
 from lavis.datasets.datasets.base_dataset import ConcatDataset
 from lavis.datasets.datasets.caption_datasets import CaptionDataset
-from PIL import Image
+from PIL import Image, ImageFile
 from torch.utils.data import DataLoader, Subset
 from torchvision.transforms.functional import to_tensor
 
@@ -65,7 +65,7 @@ def test_a_good_dataset_is_unchanged(tmp_path: Path) -> None:
     assert not hasattr(guarded, "txt2img")
 
 
-def test_skipping_takes_the_next_good_sample_and_counts_each_file_once(tmp_path: Path) -> None:
+def test_skipping_takes_the_next_good_sample_and_counts_each_file_once(tmp_path: Path, caplog) -> None:
     guarded = GuardedDataset(stock(tmp_path, bad=(1, 2, 5)))
     for _ in range(2):
         assert [s["image_id"] for s in guarded] == [0, 3, 3, 3, 4, 0]
@@ -74,6 +74,22 @@ def test_skipping_takes_the_next_good_sample_and_counts_each_file_once(tmp_path:
         "2.png (sample 2)",
         "5.png (sample 5)",
     ]
+    assert len(caplog.records) == 3, "and tells it once"
+
+
+def test_half_a_photo_is_bad_even_when_pil_was_told_to_be_lenient(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as LAVIS's import does
+    guarded, path = GuardedDataset(stock(tmp_path)), tmp_path / "1.png"
+    Image.effect_noise((32, 32), 50).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert Image.open(path).convert("RGB").size == (32, 32), "by itself, half of it grey"
+    assert guarded[1]["image_id"] == 2
+
+
+def test_what_a_guard_inside_refuses_is_not_skipped_outside(tmp_path: Path) -> None:
+    inside = GuardedDataset(stock(tmp_path, bad=(1,)), on_corrupt="raise")
+    with pytest.raises(DataFault, match=r"1\.png \(sample 1\): .*\(on_corrupt: skip would leave it out\)$"):
+        GuardedDataset(Subset(inside, range(6)))[1]
 
 
 def test_raising_names_the_file(tmp_path: Path) -> None:
@@ -149,6 +165,20 @@ def test_of_a_streams_many_faults_a_few_are_told_one_by_one(caplog) -> None:
         skipping.sample_fault(OSError("torn"))
     assert len(caplog.records) == 20 + 2
     assert caplog.records[-1].message.endswith("(2000 so far in this process): 00000.tar (1999): torn")
+
+
+def test_a_streams_faults_in_a_row_end_it_and_a_good_sample_begins_anew() -> None:
+    skipping = StreamGuard(max_in_a_row=3)
+    watched = skipping.watch(iter([1]), source="x.tar")
+    for _ in range(2):
+        skipping.sample_fault(OSError("torn"))
+    next(watched)
+    for _ in range(2):
+        skipping.sample_fault(OSError("torn"))
+    with pytest.raises(DataFault, match="3 bad samples in a row"):
+        skipping.sample_fault(OSError("torn"))
+    with pytest.raises(DataFault, match=r"no sample can be read from x\.tar"):
+        list(skipping.watch(iter([]), source="x.tar"))
 
 
 def test_a_name_in_a_shard_may_be_of_any_encoding() -> None:

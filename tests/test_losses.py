@@ -68,6 +68,8 @@ def test_hard_negatives_never_draw_the_partner_and_prefer_the_similar() -> None:
     assert not (draws == targets).any()
     assert (draws[:, :3] == 7).float().mean() > 0.9
     assert set(draws[:, 3].tolist()) == set(range(7)), "the floor keeps every negative possible"
+    own = torch.arange(4)
+    assert not (losses.hard_negatives(50 * torch.eye(4), own, generator) == own).any(), "a partner has no floor"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -70,6 +70,11 @@ def test_mask_hides_its_share_and_can_be_undone(ratio: float) -> None:
     assert torch.equal(restored[..., 0], torch.where(mask.bool(), -1.0, patches[..., 0]))
 
 
+def test_every_sample_has_its_own_mask() -> None:
+    _, mask, _ = random_mask(torch.zeros(4, 64, 1), mask_ratio=0.5)
+    assert len(mask.unique(dim=0)) == 4
+
+
 def test_gradients_pass_through_the_decoder_to_its_input_only(mae: MaskedAutoencoder) -> None:
     seen = mae.encode(torch.randn(1, 3, 32, 32), mask_ratio=0.5)
     tokens = seen.tokens.clone().requires_grad_()

@@ -33,8 +33,8 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
 
 def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
     path = tmp_path / "deep.png"
-    Image.fromarray(np.array([[0, 257 * 100, 65535]], dtype=np.uint16)).save(path)
-    assert np.asarray(open_photo(path))[0, :, 0].tolist() == [0, 100, 255]
+    Image.fromarray(np.array([[0, 257 * 200, 65535]], dtype=np.uint16)).save(path)
+    assert np.asarray(open_photo(path))[0, :, 0].tolist() == [0, 200, 255]
 
 
 def test_transparent_pixels_are_white_and_hide_their_colour() -> None:
@@ -144,6 +144,6 @@ def test_exif_data_that_cannot_be_written_again_harm_nothing(tmp_path: Path) -> 
 
 
 def test_fractions_are_scaled(tmp_path: Path) -> None:
-    for name, values in (("fractions", [0, 0.4, 1]), ("levels", [0, 102, 255])):
+    for name, values in (("fractions", [-0.1, 0, 0.4, 1]), ("levels", [-9, 0, 102, 255])):
         Image.fromarray(np.array([values], dtype=np.float32)).save(tmp_path / f"{name}.tif")
-        assert np.asarray(open_photo(tmp_path / f"{name}.tif"))[0, :, 0].tolist() == [0, 102, 255]
+        assert np.asarray(open_photo(tmp_path / f"{name}.tif"))[0, :, 0].tolist() == [0, 0, 102, 255]

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ import toy_training
 from PIL import Image
 
 from lavis_xformer.analysis import report
-from lavis_xformer.engine import checkpoint, jobs, rng
-from lavis_xformer.engine.log import clock
+from lavis_xformer.engine import checkpoint, jobs, loop, rng, state
+from lavis_xformer.engine.log import Averages, clock
 from lavis_xformer.errors import UserError
 from lavis_xformer.train import conclude
 
@@ -86,6 +87,22 @@ def test_resuming_within_an_epoch_gives_the_unbroken_weights(unbroken, tmp_path,
         assert_same(weights(again), weights(unbroken))
 
 
+def test_minutes_say_when_to_save(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    runner = toy_training.make_runner(tmp_path, save_every_minutes=1, keep_last=0)
+    apply = runner.stepper.apply
+
+    def apply_slowly():
+        apply()
+        now[0] += 25  # seconds
+
+    runner.stepper.apply = apply_slowly
+    runner.train()
+    names = {path.name for path in runner.output_dir.glob("checkpoint_*_step*.pth")}
+    assert names == {"checkpoint_0_step4.pth", "checkpoint_1_step10.pth", "checkpoint_2_step16.pth"}
+
+
 def test_muon_resumes_too_and_refuses_the_state_of_adamw(unbroken, tmp_path):
     whole = toy_training.make_runner(tmp_path, job_id="a", muon=3.0, save_every_steps=4, keep_last=0)
     whole.train()
@@ -149,9 +166,9 @@ def test_a_finished_run_trains_on_where_max_epoch_has_grown(tmp_path, caplog):
 
 def test_another_batch_resumes_at_an_epochs_end_or_says_why_not(unbroken, tmp_path):
     path = unbroken.output_dir / "checkpoint_0.pth"
-    other = toy_training.make_runner(tmp_path, batch_size_train=12, resume_ckpt_path=str(path))
+    other = toy_training.make_runner(tmp_path, batch_size_train=10, resume_ckpt_path=str(path))
     other.train()
-    assert other.state.position.steps == 6 + 2 * 4
+    assert other.state.position.steps == 6 + 2 * 4, "the epoch is done, though its 48 samples are no tens"
     first = toy_training.make_runner(tmp_path, save_every_steps=5, keep_last=0)
     first.train()
     within = str(first.output_dir / "checkpoint_0_step5.pth")
@@ -160,10 +177,41 @@ def test_another_batch_resumes_at_an_epochs_end_or_says_why_not(unbroken, tmp_pa
         other.train()
 
 
+def test_a_checkpoint_of_laviss_runner_goes_on_with_the_next_epoch(unbroken, tmp_path):
+    content = checkpoint.read(unbroken.output_dir / "checkpoint_0.pth")
+    torch.save({key: content[key] for key in ("model", "optimizer", "scaler", "epoch", "config")}, tmp_path / "x.pth")
+    runner = toy_training.make_runner(tmp_path, resume_ckpt_path=str(tmp_path / "x.pth"))
+    runner.train()
+    assert [record["step"] for record in records(runner, "step")] == list(range(7, 19))
+
+
+def test_a_run_of_one_process_goes_on_in_two_where_it_was(tmp_path, monkeypatch):
+    runner = toy_training.make_runner(tmp_path)
+    monkeypatch.setattr(state, "world_size", lambda: 2)
+    content = {"position": {"batches": 4, "steps": 4}, "joined_batch": 8, "epoch_done": False}
+    position = runner.state._restored_position(content, "x.pth")
+    assert (position.batches, position.steps) == (2, 4), "of 16 samples each"
+
+
+def test_averages_best_scale_and_skipped_samples_go_on_after_a_restart(unbroken, tmp_path):
+    content = checkpoint.read(unbroken.output_dir / "checkpoint_0.pth")
+    content |= {"corrupt": ["a.jpg"], "corrupt_count": 3, "best": {"epoch": 0}, "scaler": {"scale": 8.0}}
+    runner, scales = toy_training.make_runner(tmp_path), []
+    runner.state.scaler = SimpleNamespace(load_state_dict=scales.append)
+    runner.state.restore(content, source="x.pth")
+    assert (scales, runner.state.best) == ([{"scale": 8.0}], {"epoch": 0})
+    assert vars(runner.state.averages) == content["averages"] != vars(Averages())
+    runner.state.next_epoch()
+    assert runner.state.averages == Averages()
+    runner.state.corrupt.update(["b.jpg"])
+    assert (runner.state.corrupt.names, runner.state.corrupt.count) == (["a.jpg", "b.jpg"], 4)
+
+
 def test_the_last_partial_window_is_used(tmp_path):
     runner = toy_training.make_runner(tmp_path, accum_grad_iters=4, max_epoch=2)
     runner.train()
-    assert len(records(runner, "step")) == 4  # 6 batches: windows of 4 and 2, twice
+    rates = [record["lr"] for record in records(runner, "step")]  # 6 batches: windows of 4 and 2, twice
+    assert rates == pytest.approx([0, 0.005, 0.01, 0.015]), "a step of the warm-up is one of the optimiser"
 
 
 def test_a_loss_that_is_not_finite_names_term_step_and_images(tmp_path):

@@ -42,8 +42,10 @@ def test_every_sample_comes_once_an_epoch_in_another_order():
 
 @pytest.mark.parametrize("mixture", [None, Mixture(lengths=[5, 25], ratios=[1, 2])])
 def test_processes_and_restarts_share_one_order(mixture):
-    assert epochs(3, world_size=2, mixture=mixture) == epochs(3, mixture=mixture)
-    assert epochs(3, skip=2, mixture=mixture) == [batches[2:] for batches in epochs(3, mixture=mixture)]
+    whole = epochs(3, mixture=mixture, length=32)
+    assert epochs(3, world_size=2, mixture=mixture, length=32) == whole
+    assert epochs(3, skip=2, mixture=mixture, length=32) == [batches[2:] for batches in whole]
+    assert [len(batches) for batches in whole] == [5, 5, 5], "what is left over is left out"
 
 
 def test_shares_are_exact_and_no_sample_comes_again_before_the_others():
@@ -53,6 +55,7 @@ def test_shares_are_exact_and_no_sample_comes_again_before_the_others():
     for batches in epochs(5, mixture=mixture):
         keys = flat(batches)
         assert sum(index < 5 for _, index in keys) == 10
+        assert 10 < sum(place for place, (_, index) in enumerate(keys) if index < 5) / 10 < 20, "they come mixed"
         seen += keys
     times = Counter(index for _, index in seen)
     assert {times[i] for i in range(5)} == {10}

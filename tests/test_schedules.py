@@ -26,6 +26,7 @@ def make(**arguments):
         (3, 1, 0.1 + 0.9 * 0.5),  # step 13: half of the cosine
         (4, 3, 0.1 + 0.45 * (1 + math.cos(math.pi * 13 / 14))),
         (5, 0, 0.1),
+        (6, 0, 0.1),  # and stays there
     ],
 )
 def test_the_rate_of_a_step(epoch, step, expected):

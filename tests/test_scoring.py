@@ -28,6 +28,7 @@ def test_counts_by_hand() -> None:
     low, high = score.bins  # true counts 1, 2 and 3, 5
     assert (low.low, low.high, low.n, low.accuracy, low.mae) == (0, 3, 2, 0.5, 0.5)
     assert (high.low, high.high, high.n, high.accuracy, high.mae) == (3, 6, 2, 0.5, 1.5)
+    assert (low.rmse, high.rmse) == (math.sqrt(1 / 2), math.sqrt(9 / 2))
 
 
 def test_unread_counts_are_wrong_even_where_nothing_is_true() -> None:
@@ -70,11 +71,16 @@ def test_presence_with_no_yes_at_all() -> None:
     assert (score.precision, score.recall, score.f1, score.majority) == (0, 0, 0, 0.5)
 
 
+def test_the_yes_ratio_is_of_all_answers_the_unread_included() -> None:
+    score = score_presence(["yes", "maybe", "perhaps", "no"], ["yes", "no", "no", "no"])
+    assert (score.yes_ratio, score.unread, score.accuracy) == (0.25, 0.5, 0.5)
+
+
 def test_pairs_by_hand() -> None:
     options = ["(a) Open (b) Closed"] * 6
-    answers = ["(a)", "closed", "(a)", "(a)", "b", "?"]
+    answers = ["(a)", "closed", "(a)", "?", "b", "b"]
     score = score_pairs(answers, ["(a)", "(b)"] * 3, options=options, pairs=[1, 1, 2, 2, 3, 3])
-    assert score.accuracy == 3 / 6
+    assert score.accuracy == 4 / 6
     assert (score.pairs, score.pair_accuracy) == (3, 1 / 3)
     assert score.unread == 1 / 6
 
@@ -109,6 +115,11 @@ def test_bootstrap_over_clusters_is_wider_where_items_repeat() -> None:
     alone = paired_bootstrap(first, second, resamples=1000)
     clustered = paired_bootstrap(first, second, clusters=np.repeat(range(50), 10).tolist(), resamples=1000)
     assert clustered.high - clustered.low > 2 * (alone.high - alone.low)
+
+
+def test_bootstrap_draws_clusters_of_any_size_with_their_own_number_of_items() -> None:
+    interval = paired_bootstrap([1] * 6, [0] * 6, clusters=["a", "a", "a", "a", "b", "c"], resamples=100)
+    assert (interval.difference, interval.low, interval.high) == (1, 1, 1)
 
 
 def test_bootstrap_covers_the_luck_of_seeds() -> None:

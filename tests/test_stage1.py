@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
+from omegaconf import OmegaConf
 
 from lavis_xformer.errors import UserError
 from lavis_xformer.images import clip_to_mae
 from lavis_xformer.models.fusion import FUSIONS
+from lavis_xformer.models.stage1 import XFormer
 
 
 @pytest.fixture
@@ -81,10 +83,12 @@ def test_long_texts_are_cut_where_the_positions_end(mode: str, make_xformer: Any
     assert torch.allclose(getattr(long, field), getattr(cut, field), atol=1e-6)
 
 
+@pytest.mark.parametrize("mask_vl", [True, False])
 def test_dual_starts_as_blip2_with_maes_own_reconstruction(
-    make_xformer: Any, batch: dict[str, Any], same_negatives: None, tiny_mae_model: Any
+    mask_vl: bool, make_xformer: Any, batch: dict[str, Any], same_negatives: None, tiny_mae_model: Any
 ) -> None:
-    dual, blip2 = make_xformer("dual"), make_xformer("none")
+    weights = {"itc": 2.0, "itm": 0.5, "itg": 0.0, "rec": 3.0}
+    dual, blip2 = make_xformer("dual", mask_vl=mask_vl, loss_weights=weights), make_xformer("none")
     blip2.load_state_dict({k: v for k, v in dual.state_dict().items() if not k.startswith(("fusion", "mae"))})
     noise = torch.rand(4, 16)
     mine, reference = dual(batch, noise=noise), blip2(batch)
@@ -92,7 +96,7 @@ def test_dual_starts_as_blip2_with_maes_own_reconstruction(
         assert torch.equal(mine[name], reference[name])
     own = tiny_mae_model(clip_to_mae(batch["image"]), noise=noise).loss
     assert mine["loss_rec"].item() == pytest.approx(own.item(), abs=1e-6)
-    total = sum(mine[f"loss_{name}"].item() for name in ("itc", "itm", "itg", "rec"))
+    total = sum(weight * mine[f"loss_{name}"].item() for name, weight in weights.items())
     assert mine["loss"].item() == pytest.approx(total, rel=1e-6)
 
 
@@ -168,16 +172,17 @@ def test_whole_m_for_the_language_losses(make_xformer: Any, batch: dict[str, Any
     assert not torch.equal(first["loss_rec"], second["loss_rec"])
 
 
-@pytest.mark.parametrize(("mask_vl", "passes"), [(True, 1), (False, 2)])
+@pytest.mark.parametrize(("mask_vl", "passes"), [(True, [5]), (False, [17, 5])])
 def test_clip_runs_once_a_step_and_mae_as_often_as_needed(
-    mask_vl: bool, passes: int, make_xformer: Any, batch: dict[str, Any], same_negatives: None
+    mask_vl: bool, passes: list[int], make_xformer: Any, batch: dict[str, Any]
 ) -> None:
-    model, noise = make_xformer("dual", init="normal", mask_vl=mask_vl), torch.rand(4, 16)
-    runs = {"clip": 0, "mae": 0}
-    for name, tower in (("clip", model.visual_encoder), ("mae", model.mae.model.vit.encoder)):
-        tower.register_forward_hook(lambda *_, name=name: runs.update({name: runs[name] + 1}))
-    model(batch, noise=noise)
-    assert runs == {"clip": 1, "mae": passes}
+    model = make_xformer("dual", mask_vl=mask_vl, mask_ratio=0.75)
+    clip: list[int] = []  # the tokens of each pass
+    mae: list[int] = []
+    model.visual_encoder.register_forward_hook(lambda _, args, out: clip.append(out.shape[1]))
+    model.mae.model.vit.encoder.register_forward_hook(lambda _, args, out: mae.append(args[0].shape[1]))
+    model(batch)
+    assert (clip, mae) == ([17], passes)
 
 
 def test_m_masked_in_a_second_pass_is_m_masked_in_the_first(make_xformer: Any, batch: dict[str, Any]) -> None:
@@ -211,7 +216,10 @@ def test_reconstruction_is_there_only_where_it_teaches(
     fusion: str, has_term: bool, make_xformer: Any, batch: dict[str, Any]
 ) -> None:
     assert ("loss_rec" in make_xformer(fusion)(batch)) is has_term
-    assert "loss_rec" not in make_xformer("dual", loss_weights={"rec": 0})(batch)
+    for without in ({"loss_weights": {"rec": 0}}, {"mask_ratio": 0.0}):
+        terms = make_xformer("dual", **without)(batch)
+        assert "loss_rec" not in terms
+        assert torch.isfinite(terms["loss"])
 
 
 def test_evaluation_tells_the_frozen_maes_own_reconstruction(
@@ -255,6 +263,18 @@ def test_hard_negatives_are_those_of_the_generator(make_xformer: Any, batch: dic
     assert values[0] == values[1]
 
 
+def test_a_wrong_image_comes_with_its_own_m(make_xformer: Any, batch: dict[str, Any]) -> None:
+    model, pairs = make_xformer("dual"), []
+    match = model.match
+    model.match = lambda *parts: pairs.append(parts) or match(*parts)
+    model(batch)
+    clip, mae, _, _ = pairs[0]
+    drawn = [next(i for i in range(4) if torch.equal(clip[4 + row], clip[i])) for row in range(4)]
+    assert all(i != row for row, i in enumerate(drawn))
+    assert torch.equal(mae[4:8], mae[drawn])
+    assert torch.equal(mae[8:], mae[:4])
+
+
 def test_a_feature_that_is_not_finite_shows_in_its_losses(make_xformer: Any, batch: dict[str, Any]) -> None:
     batch["image"][0, 0, 0, 0] = float("nan")
     terms = make_xformer("none")(batch)
@@ -273,6 +293,18 @@ def test_wrong_images_and_weights_are_named(make_xformer: Any, batch: dict[str, 
         model({**batch, "image": torch.zeros(4, 3, 24, 24)})
     with pytest.raises(UserError, match="shape"):
         model({**batch, "image": torch.zeros(4, 1, 32, 32)})
+
+
+def test_what_a_configuration_says_reaches_the_model(stage2_config: Any) -> None:
+    cfg = {name: value for name, value in stage2_config.model.items() if name != "opt_model"}
+    said = {"mask_ratio": 0.75, "mask_vl": False, "shuffle_mae": True, "max_txt_len": 7, "vit_precision": "bf16"}
+    asked = {"loss_weights": {"rec": 2.0}, "embed_dim": 8, "itg_source": "xformer", "token_positions": ["mae"]}
+    model = XFormer.from_config(OmegaConf.create({**cfg, **said, **asked, "freeze_vit": False}))
+    assert {name: getattr(model, name) for name in said} == said
+    assert model.loss_weights == {"itc": 1, "itm": 1, "itg": 1, "rec": 2}
+    assert (model.vision_proj.out_features, model.token_positions) == (8, {"mae"})
+    assert model.itg_reader is not None
+    assert any(parameter.requires_grad for parameter in model.visual_encoder.parameters())
 
 
 def test_losses_fall_when_a_batch_is_learned_by_heart(make_xformer: Any, batch: dict[str, Any]) -> None:

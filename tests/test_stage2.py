@@ -23,7 +23,7 @@ import lavis_xformer
 from lavis_xformer.errors import UserError
 from lavis_xformer.images import clip_to_mae
 from lavis_xformer.losses import NO_TARGET
-from lavis_xformer.models import base, language
+from lavis_xformer.models import base, generation, language
 from lavis_xformer.models.frozen import DTYPES
 from lavis_xformer.models.fusion import FUSIONS
 from lavis_xformer.models.generation import SPACY_MODEL, lemmatize
@@ -224,17 +224,69 @@ def test_ranking_takes_the_answer_of_least_loss(kind: str, make_stage2: Any, bat
     assert len(set(ranked)) > 1, "or the images and questions don't matter"
 
 
-def test_ranking_reads_those_that_begin_likeliest(make_stage2: Any, batch: dict[str, Any]) -> None:
-    model = make_stage2("opt", init="normal").eval()
-    options = {"inference_method": "rank", "answer_list": ["two", "three", "left", "red"], "num_ans_candidates": 1}
-    (begun,) = model.predict_answers({**batch, "image": batch["image"][:1], "text_input": "how many ?"}, **options)
+def test_what_is_told_reaches_the_language_model(
+    make_stage2: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_stage2("opt", vqa_length_penalty=-2.0, apply_lemmatizer=True).eval()
+    told: list[dict[str, Any]] = []
+
+    def say(visual: torch.Tensor, prompts: list[str], **options: Any) -> list[str]:
+        told.append({"queries": visual.shape[1], **options})
+        return ["two cats"] * len(prompts)
+
+    def rank(visual: torch.Tensor, prompts: list[str], answers: list[str], *, candidates: int) -> list[str]:
+        told.append({"answers": answers, "candidates": candidates})
+        return answers[:1] * len(prompts)
+
+    monkeypatch.setattr(model.language, "generate", say)
+    monkeypatch.setattr(model.language, "rank", rank)
+    monkeypatch.setattr(generation, "lemmatize", lambda answer: f"lemmas of {answer}")
+    assert model.predict_answers(batch, num_beams=3, max_len=7, min_len=2) == ["lemmas of two cats"] * 4
+    lengths = {"max_new_tokens": 7, "min_new_tokens": 2, "length_penalty": -2.0}
+    assert told.pop() == {"queries": 4, "do_sample": False, "num_beams": 3, "num_return_sequences": 1, **lengths}
+    model.predict_answers({"text_input": "how many ?"})
+    assert told.pop()["queries"] == 0, "without an image there is no prefix, not one of nothing"
+    model.predict_answers(batch, length_penalty=0.5)
+    assert told.pop()["length_penalty"] == 0.5
+    model.generate(batch, use_nucleus_sampling=True, num_captions=2, top_p=0.5)
+    wanted = {"do_sample": True, "num_beams": 1, "num_return_sequences": 2, "top_p": 0.5}
+    assert told.pop().items() >= wanted.items(), "sampling has no beams, whatever their default"
+    ranked = model.predict_answers(
+        batch, inference_method="rank", answer_list=["two", "a red star"], num_ans_candidates=1
+    )
+    assert ranked == ["two"] * 4
+    assert told.pop() == {"answers": [" two", " a red star"], "candidates": 1}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranking_reads_those_that_begin_likeliest(kind: str, make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2(kind, init="normal").eval()
+    answers = ["a", "two"]  # which begin with two tokens in either toy
+    options = {"inference_method": "rank", "answer_list": answers, "num_ans_candidates": 1}
+    for image in batch["image"]:
+        visual = model.projection(model.encode_queries(image[None]))
+        for question in ("how many ?", "left"):
+            first = {}
+            for answer in answers:
+                asked = model.vqa_prompt.replace("{}", question)
+                logits, labels = model.language.predict(visual, [[(asked, f" {answer}")]])
+                begun = logits[0, labels[0] != NO_TARGET][0]
+                first[answer] = begun[labels[0][labels[0] != NO_TARGET][0]].item()
+            likeliest = max(answers, key=first.__getitem__)
+            assert len(set(first.values())) == 2
+            samples = {"image": image[None], "text_input": question}
+            assert model.predict_answers(samples, **options) == [likeliest]
+
+
+def test_opt_ends_with_the_line(make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2("opt").eval()
+    assert model.language.tokenizer.decode(model.language.end_id) == "\n"
     visual = model.projection(model.encode_queries(batch["image"][:1]))
-    asked = model.vqa_prompt.replace("{}", "how many ?")
-    first = {}
-    for answer in options["answer_list"]:
-        logits, labels = model.language.predict(visual, [[(asked, f" {answer}")]])
-        first[answer] = logits[0, labels[0] != NO_TARGET][0][labels[0][labels[0] != NO_TARGET][0]]
-    assert first[begun] == max(first.values())
+    options = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": 9}
+    whole = model.language.continue_(visual, ["a"], **options)[0].tolist()
+    model.language.end_id = whole[4]  # this toy never says a line break
+    ended = model.language.continue_(visual, ["a"], **options)[0].tolist()
+    assert ended == whole[: whole.index(whole[4]) + 1]
 
 
 def test_the_cache_is_used_and_faster(make_stage2: Any, batch: dict[str, Any], opt_folder: Path) -> None:
@@ -388,6 +440,8 @@ def test_t5_answers_every_turn_of_a_dialogue_by_itself(make_stage2: Any, batch: 
         model({"image": images, **apart, "weight": torch.tensor([0.5, 0.5, 2.0])})["loss"],
         atol=1e-6,
     )
+    even = model({"image": images, **apart})["loss"]
+    assert not torch.allclose(model({"image": batch["image"][:2], **mixed, **weights})["loss"], even, atol=1e-3)
 
 
 @pytest.mark.parametrize("answer", ["two", ["two"], []])
@@ -396,12 +450,22 @@ def test_a_dialogue_needs_an_answer_to_every_question(answer: Any, make_stage2: 
         make_stage2("opt")({"image": batch["image"][:1], "text_input": [["a?", "b?"]], "answer": [answer]})
 
 
-def test_a_long_question_keeps_its_answer(make_stage2: Any, batch: dict[str, Any]) -> None:
+def test_a_long_question_keeps_its_answer_and_a_long_answer_is_cut(make_stage2: Any, batch: dict[str, Any]) -> None:
     model = make_stage2("opt")
+    _, _, labels = model.language.encode([[("is it?", " red star" * 9)]])
+    assert int((labels != NO_TARGET).sum()) == model.language.max_txt_len - 1 == 23  # </s> is the other, as in LAVIS
     samples = {"image": batch["image"][:1], "text_input": ["is a red star on it " * 2], "answer": ["two"]}
     assert torch.isfinite(model(samples)["loss"])
     with pytest.raises(UserError, match="opt_model reads at most 96"):
         model({**samples, "text_input": ["is a red star on it " * 9]})
+
+
+def test_t5_reads_a_long_question_to_its_end(make_stage2: Any) -> None:
+    language = make_stage2("t5").language
+    ends = [
+        language.predict(torch.zeros(1, 2, 32), [[("red " * 40 + end, " two")]])[0] for end in ("star", "blue square")
+    ]
+    assert not torch.allclose(*ends)
 
 
 def test_reconstruction_in_both_stages(make_stage2: Any, batch: dict[str, Any]) -> None:
@@ -416,6 +480,13 @@ def test_reconstruction_in_both_stages(make_stage2: Any, batch: dict[str, Any]) 
     assert len(runs) == 1, "CLIP runs once"
     assert torch.equal(both["loss_lm"], plain["loss_lm"]), "the language model still sees the whole image"
     assert both["loss"].item() == pytest.approx((both["loss_lm"] + 2 * both["loss_rec"]).item(), rel=1e-6)
+    model.mask_ratio = 0.75
+    for parameter in model.fusion.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # Z' far from Zq
+    seen = model.encode_image(batch["image"], mask_ratio=0.75, noise=noise)
+    zq = model.query_image(seen.clip).last_hidden_state
+    expected = model.reconstruction_loss(model.fusion.align(seen.mae_tokens, zq), seen)  # M' = CA1(M, Zq)
+    assert torch.allclose(model(batch, noise=noise)["loss_rec"], expected, atol=1e-6)
 
 
 def test_packed_and_plain_images_give_the_same(make_stage2: Any, batch: dict[str, Any]) -> None:

@@ -147,6 +147,10 @@ def test_language_models_that_are_not_there_or_of_another_kind(
     with pytest.raises(UserError, match=r"model\.opt_model: '.*' can't be read"):
         build(str(tmp_path))
     assert not (tmp_path / "owned").exists()
+    weights = torch.load(opt_folder / "pytorch_model.bin", weights_only=True)
+    torch.save({name: weights[name] for name in weights if "layers.1.fc1" not in name}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"lacks weights, .*layers\.1\.fc1"):
+        build(str(tmp_path))
     with pytest.raises(UserError, match=r"model\.llm_precision: 'fp8'"):
         build(str(opt_folder), precision="fp8")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"no 'pretrain_opt2.8b'; did you mean 'pretrain_opt2.7b'"):
@@ -154,10 +158,14 @@ def test_language_models_that_are_not_there_or_of_another_kind(
 
 
 def test_a_whole_configuration_builds(stage2_config: Any, batch: dict[str, Any]) -> None:
-    stage2_config.model |= {"prompt": "a photo of", "max_txt_len": 16, "loss_weights": {"rec": 1}}
+    said = {"prompt": "a photo of", "vqa_prompt": "Q: {} A:", "vqa_length_penalty": -2.0, "apply_lemmatizer": True}
+    said |= {"mask_ratio": 0.75, "prefix_lm": True, "shuffle_mae": True, "vit_precision": "bf16"}
+    of_language = {"max_txt_len": 16, "llm_precision": "bf16"}
+    stage2_config.model |= {**said, **of_language, "loss_weights": {"rec": 1}}
     model = XFormerOPT.from_config(stage2_config.model).eval()
+    assert {name: getattr(model, name) for name in said} == said
+    assert (model.language.max_txt_len, model.language.precision) == (16, "bf16")
     assert len(model.generate(batch, num_beams=2, max_length=5)) == 4
-    assert model.language.max_txt_len == 16
     assert "loss_rec" in model(batch)
 
 

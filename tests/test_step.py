@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 
 from lavis_xformer.engine import interruption
 from lavis_xformer.engine.interruption import Interruption
+from lavis_xformer.engine.log import Averages
+from lavis_xformer.engine.loop import EpochLoop, Position
 from lavis_xformer.engine.options import RunOptions
 from lavis_xformer.engine.sampling import EpochBatchSampler, ReplayDataset, train_loader
 from lavis_xformer.engine.step import Stepper
@@ -47,20 +50,10 @@ def test_clipping_bounds_the_step_but_reports_the_norm():
     assert stepper.gradients([data])["grad_norm"] > 10
     norm = torch.stack([p.grad.square().sum() for p in stepper.parameters]).sum().sqrt()
     torch.testing.assert_close(norm, torch.ones_like(norm), rtol=1e-4, atol=0)
-
-
-@pytest.mark.parametrize("epoch", [0, 3])
-def test_ranks_share_the_batches_of_one_process(epoch):
-    common = {"length": 50, "seed": 7}
-    one = EpochBatchSampler(batch_size=6, **common)
-    two = [EpochBatchSampler(batch_size=3, rank=rank, world_size=2, **common) for rank in (0, 1)]
-    for sampler in (one, *two):
-        sampler.start(epoch=epoch)
-    joined = [first + second for first, second in zip(*two, strict=True)]
-    assert joined == list(one)
-    assert len(one) == len(joined) == 8
-    seen = [index for batch in joined for _, index in batch]
-    assert len(set(seen)) == 48
+    unclipped = make_stepper(max_grad_norm=0.0)
+    reported = unclipped.gradients([data])["grad_norm"]
+    norm = torch.stack([p.grad.square().sum() for p in unclipped.parameters]).sum().sqrt()
+    torch.testing.assert_close(norm, reported)
 
 
 def test_skipping_batches_goes_on_where_the_epoch_was():
@@ -119,6 +112,20 @@ def test_a_signal_waits_for_the_step_and_so_does_its_echo_but_no_later_one(signu
     with Interruption(), pytest.raises(SystemExit) as left:
         send()
     assert left.value.code == status
+
+
+def test_a_norm_that_is_not_finite_is_a_scalers_affair_and_a_loss_is_not(tmp_path):
+    def agreed(scaler, **terms):
+        loop = EpochLoop(
+            stepper=SimpleNamespace(scaler=scaler), schedule=None, position=Position(), averages=Averages(),
+            options=RunOptions.from_config({}), accumulate=1, log_every=1, interruption=SimpleNamespace(signum=0),
+            save=None, log=None, folder=tmp_path,
+        )  # fmt: skip
+        return loop._agree({name: torch.tensor(value) for name, value in terms.items()}).finite
+
+    assert agreed("a scaler", loss=1.0, grad_norm=float("inf"))
+    assert not agreed("a scaler", loss=float("nan"), grad_norm=1.0)
+    assert not agreed(None, loss=1.0, grad_norm=float("inf"))
 
 
 def test_options_are_typed_and_checked():
