@@ -24,7 +24,7 @@ from transformers import (
     ViTMAEForPreTraining,
 )
 
-from lavis_xformer.models import base, towers
+from lavis_xformer.models import base, frozen, towers
 from lavis_xformer.models import language as language_module
 from lavis_xformer.models.frozen import Precision
 from lavis_xformer.models.fusion import FUSIONS
@@ -180,7 +180,7 @@ def test_one_step_at_full_size_on_a_cpu(
 ) -> None:
     if free_memory() < needs + 2:
         pytest.skip(f"{stage} in {precision} takes {needs} GiB, and only {free_memory():.1f} are free")
-    dtype = base.DTYPES[precision]
+    dtype = frozen.DTYPES[precision]
     for module in (base, language_module):
         monkeypatch.setattr(module, "compute_dtype", lambda device, name: dtype)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
