@@ -8,11 +8,11 @@ is refused, because a result computed with it could not be repeated.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from pathlib import Path
 
 from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.files import sha256
 
 SCHEME = "assets://"
 ROOT = Path(__file__).parent / "assets"
@@ -34,15 +34,6 @@ def resolve(ref: str, *, root: Path = ROOT) -> Path:
     group, _, part = ref.removeprefix(SCHEME).partition("/")
     _verify(root / group, part)
     return root / group / part
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of one file, read in parts."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def write_sums(folder: Path) -> dict[str, str]:

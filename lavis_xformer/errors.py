@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+Found = TypeVar("Found")
 
 _SHOWN = 8  # of more names than half as many again, only so many are shown
 
@@ -31,6 +34,17 @@ def nearest(name: str, options: Iterable[str]) -> str:
         return f"{there_is}: {', '.join(ordered) or 'nothing'}"
     ordered = difflib.get_close_matches(name, known, n=_SHOWN, cutoff=0.0)
     return f"{there_is}: {', '.join(ordered)} and {len(known) - len(ordered)} others"
+
+
+def named(options: Mapping[str, Found], name: str, what: str) -> Found:
+    """Return what has a name among the options, of which ``what`` says what they are.
+
+    Raises:
+        UserError: there is no such name.
+    """
+    if name not in options:
+        raise UserError(f"no {what} named {name!r}: {nearest(name, options)}")
+    return options[name]
 
 
 def lost_worker(error: BaseException) -> str | None:

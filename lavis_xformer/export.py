@@ -184,7 +184,7 @@ def _fit_processors(cfg: Any, model: Any) -> None:
 
 def _card(cfg: Any, target: Path, checkpoint: Path, weights: dict[str, Any], facts: dict[str, Any]) -> str:
     from lavis_xformer import __version__
-    from lavis_xformer.assets import sha256
+    from lavis_xformer.files import sha256
 
     keys = ("vit_model", "mae_model", "opt_model", "t5_model")
     frozen = [f"{key}: `{cfg.model[key]}`" for key in keys if key in cfg.model]

@@ -13,8 +13,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from lavis_xformer.data import benchmarks
-from lavis_xformer.data.records import sha256
 from lavis_xformer.errors import UserError
+from lavis_xformer.files import sha256
 
 NAMES = ("gvt_coco_oc", "gvt_coco_mci", "gvt_vcr_oc", "gvt_vcr_mci", "pope", "mmvp")
 

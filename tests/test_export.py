@@ -13,10 +13,11 @@ from PIL import Image
 from test_checkpoints import Malicious, perturb, trainable_state
 
 import lavis_xformer
-from lavis_xformer import assets, cli
+from lavis_xformer import cli
 from lavis_xformer.engine.weights import trainable_state as runner_state
 from lavis_xformer.errors import UserError
 from lavis_xformer.export import export
+from lavis_xformer.files import sha256
 from lavis_xformer.models.stage1 import XFormer
 from lavis_xformer.models.stage2 import XFormerOPT
 
@@ -61,7 +62,7 @@ def test_a_folder_gives_the_model_back_bit_for_bit(
     folder = (tmp_path / "first").rename(tmp_path / "moved")
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.yaml", "README.md"}
     card = (folder / "README.md").read_text()
-    assert f"| model.safetensors | `{assets.sha256(folder / 'model.safetensors')}` |" in card
+    assert f"| model.safetensors | `{sha256(folder / 'model.safetensors')}` |" in card
     assert "61.5" in card, "what was measured with these weights"
     assert "50.5" not in card
     assert "70.5" not in card

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lavis_xformer.files import read_json, replacing, write_json
+from lavis_xformer.files import read_json, replacing, sha256, write_json
 from lavis_xformer.versions import version_of, versions_of
 
 
@@ -32,3 +32,8 @@ def test_a_write_that_fails_leaves_the_earlier_file(tmp_path: Path) -> None:
 def test_packages_that_are_not_installed_have_no_version() -> None:
     assert version_of("no-such-package") is None
     assert versions_of(["torch", "no-such-package"]).keys() == {"torch"}
+
+
+def test_sha256_of_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    assert sha256(tmp_path / "empty").startswith("e3b0c44298fc1c14")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lavis_xformer.data import records
-from lavis_xformer.data.records import absent_images, read_rows, sha256, strings
+from lavis_xformer.data.records import absent_images, read_rows, strings
 from lavis_xformer.errors import UserError
 
 ROWS = [{"image": "a.jpg"}, {"image": "ü.jpg"}, {"image": "c.jpg"}]
@@ -120,8 +120,3 @@ def test_each_folder_is_listed_once_in_whatever_order_the_rows_are(tmp_path: Pat
     monkeypatch.setattr(records.os, "scandir", lambda folder: listed.append(folder) or iter(()))
     assert len(absent_images(tmp_path, [(number, f"{number % 300}/file") for number in range(600)])) == 600
     assert len(listed) == 300
-
-
-def test_sha256_of_nothing(tmp_path: Path) -> None:
-    (tmp_path / "empty").touch()
-    assert sha256(tmp_path / "empty").startswith("e3b0c44298fc1c14")

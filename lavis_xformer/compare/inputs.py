@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from lavis_xformer import assets
-from lavis_xformer.files import read_json
+from lavis_xformer.files import read_json, sha256
 from lavis_xformer.paths import project_path, shipped_folder
 from lavis_xformer.versions import versions_of
 
@@ -174,7 +174,7 @@ def _parsed(path: Path, size: int, changed: int) -> Json:
 @functools.cache
 def _file(path: Path, size: int, changed: int) -> str:
     """Size and time of the last change are there for the cache alone."""
-    return assets.sha256(path)[:12]
+    return sha256(path)[:12]
 
 
 def _digest(value: Any) -> str:

@@ -18,8 +18,9 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig
 
 from lavis_xformer.data.image_text_datasets import LocalFilesBuilder, QuestionEvalDataset
-from lavis_xformer.data.records import Row, absent_images, read_rows, report, sha256, strings
+from lavis_xformer.data.records import Row, absent_images, expand, read_rows, report, strings
 from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.files import sha256
 from lavis_xformer.paths import config_path
 
 logger = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ class BenchmarkBuilder(LocalFilesBuilder):
 
     def fingerprint(self, file: str) -> str:
         """Return a question file's sha256 and log it; refuse another benchmark's published file."""
-        digest = sha256(file)
+        digest = sha256(expand(file))
         published = GVT_SHA256.get(digest)
         if published not in (None, self.name):
             raise UserError(f"datasets.{self.name}: {file} is the question file of {published}")

@@ -6,7 +6,6 @@ Knows no LAVIS and no torch, so that checking a file starts at once.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -194,8 +193,3 @@ def _files_in(folder: str) -> frozenset[str]:
         return frozenset(entry.name for entry in os.scandir(folder) if entry.is_file())
     except OSError:
         return frozenset()
-
-
-def sha256(path: str | Path) -> str:
-    """Return a file's sha256 as 64 hexadecimal digits."""
-    return hashlib.sha256(expand(path).read_bytes()).hexdigest()

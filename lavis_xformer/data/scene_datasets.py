@@ -20,8 +20,7 @@ from PIL import Image
 
 from lavis_xformer.data.packed import LazyRows
 from lavis_xformer.data.scenes import LEVELS, PRESETS, Scene, captions, make_scene, render
-from lavis_xformer.data.scenes.words import named
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError, named, nearest
 from lavis_xformer.paths import config_path
 
 Processor = Callable[[Any], Any]
@@ -37,9 +36,7 @@ class SceneSource:
 
     seed: int  # of the world
     split: str
-    presets: tuple[
-        str, ...
-    ]  # names of :data:`lavis_xformer.data.scenes.PRESETS`; where there are several, they take turns
+    presets: tuple[str, ...]  # names of ``scenes.PRESETS``; where there are several, they take turns
     scenes: int  # how many
     image_size: int  # side of a picture in pixels
 

@@ -18,8 +18,7 @@ from lavis_xformer.data.scene_datasets import Sample, SceneBuilder, SceneDataset
 from lavis_xformer.data.scenes import ANSWERS, QUESTION_KINDS, Question, ask, questions, scene_rng
 from lavis_xformer.data.scenes.qa import KINDS, details_asked, inventory_asked
 from lavis_xformer.data.scenes.text import shuffled
-from lavis_xformer.data.scenes.words import named
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, named
 from lavis_xformer.paths import config_path
 
 Asked = TypeVar("Asked")  # a question, or several

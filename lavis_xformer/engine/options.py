@@ -31,9 +31,7 @@ class RunOptions:
     """
 
     amp: str = "no"  # bf16; on a GPU fp16 (True, as in LAVIS); no; auto: bf16 where the hardware computes it itself
-    muon: float = (
-        0.0  # trains matrices that are no embeddings by Muon, at so many times the learning rate; 0: AdamW all
-    )
+    muon: float = 0.0  # so many times the learning rate for matrices, no embeddings, by Muon; 0: AdamW for all
     max_grad_norm: float = 0.0  # 2-norm to clip to; 0 does not clip
     skip_nonfinite: int = 0  # steps that may be skipped in the whole run; the next one stops it
     save_every_steps: int = 0  # optimiser steps; 0 saves after epochs only

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from lavis_xformer.assets import sha256
+from lavis_xformer.files import sha256
 
 INTENT = {
     "clip": "Frozen image encoder: LAVIS's EVA ViT, trained contrastively on captions that mostly say what is there, "

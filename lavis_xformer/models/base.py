@@ -220,7 +220,8 @@ class XFormerBase(CheckpointLoading, Blip2Base):
     def _run_mae(self, pixels: Tensor, mask_ratio: float, noise: Tensor | None) -> MaeFeatures:
         assert self.mae is not None
         with self._tower(self.mae.model.vit):
-            return self.mae.encode(pixels, mask_ratio=mask_ratio, noise=noise)
+            mae = self.mae.encode(pixels, mask_ratio=mask_ratio, noise=noise)
+        return mae._replace(tokens=mae.tokens.float())
 
     def _tower(self, tower: nn.Module) -> contextlib.AbstractContextManager[Any]:
         """Bring a frozen encoder to its precision on this device and run it there under autocast."""

@@ -119,7 +119,7 @@ def own_batches(loader: DataLoader[Any], device: torch.device) -> Iterator[tuple
         yield to_device(samples, device), fresh
 
 
-def take(samples: Samples, rows: Sequence[int]) -> Samples:
+def select(samples: Samples, rows: Sequence[int]) -> Samples:
     """Return some rows of a batch: of tensors and lists as long as the batch; the rest as it is."""
     size = count_samples(samples)
 

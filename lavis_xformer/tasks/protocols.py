@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 
 from lavis.common.registry import registry
 
-from lavis_xformer import assets
 from lavis_xformer.engine import jobs
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.files import write_json
+from lavis_xformer.files import sha256, write_json
 
 Row = dict[str, Any]
 
@@ -117,7 +116,7 @@ def write_result(config: Row, split: str, protocol: Row, figures: Mapping[str, f
         "benchmark": name,
         "split": split,
         "protocol": protocol,
-        "question_sha256": {file: assets.sha256(Path(file)) for file in paths if Path(file).is_file()},
+        "question_sha256": {file: sha256(Path(file)) for file in paths if Path(file).is_file()},
         "figures": dict(figures),
         **more,
         "config": config,

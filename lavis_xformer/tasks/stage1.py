@@ -18,7 +18,7 @@ from lavis_xformer import launch
 from lavis_xformer.distributed import rank
 from lavis_xformer.engine.loop import image_ids
 from lavis_xformer.tasks import metrics
-from lavis_xformer.tasks.base import NamedLossTask, Samples, take
+from lavis_xformer.tasks.base import NamedLossTask, Samples, select
 
 
 @registry.register_task("xformer_stage1")
@@ -53,7 +53,7 @@ class Stage1Task(NamedLossTask):
         self._owners += compress(ids, fresh)
         new = [i for i, name in enumerate(ids) if name not in self._seen and ids.index(name) == i]
         if new:
-            images = model.extract_features(take(samples, new), mode="image").image_embeds_proj
+            images = model.extract_features(select(samples, new), mode="image").image_embeds_proj
             self._images.append(images.float().cpu())  # (new, N, E)
             self._seen |= dict.fromkeys(ids[i] for i in new)
 

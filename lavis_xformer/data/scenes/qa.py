@@ -22,11 +22,11 @@ from lavis_xformer.data.scenes.words import (
     ROWS,
     SHAPES,
     SIZES,
-    named,
     plural,
     with_article,
 )
 from lavis_xformer.data.scenes.world import CELL_BORDERS, Scene, SceneObject, visible_shares
+from lavis_xformer.errors import named
 
 CELL_MARGIN = 0.03
 """How far from the border of a cell an object must be for its place to be asked."""

@@ -12,9 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from lavis_xformer.data.scenes.qa import QUESTION_KINDS, majority_share, questions
 from lavis_xformer.data.scenes.render import render
 from lavis_xformer.data.scenes.text import LEVELS, captions
-from lavis_xformer.data.scenes.words import named
 from lavis_xformer.data.scenes.world import PRESETS, Scene, make_scene, scene_rng
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, named
 
 INK, SOFT, ANSWER, PAPER, CARD = "#20242c", "#727987", "#0a7050", "#e9ebef", "#ffffff"
 SIDE = 64  # pixels of a scene, as the encoders of the mini world see it

@@ -9,8 +9,9 @@ from typing import TypeVar
 
 from numpy.random import Generator
 
-from lavis_xformer.data.scenes.words import COLOURS, SHAPES, counted, listed, named, plural, with_article
+from lavis_xformer.data.scenes.words import COLOURS, SHAPES, counted, listed, plural, with_article
 from lavis_xformer.data.scenes.world import Scene, SceneObject, relations, scene_rng
+from lavis_xformer.errors import named
 
 Item = TypeVar("Item")
 

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TypeVar
-
-from lavis_xformer.errors import UserError, nearest
-
-Found = TypeVar("Found")
+from collections.abc import Sequence
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "moon", "arrow", "cross")
 DIRECTED = ("triangle", "heart", "moon", "arrow")
@@ -35,17 +30,6 @@ a among an and are at below above bottom colour colours does exist face facing g
 in is largest left many mark middle number object objects of on or over picture right shape shapes size
 the them there to top what where which way with yes no
 """.split()
-
-
-def named(options: Mapping[str, Found], name: str, what: str) -> Found:
-    """Return what has a name among the options, of which ``what`` says what they are.
-
-    Raises:
-        UserError: there is no such name.
-    """
-    if name not in options:
-        raise UserError(f"no {what} named {name!r}: {nearest(name, options)}")
-    return options[name]
 
 
 def plural(noun: str) -> str:

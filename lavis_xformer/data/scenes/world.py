@@ -25,8 +25,8 @@ from lavis_xformer.data.scenes.words import (
     ROWS,
     SHAPES,
     SIZES,
-    named,
 )
+from lavis_xformer.errors import named
 
 RGB = tuple[int, int, int]
 
