@@ -8,11 +8,11 @@ is refused, because a result computed with it could not be repeated.
 from __future__ import annotations
 
 import functools
-import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.files import sha256
+from lavis_xformer.files import read_json, sha256, write_json
 
 SCHEME = "assets://"
 ROOT = Path(__file__).parent / "assets"
@@ -36,18 +36,23 @@ def resolve(ref: str, *, root: Path = ROOT) -> Path:
     return root / group / part
 
 
-def write_sums(folder: Path) -> dict[str, str]:
-    """Record the checksum of every file of every part, model cards and hidden folders left out.
+def write_sums(folder: Path, parts: Iterable[str]) -> dict[str, str]:
+    """Record the checksum of every file of some parts of a set, model cards left out; of other parts they stay.
 
     Returns:
         ``{"clip/model.safetensors": "9f..."}``, as written to ``SHA256SUMS.json``.
     """
-    sums = {
+    renewed, record = set(parts), folder / SUMS
+    before = read_json(record) if record.is_file() else {}
+    sums = {name: of for name, of in before.items() if name.split("/")[0] not in renewed}
+    sums |= {
         path.relative_to(folder).as_posix(): sha256(path)
-        for path in sorted(folder.glob("*/*"))
-        if path.is_file() and path.suffix != ".md" and not path.parent.name.startswith(".")
+        for part in renewed
+        for path in (folder / part).iterdir()
+        if path.is_file() and path.suffix != ".md"
     }
-    (folder / SUMS).write_text(json.dumps(sums, indent=2) + "\n")
+    sums = dict(sorted(sums.items()))
+    write_json(record, sums)
     return sums
 
 
@@ -56,8 +61,8 @@ def _verify(folder: Path, part: str) -> None:
     """Raise unless every recorded file of one part is there, unchanged."""
     record = folder / SUMS
     if not record.is_file():
-        raise UserError(f"{SCHEME}{folder.name}: {record} is missing; {_remedy(folder)}")
-    sums: dict[str, str] = json.loads(record.read_text())
+        raise UserError(f"{SCHEME}{folder.name}: {record} is missing; reinstall the package")
+    sums: dict[str, str] = read_json(record)
     names = [name for name in sums if name.startswith(f"{part}/")]
     if not names:
         parts = {name.split("/")[0] for name in sums}
@@ -66,10 +71,6 @@ def _verify(folder: Path, part: str) -> None:
     for name in names:
         path = folder / name
         if not path.is_file():
-            raise UserError(f"{path} is missing; {_remedy(folder)}")
+            raise UserError(f"{path} is missing; reinstall the package")
         if sha256(path) != sums[name]:
-            raise UserError(f"{path} is not the file that {SUMS} names; {_remedy(folder)}")
-
-
-def _remedy(folder: Path) -> str:
-    return f"reinstall the package, or rebuild with: lavis-xformer build-mini --out {folder}"
+            raise UserError(f"{path} is not the file that {SUMS} names; reinstall the package")

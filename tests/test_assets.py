@@ -6,6 +6,7 @@ import pytest
 
 from lavis_xformer.assets import ROOT, resolve, write_sums
 from lavis_xformer.errors import UserError
+from lavis_xformer.files import sha256
 
 
 @pytest.fixture
@@ -15,7 +16,7 @@ def shelf(tmp_path):
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(bytes(range(256)))
     (folder / "README.md").write_text("card")
-    write_sums(tmp_path / "tiny")
+    write_sums(tmp_path / "tiny", ["clip"])
     return tmp_path
 
 
@@ -32,13 +33,24 @@ def test_flipped_byte_is_refused(shelf):
     data = bytearray(path.read_bytes())
     data[100] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"model.safetensors is not the file .* build-mini"):
+    with pytest.raises(UserError, match=r"model.safetensors is not the file .*; reinstall the package"):
+        resolve("assets://tiny/clip", root=shelf)
+
+
+def test_a_part_built_beside_it_does_not_make_a_flipped_byte_good(shelf):
+    path = shelf / "tiny" / "clip" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    (shelf / "tiny" / "mae").mkdir()
+    (shelf / "tiny" / "mae" / "config.json").write_text("{}")
+    write_sums(shelf / "tiny", ["mae"])
+    assert resolve("assets://tiny/mae", root=shelf).is_dir()
+    with pytest.raises(UserError, match=r"clip/model.safetensors is not the file"):
         resolve("assets://tiny/clip", root=shelf)
 
 
 def test_missing_file_is_named(shelf):
     (shelf / "tiny" / "clip" / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model.safetensors is missing.* build-mini"):
+    with pytest.raises(UserError, match=r"model.safetensors is missing; reinstall the package"):
         resolve("assets://tiny/clip", root=shelf)
 
 
@@ -53,8 +65,12 @@ def test_a_card_may_be_edited(shelf):
 
 
 @pytest.mark.parametrize("part", ["bert", "clip", "mae", "opt", "stage1", "stage2"])
-def test_every_shipped_part_is_whole(part):
-    assert any((resolve(f"assets://mini/{part}") / name).is_file() for name in ("config.json", "config.yaml"))
+def test_every_shipped_part_is_whole_and_what_its_card_names(part):
+    folder = resolve(f"assets://mini/{part}")
+    assert any((folder / name).is_file() for name in ("config.json", "config.yaml"))
+    card = (folder / "README.md").read_text()
+    for path in folder.iterdir():
+        assert path.suffix == ".md" or f"| {path.name} | `{sha256(path)}` |" in card, path.name
 
 
 def test_shipped_weights_stay_small():

@@ -45,6 +45,39 @@ def test_probe_reads_what_is_there_and_nothing_else():
     assert blind["count"][0] < 25
 
 
+def test_the_best_step_is_chosen_on_other_scenes_than_are_reported_on(monkeypatch):
+    """Of eight checks the third is the best on the scenes to stop by, and the sixth as good; on the others the last."""
+    stop, shown = [10, 20, 90, 30, 40, 90, 50, 60], [1, 2, 3, 4, 5, 6, 7, 8]
+    said = iter([value for pair in zip(stop, shown, strict=True) for value in pair])
+    monkeypatch.setattr(probe, "correct", lambda probe_, tokens, exam: dict.fromkeys(TASKS, float(next(said))))
+    exams = {probe.TRAIN: told(300, 0), probe.STOP: told(4, 100), "val": told(4, 200)}
+    assert probe.train_probe(reveal, exams, steps=8, seeds=1) == dict.fromkeys(TASKS, [3.0])
+
+
+def test_a_pointed_task_looks_nearest_to_the_point_and_others_everywhere():
+    fresh = probe.Probe(dim=8, patches=17)  # CLS and a square of 4 x 4
+    far = fresh.farness(torch.tensor([[0.9, 0.1], [0.4, 0.8]])).detach()  # right of the first row; below, left
+    assert far.shape == (2, 4, len(TASKS), 1, 17)
+    for task, name in enumerate(TASKS):
+        if TASKS[name].pointed:
+            assert (far[:, :, task, 0, 1:].argmin(-1) == torch.tensor([[3], [13]])).all()
+            assert (far[:, :, task, 0, 0] == 0).all()
+        else:
+            assert (far[:, :, task] == 0).all()
+
+
+def test_pointing_decides_what_a_pointed_task_reads():
+    torch.manual_seed(0)
+    fresh, tokens = probe.Probe(dim=8, patches=17), torch.randn(1, 17, 8)
+    elsewhere = tokens.clone()
+    elsewhere[:, 16] += 5  # the last patch, far from the point
+    fresh.focus.data.fill_(3.0)  # all heads look near
+    here = torch.tensor([[0.1, 0.1]])
+    for name, logits in fresh(tokens, here).items():
+        change = (fresh(elsewhere, here)[name] - logits).abs().max()
+        assert change < 1e-4 if TASKS[name].pointed else change > 1e-4, name
+
+
 def test_labels_are_classes_or_none():
     exam = make_exam("probe-test-of-tests", seed=0, count=500)
     for name, task in TASKS.items():
@@ -120,15 +153,26 @@ def test_an_unknown_source_is_named_before_anything_is_drawn(tmp_path, monkeypat
         probe.main(["--set", str(folder), "--sources", "C, pixel"])
     with pytest.raises(UserError, match="--held-out 0: it must be at least 1"):
         probe.main(["--set", str(folder), "--held-out", "0"])
+    with pytest.raises(UserError, match=r"--set .*nowhere/clip is not there; lavis-xformer build-mini"):
+        probe.main(["--set", str(tmp_path / "nowhere")])
+
+
+def test_scenes_too_few_to_ask_for_everything_are_named(tmp_path, monkeypatch):
+    answers = dict.fromkeys(TASKS, torch.full((3,), NONE))
+    monkeypatch.setattr(probe, "make_exam", lambda *args, **kwargs: Exam(torch.zeros(3), torch.zeros(3, 2), answers))
+    with pytest.raises(UserError, match="--scenes 3: none of these scenes has an answer for category; use more"):
+        probe.main(["--scenes", "3", "--out", str(tmp_path)])
 
 
 def test_command_writes_table_figures_and_json(tmp_path):
     folder = tmp_path / "mini"
     build.main(["--preset", "smoke", "--only", "clip", "--only", "mae", "--out", str(folder)])
     out = tmp_path / "probe"
-    small = ["--scenes", "60", "--held-out", "60", "--steps", "2", "--seeds", "2"]
+    small = ["--scenes", "60", "--held-out", "80", "--steps", "2", "--seeds", "2"]
     assert probe.main(["--set", str(folder), "--out", str(out), *small]) == 0
-    assert "C+M less C two layers" in (out / "probe.md").read_text()
+    said = (out / "probe.md").read_text()
+    assert "C+M less C two layers" in said
+    assert "| random, high-passed |" in said
     record = json.loads((out / "probe.json").read_text())
     assert set(record["accuracy"]) == {"C", "M", "C+M", "C two layers", "pixels", "random"}
     assert len(record["accuracy"]["C"]["count"]) == 2

@@ -157,6 +157,23 @@ def test_several_presets_take_turns():
         assert row["caption"] == captions(make_scene(0, "train", index, preset), "medium", 1)[0]
 
 
+@pytest.mark.parametrize("each", [1, 2, 4, 8])
+def test_every_kind_is_asked_as_often_about_scenes_of_every_preset(each):
+    scenes = 48 // each
+    changes = "preset=[easy,fine,standard]", f"splits.val.scenes={scenes}", f"splits.val.questions_per_image={each}"
+    rows = build("xformer_scenes_vqa", *changes)["val"].annotation
+    assert set(Counter((row["kind"], row["image_id"] % 3) for row in rows).values()) == {2}
+    alone = build("xformer_scenes_vqa", "preset=fine", *changes[2:], f"splits.val.scenes={scenes // 3}")["val"]
+    assert [row["kind"] for row in rows if row["image_id"] % 3 == 1] == [row["kind"] for row in alone.annotation]
+
+
+def test_a_scene_that_stands_in_is_of_the_same_preset():
+    changes = "preset=[easy,standard]", "kinds=[relation]", "splits.val.scenes=13", "splits.val.questions_per_image=1"
+    rows = list(build("xformer_scenes_vqa", *changes)["val"].annotation)
+    assert any(row["image_id"] >= 13 for row in rows)
+    assert [row["image_id"] % 2 for row in rows] == [number % 2 for number in range(13)]
+
+
 def test_chosen_kinds_only():
     train = build("xformer_scenes_vqa", "kinds=[count,relation]")["train"]
     assert Counter(row["kind"] for row in train.annotation) == {"count": 48, "relation": 48}

@@ -27,10 +27,10 @@ _MANY_SCENES = 1000  # how many scenes may not allow a kind of question before o
 
 
 class SceneQuestionDataset(SceneDataset):
-    """One sample per question; the kinds take turns, so each is asked equally often.
+    """One sample per question; the kinds take turns within each preset, so each is asked equally often of each.
 
-    Where a scene does not allow the kind whose turn it is, the next scene beyond the split's last that does is
-    asked about instead: questions stay balanced and no other split is touched.
+    Where a scene does not allow the kind whose turn it is, the next scene of its preset beyond the split's last that
+    does is asked about instead: questions stay balanced and no other split is touched.
     """
 
     answer_list = ANSWERS
@@ -53,17 +53,19 @@ class SceneQuestionDataset(SceneDataset):
 
     def _first(self, index: int, make: Callable[[int], Asked | None], kinds: Sequence[str]) -> tuple[int, Asked]:
         """Ask about a scene or, where nothing can be asked about it, about one that stands in; returns whose it is."""
-        scenes = self.source.scenes
-        for stand_in in range(index, index + _MANY_SCENES * scenes, scenes):
+        step = self.source.scenes * len(self.source.presets)
+        for stand_in in range(index, index + _MANY_SCENES * step, step):
             if asked := make(stand_in):
                 return stand_in, asked
         presets = " or ".join(self.source.presets)
         raise UserError(f"kinds: no scene of preset {presets} allows a question of {list(kinds)}")
 
     def _annotate(self, number: int) -> Sample:
-        kind = self.kinds[number % len(self.kinds)]
+        scene, question = divmod(number, self.questions_per_image)
+        turn = scene // len(self.source.presets) * self.questions_per_image + question
+        kind = self.kinds[turn % len(self.kinds)]
         index, asked = self._first(
-            number // self.questions_per_image,
+            scene,
             lambda index: ask(self.source.scene(index), self._rng(index, 2, number), kind),
             [kind],
         )

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BertTokenizer, OPTForCausalLM, T5ForConditionalGeneration, ViTMAEForPreTraining
 
+from lavis_xformer import __version__
 from lavis_xformer.assets import write_sums
 from lavis_xformer.data.scenes import vocabulary
 from lavis_xformer.errors import UserError
@@ -54,6 +55,7 @@ class Recipe:
         return replace(self, **{k: replace(v, steps=round(factor * v.steps)) for k, v in schedules.items()})
 
 
+PRESETS = "smoke: seconds, for tests; quick: MINUTES minutes of two cores; full: what ships, hours of two cores"
 RECIPES = {
     "smoke": Recipe(
         scenes=64,
@@ -73,9 +75,9 @@ RECIPES = {
         heldout=1000,
         clip=Schedule(steps=500, batch=128, lr=1e-3),
         mae=Schedule(steps=700, batch=256, lr=1e-3),
-        opt=Schedule(steps=3000, batch=13, lr=3e-3),
-        notes=Schedule(steps=2000, batch=8, lr=1e-3, muon=2.0),
-        t5=Schedule(steps=3000, batch=64, lr=3e-3),
+        opt=Schedule(steps=1000, batch=13, lr=3e-3),
+        notes=Schedule(steps=800, batch=8, lr=1e-3, muon=2.0),
+        t5=Schedule(steps=500, batch=64, lr=3e-3),
     ),
     "full": Recipe(
         scenes=60_000,
@@ -111,13 +113,15 @@ class Job:
     def finish(self, part: str, data: str, seconds: float, figures: dict[str, float]) -> None:
         """Write the model card of one part."""
         schedule: Schedule | None = getattr(self.recipe, part, None)
+        gpu = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
         facts = {
             "command": f"`{self.command}`",
             "seed": self.seed,
             "data": data,
             "training": json.dumps(asdict(schedule)) if schedule else "none",
             "time": f"{seconds / 60:.1f} min",
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, shared",
+            "machine": gpu if gpu else f"{platform.machine()}, {os.cpu_count()} cores",
+            "written by": f"lavis_xformer {__version__}",
         }
         write_card(self.out / part, facts, figures)
         print(f"{part}: {seconds:.0f} s, " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
@@ -232,9 +236,13 @@ def _word_pieces(texts: list[str], tokenizer: BertTokenizer) -> Tensor:
 
 
 def main(argv: list[str]) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; returns its exit status.
+
+    Raises:
+        UserError: a number is out of its range, the folder is a file, or there is no such device.
+    """
     parser = argparse.ArgumentParser(prog="lavis-xformer build-mini", description=__doc__)
-    parser.add_argument("--preset", choices=sorted(RECIPES), default="quick")
+    parser.add_argument("--preset", choices=list(RECIPES), default="quick", help=PRESETS)
     parser.add_argument("--out", type=Path, required=True, help="folder of the set")
     parser.add_argument("--only", choices=sorted(PARTS), action="append", help="may be repeated")
     parser.add_argument("--seed", type=int, default=0)
@@ -242,6 +250,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--resume", action="store_true", help="go on where a stopped run was")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args(argv)
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: it must be at least 0")
+    if args.longer <= 0:
+        raise UserError(f"--longer {args.longer}: it must be more than 0")
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out} is a file; name a folder")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is visible here; use --device cpu")
     job = Job(
@@ -253,9 +267,10 @@ def main(argv: list[str]) -> int:
         command=shlex.join(["lavis-xformer", "build-mini", *argv]),
     )
     begin = time.monotonic()
-    for part in args.only or PARTS:
+    parts = args.only or list(PARTS)
+    for part in parts:
         torch.manual_seed(args.seed)
         PARTS[part](job)
-    write_sums(args.out)
+    write_sums(args.out, [*parts, "bert"] if "clip" in parts else parts)  # whose words CLIP reads
     print(f"{args.out}: done in {(time.monotonic() - begin) / 60:.1f} min")
     return 0

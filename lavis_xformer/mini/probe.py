@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -97,7 +98,8 @@ def train_probe(encoder: Encoder, exams: dict[str, Exam], *, steps: int, seeds: 
         seeds: how many probes, each from its own start.
 
     Returns:
-        Task to percent right on the reported scenes, one per seed, at the step that was best for the task.
+        Task to percent right on the reported scenes, one per seed, at the first step that was best for the task on
+        the scenes to stop by.
     """
     tokens = {split: extract(encoder, exam.images) for split, exam in exams.items()}
     scale = Standardise(tokens[TRAIN])
@@ -121,7 +123,7 @@ def train_probe(encoder: Encoder, exams: dict[str, Exam], *, steps: int, seeds: 
             decay.step()
             if (step + 1) % max(1, steps // 8) == 0:
                 stop, shown = (correct(probe, held[split], exams[split]) for split in (STOP, report))
-                best = {name: max(best[name], (stop[name], shown[name])) for name in TASKS}
+                best = {name: max(best[name], (stop[name], shown[name]), key=itemgetter(0)) for name in TASKS}
         for name in TASKS:
             results[name].append(best[name][1])
     return results
@@ -156,6 +158,16 @@ def table(results: dict[str, dict[str, list[float]]], chance: dict[str, float]) 
     return "\n".join(lines)
 
 
+def frequencies(curves: dict[str, dict[str, list[float]]]) -> str:
+    """Markdown: how alike tokens of the filtered image are to those of the whole, by cut-off."""
+    cutoffs = [f"{cycles:g}" for cycles in curves["cutoffs"]["cycles"]]
+    lines = ["| cosine, cut-off in cycles per side | " + " | ".join(cutoffs) + " |", "|---" * (len(cutoffs) + 1) + "|"]
+    for name, by in curves.items():
+        for kept in ("low", "high") if name != "cutoffs" else ():
+            lines.append(f"| {name}, {kept}-passed | " + " | ".join(f"{value:.2f}" for value in by[kept]) + " |")
+    return "\n".join(lines)
+
+
 def said_of(placed: dict[str, float]) -> str:
     """A line about how well tokens tell their own place."""
     return "A token's own row and column, read from it alone, R²: " + ", ".join(
@@ -173,7 +185,7 @@ def main(argv: list[str]) -> int:
     """Run the command; returns its exit status.
 
     Raises:
-        UserError: there is no such set of models or source of tokens, or a number is less than 1.
+        UserError: there is no such set of models or source of tokens, or a number is less than 1 or too small.
     """
     parser = argparse.ArgumentParser(prog="lavis-xformer probe", description=__doc__)
     parser.add_argument("--set", default="assets://mini", help="folder with clip and mae")
@@ -190,6 +202,10 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: it must be at least 1")
     begin = time.monotonic()
     folder = resolve(f"{args.set}/clip").parent
+    for part in ("clip", "mae"):
+        if not (folder / part / "config.json").is_file():
+            made = "lavis-xformer build-mini --only clip --only mae --out FOLDER makes such a set"
+            raise UserError(f"--set {args.set}: {folder / part} is not there; {made}")
     sources = encoders(folder)
     wanted = [name.strip() for name in args.sources.split(",")] if args.sources else list(sources)
     for name in wanted:
@@ -197,13 +213,18 @@ def main(argv: list[str]) -> int:
             raise UserError(f"--sources '{name}': {nearest(name, sources)}")
     counts = {TRAIN: args.scenes, STOP: args.held_out, f"probe-{args.report}": args.held_out}
     exams = {split: make_exam(split, seed=0, count=count) for split, count in counts.items()}
+    for split, exam in exams.items():
+        for name, labels in exam.labels.items():
+            if not (labels != NONE).any():
+                key = "scenes" if split == TRAIN else "held-out"
+                raise UserError(f"--{key} {counts[split]}: none of these scenes has an answer for {name}; use more")
     bar = tqdm(wanted, desc="probe")
     results = {name: train_probe(sources[name], exams, steps=args.steps, seeds=args.seeds) for name in bar}
     shown = exams[f"probe-{args.report}"]
-    curves = similarity_curves({name: sources[name] for name in ("C", "M")}, shown.images[:500])
+    curves = similarity_curves({name: sources[name] for name in ("C", "M", "random")}, shown.images[:500])
     placed = {name: position_r2(extract(sources[name], shown.images[:500])) for name in wanted}
     chance = majority(shown)
-    text = f"{table(results, chance)}\n\n{said_of(placed)}"
+    text = f"{table(results, chance)}\n\n{frequencies(curves)}\n\n{said_of(placed)}"
     record = {"arguments": vars(args) | {"out": str(args.out)}, "accuracy": results, "majority": chance}
     record |= {"position_r2": placed, "similarity": curves}
     args.out.mkdir(parents=True, exist_ok=True)
@@ -211,6 +232,7 @@ def main(argv: list[str]) -> int:
     (args.out / "probe.md").write_text(text + "\n")
     from lavis_xformer.mini.probe_figure import draw
 
-    draw(args.out / "probe.png", results, curves)
+    means = {name: {task: interval(values) for task, values in by.items()} for name, by in results.items()}
+    draw(args.out / "probe.png", means, curves)
     print(f"{text}\n{args.out}: probe.md, probe.json, probe.png in {(time.monotonic() - begin) / 60:.1f} min")
     return 0

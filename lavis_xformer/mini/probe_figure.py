@@ -11,12 +11,16 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 
-def draw(path: Path, results: dict[str, dict[str, list[float]]], curves: dict[str, dict[str, list[float]]]) -> None:
+def draw(
+    path: Path,
+    results: dict[str, dict[str, tuple[float, float]]],
+    curves: dict[str, dict[str, list[float]]],
+) -> None:
     """Write the figure.
 
     Args:
         path: where to.
-        results: source to task to percent right, one per probe seed.
+        results: source to task to percent right and half its interval, infinite where there is none.
         curves: as :func:`lavis_xformer.mini.spectrum.similarity_curves` gives them.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.2), width_ratios=(2, 1), layout="constrained")
@@ -24,13 +28,14 @@ def draw(path: Path, results: dict[str, dict[str, list[float]]], curves: dict[st
     places = np.arange(len(tasks))
     width = 0.8 / len(results)
     for number, (name, by_task) in enumerate(results.items()):
-        means = [np.mean(by_task[task]) for task in tasks]
-        spread = [np.std(by_task[task]) for task in tasks]
-        left.bar(places + (number - (len(results) - 1) / 2) * width, means, width, yerr=spread, label=name)
-    left.set(xticks=places, xticklabels=tasks, ylabel="right, %", title="Probe on frozen tokens")
+        means, halves = zip(*(by_task[task] for task in tasks), strict=True)
+        known = [half if np.isfinite(half) else 0 for half in halves]
+        left.bar(places + (number - (len(results) - 1) / 2) * width, means, width, yerr=known, label=name)
+    left.set(xticks=places, xticklabels=tasks, ylabel="right, %", ylim=(0, 100))
+    left.set_title("Probe on frozen tokens, 95 % intervals over its seeds")
     left.legend(fontsize=8, ncols=3)
     cycles = curves["cutoffs"]["cycles"]
-    for name, colour in zip((name for name in curves if name != "cutoffs"), ("tab:blue", "tab:orange"), strict=True):
+    for name, colour in zip((name for name in curves if name != "cutoffs"), mpl.color_sequences["tab10"], strict=False):
         right.plot(cycles, curves[name]["low"], "o-", color=colour, label=f"{name}, low-passed")
         right.plot(cycles, curves[name]["high"], "s--", color=colour, label=f"{name}, high-passed")
     right.set(xlabel="cut-off, cycles per side", ylabel="cosine to tokens of the whole image", title="Frequencies")
