@@ -51,7 +51,7 @@ def test_the_best_step_is_chosen_on_other_scenes_than_are_reported_on(monkeypatc
     said = iter([value for pair in zip(stop, shown, strict=True) for value in pair])
     monkeypatch.setattr(probe, "correct", lambda probe_, tokens, exam: dict.fromkeys(TASKS, float(next(said))))
     exams = {probe.TRAIN: told(300, 0), probe.STOP: told(4, 100), "val": told(4, 200)}
-    assert probe.train_probe(reveal, exams, steps=8, seeds=1) == dict.fromkeys(TASKS, [3.0])
+    assert probe.train_probe(reveal, exams, steps=8, seeds=1) == {name: [3.0] for name in TASKS}
 
 
 def test_a_pointed_task_looks_nearest_to_the_point_and_others_everywhere():

@@ -156,12 +156,14 @@ def test_unknown_preset_names_the_nearest():
 def test_answers_are_counted(tmp_path, capsys):
     assert main(["--out", str(tmp_path / "scenes.png"), "--answers", "300"]) == 0
     _, title, *lines = capsys.readouterr().out.splitlines()
-    assert title == "most frequent answer"
-    shares = {line.split()[0]: float(line.split()[1]) for line in lines}
+    assert title.split() == "share by wording most frequent answer".split()
+    shares, worded = ({line.split()[0]: float(line.split()[column]) for line in lines} for column in (1, 3))
     assert list(shares) == list(QUESTION_KINDS)
     assert 50 <= shares["presence"] < 57, "one of two"
     assert 25 <= shares["relation"] < 35, "one of four"
     assert 11 < shares["count"] < 17, "one of nine"
+    assert 50 <= worded["relation"] < 60, "one of the two sides that are offered"
+    assert all(worded[kind] >= shares[kind] for kind in shares)
 
 
 def test_contact_sheet_is_written(tmp_path, capsys):

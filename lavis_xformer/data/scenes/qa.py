@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from numpy.random import Generator
 
@@ -33,6 +34,8 @@ CELL_MARGIN = 0.03
 
 DETAIL_VISIBLE = 0.93
 """Share of an object that must be seen for its mark or facing to be asked."""
+
+_NAMES = {"a", "an", *COLOURS, *SHAPES, *map(plural, SHAPES)}
 
 
 @dataclass(frozen=True)
@@ -251,10 +254,28 @@ def inventory_asked(scene: Scene) -> Question:
     return Question("inventory", "what objects are there?", ". ".join(inventory(scene)))
 
 
-def majority_share(asked: Iterable[Question]) -> dict[str, tuple[str, float]]:
-    """Most frequent answer of each kind and its share: what a guesser that sees no picture gets right."""
-    answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
+class Guess(NamedTuple):
+    """What a guesser that sees no picture gets right of a kind of question."""
+
+    answer: str  #: the kind's most frequent
+    share: float  #: right by always saying that
+    worded: float  #: right by the most frequent answer to each wording, the names in it left out
+
+
+def majority_share(asked: Iterable[Question]) -> dict[str, Guess]:
+    """The best blind guess of each kind, and the share of questions that it answers."""
+    kinds: defaultdict[str, list[Question]] = defaultdict(list)
     for question in asked:
-        answers[question.kind][question.answer] += 1
-    tops = {kind: counts.most_common(1)[0] for kind, counts in answers.items()}
-    return {kind: (top, times / answers[kind].total()) for kind, (top, times) in tops.items()}
+        kinds[question.kind].append(question)
+    return {kind: _guess(those) for kind, those in kinds.items()}
+
+
+def _guess(asked: Sequence[Question]) -> Guess:
+    wordings: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for question in asked:
+        wordings[" ".join(word for word in question.text.split() if word.rstrip("?") not in _NAMES)][
+            question.answer
+        ] += 1
+    answer, times = sum(wordings.values(), Counter[str]()).most_common(1)[0]
+    worded = sum(max(answers.values()) for answers in wordings.values())
+    return Guess(answer, times / len(asked), worded / len(asked))

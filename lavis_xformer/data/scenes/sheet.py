@@ -110,7 +110,7 @@ def contact_sheet(preset: str, seed: int, path: str | Path, split: str = "train"
 
 
 def answer_table(preset: str, seed: int, split: str, scenes: int) -> str:
-    """Return a line for each kind of question: its most frequent answer and the share that has it.
+    """Return a line for each kind of question: its most frequent answer, the share that has it, and by its wording.
 
     Args:
         preset: a name of :data:`lavis_xformer.data.scenes.PRESETS`.
@@ -121,8 +121,8 @@ def answer_table(preset: str, seed: int, split: str, scenes: int) -> str:
     drawn = (make_scene(seed, split, index, preset) for index in range(scenes))
     asked = (one for scene in drawn for one in questions(scene, scene_rng(seed, split, scene.index, 3)))
     found = sorted(majority_share(asked).items(), key=lambda pair: QUESTION_KINDS.index(pair[0]))
-    lines = [f"{kind:<12}{100 * share:5.1f} %  {answer}" for kind, (answer, share) in found]
-    return "\n".join(["most frequent answer", *lines])
+    lines = [f"{kind:<12}{100 * of.share:6.1f} %{100 * of.worded:10.1f} %     {of.answer}" for kind, of in found]
+    return "\n".join([f"{'':<14}share    by wording  most frequent answer", *lines])
 
 
 def main(argv: Sequence[str]) -> int:
