@@ -267,7 +267,9 @@ def seeded(answers: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
 def test_differences_by_hand() -> None:
     ours = seeded([answer(n, True) for n in range(4)], 1) + seeded([answer(n, n < 2) for n in range(4)], 2)
     theirs = seeded([answer(n, False) for n in range(4)], 1)
-    gap = differences(ours, theirs)["asked.count"]  # unequal seeds: means over seeds, only images are drawn anew
+    gap = differences(ours, theirs)["asked.count"]  # one seed in common: that one alone, the other has no partner
+    assert gap == {"difference": 100, "seeds": 1, "n": 4, "low": 100, "high": 100}
+    gap = differences(ours, seeded([answer(n, False) for n in range(4)], 3))["asked.count"]  # none: means over seeds
     assert (gap["difference"], gap["seeds"], gap["n"]) == (75, 1, 4)
     assert 50 <= gap["low"] <= 75 <= gap["high"] <= 100
     assert differences(ours, []) == {}
@@ -280,7 +282,7 @@ def test_differences_by_hand() -> None:
     common = differences(more, theirs + seeded([answer(n, False) for n in range(4)], 2))["asked.count"]
     assert common == paired, "seeds that the other lacks are left out"
     fewer = differences(ours, seeded([answer(n, False) for n in range(1, 4)], 1))["asked.count"]
-    assert (fewer["n"], fewer["difference"]) == (3, pytest.approx(200 / 3)), "only what both were asked"
+    assert (fewer["n"], fewer["difference"]) == (3, 100), "only what both were asked"
     assert mean_and_spread([1, 3]) == {"mean": 2, "spread": pytest.approx(2**0.5)}
     assert mean_and_spread([1])["spread"] is None
 

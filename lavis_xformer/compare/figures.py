@@ -141,7 +141,7 @@ def _columns(points: Points) -> tuple[list[float], list[float]]:
 def _colour(number: int) -> Any:
     from matplotlib import colormaps
 
-    return colormaps["tab20" if number >= 10 else "tab10"](number % 20)
+    return colormaps["tab20"](2 * number % 20 + (number // 10) % 2)  # ten dark ones, then the same ten pale
 
 
 def _axes(path: Path, *, panels: int = 1, columns: int = 4) -> tuple[list[Any], Callable[[], Path]]:

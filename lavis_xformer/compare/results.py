@@ -187,25 +187,23 @@ def by_count(answers: Sequence[Json]) -> Json:
 def differences(ours: Sequence[Json], theirs: Sequence[Json]) -> Json:
     """Return the difference of accuracy in percent points, over all questions and of every group.
 
-    Only questions that both were asked count. The seeds that both have are paired and drawn anew together with the
-    images (``seeds`` tells how many); where these are fewer than two, a question's score is its mean over all seeds,
-    and the interval covers the images alone (``seeds`` is 1).
+    Only questions that both were asked count, and only the seeds that both have, which are paired and, where there are
+    several, drawn anew together with the images (``seeds`` tells how many). Where they share none, a question's score
+    is its mean over all seeds of each, and ``seeds`` is 1: the interval covers the images alone.
     """
     others = groups_of(theirs)
     found = {}
     for name, members in groups_of(ours).items():
         first, second = by_seed(members), by_seed(others.get(name, []))
-        common = _common([*first.values(), *second.values()]) if second else []
+        paired = [seed for seed in first if seed in second]
+        mine, other = ([of[seed] for seed in paired or of] for of in (first, second))
+        common = _common([*mine, *other]) if other else []
         if not common:
             continue
-        paired = [seed for seed in first if seed in second]
-        mine, other = (
-            [[of[seed][key]["correct"] for key in common] for seed in (paired if len(paired) > 1 else of)]
-            for of in (first, second)
-        )
-        if len(paired) < 2:
-            mine, other = ([[fmean(column) for column in zip(*of, strict=True)]] for of in (mine, other))
-        found[name] = {"n": len(common), "seeds": len(mine), **bootstrap(mine, other, common)}
+        scores = [[[float(rows[key]["correct"]) for key in common] for rows in of] for of in (mine, other)]
+        if not paired:
+            scores = [[[fmean(column) for column in zip(*of, strict=True)]] for of in scores]
+        found[name] = {"n": len(common), "seeds": len(scores[0]), **bootstrap(*scores, common)}
     return found
 
 
