@@ -93,6 +93,7 @@ setup(
         "matplotlib>=3.5",
         "tqdm>=4.60",
         "packaging>=21",
+        "pycocoevalcap>=1.2",
     ],
     extras_require={"dev": ["pytest>=7", "ruff>=0.6", "mypy>=1.8"]},
     packages=find_packages(include=["lavis_xformer", "lavis_xformer.*"]),

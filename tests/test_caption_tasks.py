@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
+from shutil import which
 from types import SimpleNamespace
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
 from lavis.common.registry import registry
-from lavis.tasks import captioning
 from omegaconf import OmegaConf
 from pycocoevalcap.cider.cider import Cider
 
 import lavis_xformer
 from lavis_xformer.errors import UserError
+from lavis_xformer.tasks import captions
 from lavis_xformer.tasks.captions import XFormerCaptionTask, XFormerRetrievalTask
 
 
@@ -27,11 +31,31 @@ def folders(tmp_path: Path) -> None:
     (tmp_path / "result").mkdir()
 
 
-def setup(cls: Any, folder: Path, **run: Any) -> Any:
-    truths = folder / "captions.json"
-    truths.write_text("[]")
-    dataset = {"build_info": {"annotations": {"test": {"storage": str(truths)}}}}
-    config = OmegaConf.create({"run": run, "datasets": {"coco_caption": dataset}, "model": {"image_size": 364}})
+class NoNetwork:
+    """In the place of SPICE, which may fetch 400 MB, as where these can't be had."""
+
+    def __init__(self) -> None:
+        raise URLError("no network")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is fetched, and Java may be missing here."""
+
+    def fail(url: str, folder: str) -> None:
+        raise URLError("no network")
+
+    monkeypatch.setattr(captions, "download_url", fail)
+    monkeypatch.setattr(captions, "which", lambda program: f"/usr/bin/{program}")
+    monkeypatch.setattr(captions, "Spice", NoNetwork)
+    monkeypatch.setitem(registry.mapping["paths"], "cache_root", str(tmp_path / "cache"))
+
+
+def setup(cls: Any, folder: Path, dataset: str = "coco_caption", **run: Any) -> Any:
+    questions = folder / "captions.json"
+    questions.write_text("[]")
+    files = {"build_info": {"annotations": {"test": {"storage": str(questions)}}}}
+    config = OmegaConf.create({"run": run, "datasets": {dataset: files}, "model": {"image_size": 364}})
     return cls.setup_task(SimpleNamespace(run_cfg=config.run, to_dict=lambda: OmegaConf.to_container(config)))
 
 
@@ -86,21 +110,205 @@ def test_only_models_that_can_be_asked_so_are_built(stage2_config: Any, tmp_path
     assert type(task.build_model(SimpleNamespace(model_cfg=stage2_config.model))).__name__ == "XFormerOPT"
 
 
-def test_captions_are_scored_as_lavis_scores_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By pycocoevalcap; its CIDEr alone here, for METEOR and SPICE need Java."""
-    truths = {3: ["a cat on a mat", "the cat sits"], 5: ["two dogs run on grass"]}
+TRUTHS = {
+    3: ["A cat on a mat.", "The cat sits, happily."],
+    5: ["Two dogs run\rthrough the (green) grass!", "dogs"],
+    6: ["a red bus"],
+    7: ["An old man's hat"],
+}
+SAID = {3: "a cat on a mat", 5: "two dogs run on grass", 6: "a red\u2028bus", 7: "a hat"}
+DOMAINS = {3: "in-domain", 5: "in-domain", 6: "out-domain", 7: "out-domain"}
 
-    def evaluate(root: str, file: str, split: str) -> Any:
-        said = {row["image_id"]: [row["caption"]] for row in json.loads(Path(file).read_text())}
-        return SimpleNamespace(eval={"CIDEr": Cider().compute_score(truths, said)[0], "Bleu_4": 0.25})
 
-    monkeypatch.setattr(captioning, "coco_caption_eval", evaluate)
-    registry.mapping["paths"].setdefault("cache_root", str(tmp_path))
-    figures = caption(setup(XFormerCaptionTask, tmp_path, **ASKED), Captioner())
+def write_truths(file: Path, truths: dict[int, list[str]] = TRUTHS, **more: Any) -> Path:
+    rows = [{"image_id": image, "caption": text} for image, texts in truths.items() for text in texts]
+    content = {
+        "images": [{"id": image, **{key: of[image] for key, of in more.items()}} for image in truths],
+        "annotations": [{"id": n, **row} for n, row in enumerate(rows)],
+    }
+    file.write_text(json.dumps(content))
+    return file
+
+
+def write_said(file: Path) -> Path:
+    file.write_text(json.dumps([{"caption": text, "image_id": image} for image, text in SAID.items()]))
+    return file
+
+
+class OneMeteor:
+    """In the place of METEOR, always the same."""
+
+    def compute_score(self, *texts: Any) -> tuple[float, list[float]]:
+        return 0.25, []
+
+
+@pytest.fixture
+def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the two tools that need Java: words as they stand, one METEOR."""
+
+    class Words:
+        def tokenize(self, lines: dict[int, list[dict[str, str]]]) -> dict[int, list[str]]:
+            return {image: [row["caption"].lower() for row in rows] for image, rows in lines.items()}
+
+    monkeypatch.setattr(captions, "PTBTokenizer", Words)
+    monkeypatch.setattr(captions, "Meteor", OneMeteor)
+
+
+@pytest.mark.usefixtures("no_java")
+def test_captions_are_scored_one_by_one_for_a_comparison(tmp_path: Path) -> None:
+    truths = write_truths(tmp_path / "truths.json")
+    task = setup(XFormerCaptionTask, tmp_path, caption_truths=str(truths), test_splits=["test"], **ASKED)
+    figures = caption(task, Captioner())
     result = json.loads((tmp_path / "result" / "test_coco_caption.json").read_text())
     assert figures == result["figures"]
-    assert figures["agg_metrics"] == figures["CIDEr"] + 0.25 > 1
+    assert figures["agg_metrics"] == figures["CIDEr"] + figures["Bleu_4"] > 0
+    assert set(figures) == {"agg_metrics", "Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "ROUGE_L", "CIDEr"}
     assert result["scorer"] == "pycocoevalcap"
+    assert list(result["truth_sha256"]) == [str(truths)]
+    first, second = result["answers"]
+    assert {key: first[key] for key in first.keys() - {"correct"}} == {
+        "caption": "a cat on a mat", "image_id": 3, "question_id": 3, "image": "3", "kind": "caption",
+        "group": "caption", "question": "", "truth": "A cat on a mat.", "guess": 0.0,
+    }  # fmt: skip
+    assert first["correct"] > second["correct"] >= 0
+    assert (first["correct"] + second["correct"]) / 2 == pytest.approx(figures["CIDEr"])
+    line = json.loads((tmp_path / "evaluate.txt").read_text())
+    assert line == {"test": {name: value for name, value in figures.items() if name != "agg_metrics"}}
+
+
+def test_captions_are_kept_where_scoring_fails(tmp_path: Path) -> None:
+    task = setup(XFormerCaptionTask, tmp_path, test_splits=["test"], **ASKED)
+    with pytest.raises(UserError) as raised:
+        caption(task, Captioner())
+    saved = tmp_path / "result" / "test_epochbest.json"
+    for part in (
+        "coco_karpathy_test_gt.json can't be had (<urlopen error no network>), nor does run.caption_truths name a copy",
+        f"They lie in {saved}",
+        f"from lavis_xformer.tasks.captions import scored; print(scored('TRUTHS.json', '{saved}')[0])",
+    ):
+        assert part in str(raised.value)
+    result = json.loads((tmp_path / "result" / "test_coco_caption.json").read_text())
+    assert (result["protocol"]["name"], result["scorer"], result["figures"]) == ("paper", "none", {})
+    assert [row["caption"] for row in result["answers"]] == ["a cat on a mat"] * 2
+    assert list(result["question_sha256"]) == [str(tmp_path / "captions.json")]
+    few = write_truths(tmp_path / "few.json", {3: TRUTHS[3]})
+    with pytest.raises(UserError, match=r"not scored: .*few\.json has the captions of 1 of 2 images. They lie in "):
+        caption(setup(XFormerCaptionTask, tmp_path, caption_truths=str(few), **ASKED), Captioner())
+
+
+@pytest.mark.usefixtures("no_java")
+def test_a_file_of_truths_asks_for_scores_and_coco_has_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched = []
+
+    def fetch(url: str, folder: str) -> None:
+        Path(folder).mkdir(parents=True)
+        fetched.append(str(write_truths(Path(folder) / url.rpartition("/")[2])))
+
+    monkeypatch.setattr(captions, "download_url", fetch)
+    own = write_truths(tmp_path / "own.json")
+    given = caption(
+        setup(XFormerCaptionTask, tmp_path, caption_truths=str(own), report_metric=False, **ASKED), Captioner()
+    )
+    assert not fetched
+    assert caption(setup(XFormerCaptionTask, tmp_path, **ASKED), Captioner()) == given
+    assert fetched == [str(tmp_path / "cache" / "coco_gt" / "coco_karpathy_test_gt.json")]
+
+
+@pytest.mark.usefixtures("no_java")
+def test_scores_by_domain_and_without_what_spice_needs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    truths = write_truths(tmp_path / "truths.json", TRUTHS | {9: ["a tree"]}, domain=DOMAINS | {9: "in-domain"})
+    figures, rows = captions.scored(truths, write_said(tmp_path / "said.json"))
+    words = [{image: [" ".join(text.lower().split()) for text in of[image]] for image in (6, 7)}
+             for of in (TRUTHS, {image: [text] for image, text in SAID.items()})]  # fmt: skip
+    assert figures["CIDEr_out-domain"] == pytest.approx(Cider().compute_score(*words)[0])
+    assert {name for name in figures if "domain" in name} == {"CIDEr_in-domain", "CIDEr_out-domain"}
+    assert "SPICE" not in figures
+    assert "no SPICE, the other scores stand: it needs Stanford CoreNLP" in caplog.text
+    assert "knows 5 images; the 4 captioned ones are scored" in caplog.text
+    assert [row["image_id"] for row in rows] == list(SAID)
+    some = write_truths(tmp_path / "some.json", {3: TRUTHS[3]})
+    with pytest.raises(UserError, match=r"some\.json has the captions of 1 of 4 images"):
+        captions.scored(some, tmp_path / "said.json")
+
+
+@pytest.mark.usefixtures("no_java")
+def test_spice_that_this_java_cannot_run_leaves_the_other_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = write_said(tmp_path / "said.json")
+    monkeypatch.setattr(captions, "Spice", lambda: SimpleNamespace(compute_score=lambda *texts: (0.5, [])))
+    assert captions.scored(write_truths(tmp_path / "truths.json"), said)[0]["SPICE"] == 0.5
+
+    def crash(*texts: Any) -> None:
+        subprocess.run([sys.executable, "-c", "raise SystemExit(1)"], check=True)
+
+    monkeypatch.setattr(captions, "Spice", lambda: SimpleNamespace(compute_score=crash))
+    figures, _ = captions.scored(tmp_path / "truths.json", said)
+    assert "SPICE" not in figures
+    assert figures["CIDEr"] > 0
+
+
+@pytest.mark.skipif(which("java") is None, reason="pycocoevalcap's tokeniser needs Java")
+def test_scores_with_real_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: lower case, no punctuation but brackets, a possessive apart; ends of lines shift nothing."""
+    references = {
+        3: ["a cat on a mat", "the cat sits happily"],
+        5: ["two dogs run through the -lrb- green -rrb- grass", "dogs"],
+        6: ["a red bus"],
+        7: ["an old man 's hat"],
+    }
+    candidates = {3: ["a cat on a mat"], 5: ["two dogs run on grass"], 6: ["a red bus"], 7: ["a hat"]}
+    assert captions.tokens(TRUTHS) == references
+    monkeypatch.setattr(captions, "Meteor", OneMeteor)  # the real one takes half a minute
+    figures, rows = captions.scored(write_truths(tmp_path / "truths.json"), write_said(tmp_path / "said.json"))
+    cider, each = Cider().compute_score(references, candidates)
+    assert figures["CIDEr"] == pytest.approx(cider)
+    assert [row["correct"] for row in rows] == pytest.approx(each)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(which("java") is None, reason="pycocoevalcap's tokeniser and METEOR need Java")
+def test_scores_are_laviss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lavis.tasks import captioning
+    from pycocoevalcap import eval as pycocoevalcap
+
+    plain = {image: [" ".join(text.split()) for text in texts] for image, texts in TRUTHS.items()}
+    (tmp_path / "cache").mkdir()
+    truths = write_truths(tmp_path / "cache" / "coco_karpathy_test_gt.json", plain)
+    said = write_said(tmp_path / "said.json")
+    rows = [{**row, "caption": " ".join(row["caption"].split())} for row in json.loads(said.read_text())]
+    said.write_text(json.dumps(rows))
+    spice = SimpleNamespace(compute_score=lambda *texts: (0.5, [{}] * len(SAID)), method=lambda: "SPICE")
+    for module in (captions, pycocoevalcap):
+        monkeypatch.setattr(module, "Spice", lambda: spice)
+    lavis = captioning.coco_caption_eval(str(truths.parent), str(said), "test")
+    figures, rows = captions.scored(truths, said)
+    assert figures == pytest.approx(lavis.eval)
+    assert {row["image_id"]: row["correct"] for row in rows} == pytest.approx(
+        {image: scores["CIDEr"] for image, scores in lavis.imgToEval.items()}
+    )
+
+
+def test_what_scoring_lacks_is_told_before_anything_is_captioned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(dataset: str = "coco_caption", **run: Any) -> None:
+        setup(XFormerCaptionTask, tmp_path, dataset, **{"test_splits": ["val"], **ASKED, **run})
+
+    with pytest.raises(UserError, match=r"run\.caption_truths: there is no file .*gone\.json"):
+        check(caption_truths=str(tmp_path / "gone.json"))
+    for content in ("[]", "{", '{"images": [], "annotations": [{"image_id": 1}]}'):
+        (tmp_path / "wrong.json").write_text(content)
+        with pytest.raises(UserError, match=r"wrong\.json is not in COCO's format, .*\"image_id\", \"caption\""):
+            check(caption_truths=str(tmp_path / "wrong.json"))
+    with pytest.raises(UserError, match=r"truths of coco_caption alone, none of nocaps; set run\.caption_truths"):
+        check("nocaps")
+    check("nocaps", caption_truths=str(write_truths(tmp_path / "truths.json")))
+    monkeypatch.setattr(captions, "which", lambda program: None)
+    with pytest.raises(UserError, match=r"no `java` on the PATH; install .* or set run\.report_metric to False"):
+        check()
+    check(report_metric=False)
+    check(test_splits=[])  # nothing is scored
 
 
 class Ranker:
@@ -123,6 +331,10 @@ def test_retrieval_by_hand_with_its_protocol(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "result" / "test_coco_caption.json").read_text())
     assert result["protocol"] == {"name": "paper", "k_test": 2, "image_size": 364}
     assert result["figures"] == figures
+    found = {"i2t_r1": [], "t2i_r1": []}
+    for row in result["answers"]:
+        found[row["group"]].append((row["image"], row["correct"]))
+    assert found == {"i2t_r1": [("0", 1), ("1", 0)], "t2i_r1": [("0", 1), ("1", 1), ("1", 0)]}
     assert task.cfg.use_dist_eval_sampler is False, "a rank's share of the split is not ranked as the whole"
     ranker = Ranker()
     setup(XFormerRetrievalTask, tmp_path).evaluation(ranker, SimpleNamespace(dataset=dataset))

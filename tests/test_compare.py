@@ -348,7 +348,7 @@ def test_tables_figures_and_json(plan: Plan) -> None:
     assert found["claimed"]["a"]["asked.count"]["difference"] == 50
     assert markdown(collect(plan)) in shown
     for part in (
-        "15.000 ± 7.071", "| most frequent answer |  | 33.3 |", "| questions, of images |  | 6 of 6 |",
+        "15.000 ± 7.071", "| most frequent answer, or chance |  | 33.3 |", "| questions, of images |  | 6 of 6 |",
         "| blind (no image) | 1 | 50.0 |", "| b | 1 | 100.0 |", "+50.0 [", "2.50 M; 2; 100", "b minus the others",
         "| questions | 2 | 2 | 2 |", "machine: toy", "| 0.500 ± 0.000 |",
         "toys test: protocol paper (num_beams 5), scorer strict, template raw, questions 0123456789ab.",
@@ -369,7 +369,38 @@ def test_what_is_to_be_done_anew_counts_no_more(tmp_path: Path, plan: Plan) -> N
     assert found["finished"] == 4, "the first stage alone"
 
 
-def test_captions_and_retrieval_have_figures_and_no_answers_to_pair(plan: Plan) -> None:
+def scored(group: str, *rows: tuple[float, float]) -> list[dict[str, Any]]:
+    """Rows of what has no truth: how right each is, and what chance gives."""
+    shared = {"question": "", "kind": "k", "group": group}
+    return [
+        {"question_id": n, "image": f"i{n}", **shared, "correct": right, "guess": guess}
+        for n, (right, guess) in enumerate(rows)
+    ]
+
+
+def test_captions_and_retrieval_of_a_training_are_paired(plan: Plan) -> None:
+    for cell in plan.cells(["a", "b"], [1]):
+        if cell.stage.evaluate:
+            continue
+        finish(cell)
+        better = 0.5 * (cell.variant == "b")
+        figures = {"i2t_r1": 99.0, "chance_i2t_r1": 99.0, "itm_accuracy": 0.9}
+        (cell.folder / "summary.json").write_text(json.dumps({"test": {"test": figures}}))
+        (cell.folder / "result").mkdir(exist_ok=True)
+        rows = scored("i2t_r1", (better, 0.25), (0.5, 0.25)) if cell.stage.name == "first" else []
+        for split in ("val", "test"):
+            content = {"figures": figures, "answers": rows if split == "test" else scored("i2t_r1", (1, 1))}
+            (cell.folder / "result" / f"{split}_scores.json").write_text(json.dumps(content))
+    found = collect(plan)
+    assert found["variants"]["a"]["accuracy"]["first.i2t_r1"]["mean"] == 25
+    assert found["differences"]["b"]["first.i2t_r1"]["difference"] == 25
+    assert (found["tasks"]["first.i2t_r1"]["n"], found["tasks"]["first.i2t_r1"]["majority"]) == (2, 25)
+    assert set(found["variants"]["a"]["figures"]) >= {"first.itm_accuracy", "second.i2t_r1"}
+    assert "first.i2t_r1" not in found["variants"]["a"]["figures"], "it stands among what is paired"
+    assert "None" not in markdown(found)
+
+
+def test_what_is_not_scored_one_by_one_has_figures_alone(plan: Plan) -> None:
     said = [{"image_id": 1, "caption": "a dog"}]
     written = {
         "caption.json": {"figures": {"agg_metrics": 1.2, "CIDEr": 0.9}, "answers": said, "scorer": "pycocoevalcap"},
@@ -409,6 +440,11 @@ def test_a_training_on_a_gpu_counts_the_gpus_memory(device: str, memory: float |
     assert run.gpu_memory(tmp_path) is None, "an evaluation writes no summary"
     (tmp_path / "summary.json").write_text(json.dumps({"device": device, "peak_memory_mb": 542.3}))
     assert run.gpu_memory(tmp_path) == memory
+
+
+def test_a_run_that_was_stopped_took_as_long_as_all_its_sittings(tmp_path: Path) -> None:
+    assert run.with_earlier(tmp_path, 10.04, 500.0) == {"seconds": 10.0, "peak_memory_mb": 500.0}
+    assert run.with_earlier(tmp_path, 5.0, 400.0) == {"seconds": 15.0, "peak_memory_mb": 500.0}
 
 
 def test_a_failed_run_says_why(plan: Plan) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lavis_xformer.tasks import metrics
+from lavis_xformer.tasks.stage1 import hits
 
 
 def naive(similarity, owners):
@@ -27,7 +28,7 @@ def test_recalls_equal_the_naive_ones(seed):
     owners[:13] = torch.arange(13)
     similarity = torch.randn(13, 40, generator=generator)
     similarity += 1.5 * (owners[None] == torch.arange(13)[:, None])
-    assert metrics.recalls(similarity, owners) == pytest.approx(naive(similarity, owners))
+    assert metrics.recalls(metrics.ranks(similarity, owners)) == pytest.approx(naive(similarity, owners))
 
 
 def test_the_best_query_decides():
@@ -38,14 +39,30 @@ def test_the_best_query_decides():
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_a_collapsed_model_scores_nothing(value):
-    figures = metrics.recalls(torch.full((20, 20), value), torch.arange(20))
+    figures = metrics.recalls(metrics.ranks(torch.full((20, 20), value), torch.arange(20)))
     assert set(figures.values()) == {0.0}
 
 
 def test_chance_is_what_random_scores_give():
     owners = torch.tensor([0, 0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8])
     generator = torch.Generator().manual_seed(0)
-    trials = [metrics.recalls(torch.randn(9, 12, generator=generator), owners) for _ in range(3000)]
+    trials = [metrics.recalls(metrics.ranks(torch.randn(9, 12, generator=generator), owners)) for _ in range(3000)]
     for name, chance in metrics.chance_recalls(owners).items():
         mean = sum(trial[name] for trial in trials) / len(trials)
         assert mean == pytest.approx(chance, abs=1.5), name
+
+
+def test_hits_are_the_recalls_at_1_one_by_one():
+    owners = torch.tensor([0, 0, 1, 2])
+    similarity = torch.tensor([[0.1, 0.9, 0.8, 0.0], [0.5, 0.2, 0.4, 0.3], [0.0, 0.1, 0.2, 0.9]])
+    ranks = metrics.ranks(similarity, owners)
+    rows = hits(ranks, owners, ["a", "b", "c"])
+    assert [(r["group"], r["image"], r["correct"]) for r in rows] == [
+        ("i2t_r1", "a", 1), ("i2t_r1", "b", 0), ("i2t_r1", "c", 1),
+        ("t2i_r1", "a", 0), ("t2i_r1", "a", 1), ("t2i_r1", "b", 0), ("t2i_r1", "c", 1),
+    ]  # fmt: skip
+    figures, chance = metrics.recalls(ranks), metrics.chance_recalls(owners)
+    for way in ("i2t_r1", "t2i_r1"):
+        own = [row for row in rows if row["group"] == way]
+        assert 100 * sum(row["correct"] for row in own) / len(own) == pytest.approx(figures[way])
+        assert 100 * sum(row["guess"] for row in own) / len(own) == pytest.approx(chance[way])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 import torch
+from lavis.common.registry import registry
 from PIL import Image
 from torch.utils.data import ChainDataset, DataLoader, Dataset
 
@@ -14,6 +16,7 @@ from lavis_xformer.data.guard import guard, guards_in
 from lavis_xformer.data.image_text_datasets import QuestionEvalDataset
 from lavis_xformer.engine.sampling import Mixture
 from lavis_xformer.errors import UserError
+from lavis_xformer.files import read_json
 from lavis_xformer.tasks.base import NamedLossTask
 from lavis_xformer.tasks.stage2 import (
     CAPTION,
@@ -93,7 +96,10 @@ def test_a_caption_is_the_answer_to_no_question(make_stage2: Any) -> None:
     assert torch.allclose(model(mixed)["loss"], model(plain)["loss"], atol=1e-6)
 
 
-def test_evaluation_generates_both_and_scores_them(make_stage2: Any) -> None:
+def test_evaluation_generates_both_and_scores_them(
+    make_stage2: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "get_path", lambda name: {"result_dir": str(tmp_path)}[name])
     task, model = Stage2Task(max_len=6, max_answer_len=3), make_stage2("opt").eval()
     data = CaptionsAndQuestions([CAPTIONS, QUESTIONS])
     task.before_evaluation(model, data)
@@ -102,6 +108,11 @@ def test_evaluation_generates_both_and_scores_them(make_stage2: Any) -> None:
     assert figures["majority_answers"] == 100
     outcome = task.after_evaluation(figures, "val", 0)
     assert outcome["agg_metrics"] == pytest.approx((figures["caption_f1"] + figures["answers"]) / 2)
+    written = read_json(tmp_path / "val_scores.json")
+    assert written["figures"] == outcome
+    assert len(written["answers"]) == len(CAPTIONS)
+    assert 100 * fmean(row["correct"] for row in written["answers"]) == pytest.approx(figures["caption_f1"])
+    assert 100 * fmean(row["guess"] for row in written["answers"]) == pytest.approx(figures["chance_caption_f1"])
     assert [row[0] for row in task.table(figures)] == [
         "loss", "loss_lm", "caption words F1 %", "answers %", "answers count %", "answers position %",
     ]  # fmt: skip
@@ -146,8 +157,10 @@ def test_scores() -> None:
     assert word_f1("a red star", "A star, red") == 1
     assert word_f1("a a star", "a star") == pytest.approx(2 * 2 / 5)
     assert word_f1("", "a star") == 0
-    captions = [Said(CAPTION, "a red star", ["a red star"]), Said(CAPTION, "two", ["two"])]
-    assert score_captions(captions) == {"caption_f1": 100, "chance_caption_f1": 0}
+    captions = [Said(CAPTION, "a red star", ["two", "a red star"]), Said(CAPTION, "a red", ["two"])]
+    rows = score_captions(captions)
+    assert [(row["question_id"], row["correct"], row["guess"]) for row in rows] == [(0, 1, 0.8), (1, 0, 0)]
+    assert {row["group"] for row in rows} == {"caption_f1"}
     said = [Said("count", "2", ["two", "2"]), Said("count", "3", ["two"]), Said("where", "Left", ["left"])]
     assert score_answers(said) == {
         "answers": pytest.approx(200 / 3),
@@ -157,4 +170,4 @@ def test_scores() -> None:
         "answers_where": 100,
         "majority_answers_where": 100,
     }
-    assert score_captions([]) == score_answers([]) == {}
+    assert (score_captions([]), score_answers([])) == ([], {})

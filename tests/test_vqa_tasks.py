@@ -76,7 +76,7 @@ def test_gqa_by_type_by_hand_and_overall_as_lavis(tmp_path: Path) -> None:
     assert list(result["question_sha256"]) == [str(tmp_path / "questions.json")]
 
 
-def test_gqas_types_may_come_from_its_own_file(tmp_path: Path) -> None:
+def test_gqas_types_may_come_from_its_own_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     types = {str(row["question_id"]): {"types": row["types"]} for row in GQA}
     plain = [{key: value for key, value in row.items() if key != "types"} for row in GQA]
     (tmp_path / "types.json").write_text(json.dumps(types))
@@ -87,15 +87,16 @@ def test_gqas_types_may_come_from_its_own_file(tmp_path: Path) -> None:
     (tmp_path / "types.json").write_text(json.dumps(types))
     with pytest.raises(UserError, match="has the types of 2 of 3 questions"):
         task.after_evaluation(SAID, "val")
+    assert "run.question_types" not in caplog.text
     untyped = setup(XFormerGQATask, tmp_path)
     untyped.before_evaluation(Model(), SimpleNamespace(annotation=plain))
     assert not [name for name in untyped.after_evaluation(SAID, "val") if "structural" in name]
+    assert "set run.question_types to GQA's own file of this split (testdev_balanced_questions.json" in caplog.text
 
 
-def test_vqa_scores_as_lavis(tmp_path: Path) -> None:
-    questions = {"questions": [{"question_id": n, "image_id": 9, "question": "how many?"} for n in (1, 2)]}
-    truths = {1: ["2"] * 10, 2: ["red"] * 2 + ["blue"] * 8}
-    kinds = {1: "number", 2: "other"}
+def ask_vqa(folder: Path, truths: dict[int, list[str]], kinds: dict[int, str], task: Any, said: dict[int, str]) -> Any:
+    """Score answers to questions of given types by their ten true answers."""
+    questions = {"questions": [{"question_id": n, "image_id": 9, "question": "how many?"} for n in truths]}
     annotations = {"annotations": [
         {"question_id": n, "image_id": 9, "question_type": "how", "answer_type": kinds[n],
          "multiple_choice_answer": given[-1],
@@ -104,13 +105,17 @@ def test_vqa_scores_as_lavis(tmp_path: Path) -> None:
     ]}  # fmt: skip
     for name, content in (("q", questions), ("a", annotations)):
         base = {"info": {}, "license": {}, "data_subtype": "", "data_type": "", "task_type": ""}
-        (tmp_path / f"{name}.json").write_text(json.dumps({**base, **content}))
-    said = [{"question_id": 1, "answer": "two"}, {"question_id": 2, "answer": "red"}]
-    results = []
-    for task in (setup(XFormerVQATask, tmp_path, protocol="lavis"), VQATask(5, 10, 1, True, 128, "generate")):
-        task.ques_files, task.anno_files = {"val": str(tmp_path / "q.json")}, {"val": str(tmp_path / "a.json")}
-        results.append(task.after_evaluation(said, "val"))
-    ours, lavis = results
+        (folder / f"{name}.json").write_text(json.dumps({**base, **content}))
+    task.ques_files, task.anno_files = {"val": str(folder / "q.json")}, {"val": str(folder / "a.json")}
+    return task.after_evaluation([{"question_id": n, "answer": text} for n, text in said.items()], "val")
+
+
+def test_vqa_scores_as_lavis(tmp_path: Path) -> None:
+    truths, kinds = {1: ["2"] * 10, 2: ["red"] * 2 + ["blue"] * 8}, {1: "number", 2: "other"}
+    ours, lavis = (
+        ask_vqa(tmp_path, truths, kinds, task, {1: "two", 2: "red"})
+        for task in (setup(XFormerVQATask, tmp_path, protocol="lavis"), VQATask(5, 10, 1, True, 128, "generate"))
+    )
     assert ours["agg_metrics"] == lavis["agg_metrics"] == 80
     assert ours["accuracy_number"] == lavis["number"] == 100
     assert ours["accuracy_other"] == lavis["other"] == 60
@@ -118,7 +123,49 @@ def test_vqa_scores_as_lavis(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "result" / "val_gqa.json").read_text())
     assert result["protocol"]["prompt"] == "Question: {} Short answer:"
     assert result["blind"] is False
+    assert result["scorer"] == "lavis"
     assert [answer["correct"] for answer in result["answers"]] == [1, 0.6]
+
+
+@pytest.mark.parametrize(
+    ("given", "said", "lavis", "official"),
+    [
+        (["none"] * 10, "none", 0, 100),  # LAVIS makes 0 of what was said alone
+        (["none"] * 9 + ["no"], "0", 0, 100),
+        (["the left"] * 10, "the left", 0, 100),
+        (["the left"] * 10, "left", 0, 0),  # where all are alike, the letter counts
+        (["yes"] * 10, "Yes", 100, 0),
+        (["on the table"] * 6 + ["table"] * 4, "on the table", 0, 100),
+        (["on the table"] * 6 + ["table"] * 4, "On table.", 0, 100),
+        (["on the table"] * 6 + ["table"] * 4, "the table", 100, 100),
+        (["two"] * 2 + ["2"] + ["3"] * 7, "two", 30, 90),
+    ],
+)
+def test_vqa_by_hand_as_lavis_and_as_vqas_own_evaluation(
+    tmp_path: Path, given: list[str], said: str, lavis: float, official: float
+) -> None:
+    for scorer, accuracy in (("lavis", lavis), ("official", official)):
+        task = setup(XFormerVQATask, tmp_path, scorer=scorer)
+        figures = ask_vqa(tmp_path, {1: given}, {1: "other"}, task, {1: f"{said}\n"})
+        assert figures["accuracy"] == figures["accuracy_other"] == pytest.approx(accuracy)
+        result = json.loads((tmp_path / "result" / "val_gqa.json").read_text())
+        assert result["scorer"] == scorer
+        assert result["answers"][0]["correct"] == pytest.approx(accuracy / 100)
+
+
+def test_an_unknown_scorer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run\.scorer: 'offical': did you mean 'official'"):
+        setup(XFormerVQATask, tmp_path, scorer="offical")
+
+
+def test_every_answer_stands_beside_the_most_frequent_ones(tmp_path: Path) -> None:
+    truths = {1: ["yes"] * 10, 2: ["yes"] * 10, 3: ["no"] * 8 + ["yes"] * 2, 4: ["2"] * 10}
+    kinds = {1: "yes/no", 2: "yes/no", 3: "yes/no", 4: "number"}
+    task = setup(XFormerVQATask, tmp_path)
+    figures = ask_vqa(tmp_path, truths, kinds, task, dict.fromkeys(truths, "no"))
+    rows = json.loads((tmp_path / "result" / "val_gqa.json").read_text())["answers"]
+    assert [row["guess"] for row in rows] == pytest.approx([1, 1, 0.6, 1])
+    assert figures["majority"] == pytest.approx(100 * sum(row["guess"] for row in rows) / 4)
 
 
 def test_vqas_majority_by_hand() -> None:

@@ -35,7 +35,7 @@ def draw(plan: Plan, found: Mapping[str, Any], folder: Path) -> list[Path]:
 
 def draw_bars(variants: Mapping[str, Json], tasks: Mapping[str, Json], path: Path) -> Path:
     """Draw the accuracy of every group of questions with its 95 % interval, beside the most frequent answer's."""
-    names = list(tasks)
+    names, stages = list(tasks), {name.partition(".")[0] for name in tasks}
     rows = [names[start : start + BARS] for start in range(0, len(names), BARS)]
     panels, save = _axes(path, panels=len(rows), columns=1)
     width = 0.8 / len(variants)
@@ -48,8 +48,9 @@ def draw_bars(variants: Mapping[str, Json], tasks: Mapping[str, Json], path: Pat
         left = [place - width / 2 for place in range(len(groups))]
         levels = [tasks[group]["majority"] for group in groups]
         right = [start + 0.8 for start in left]
-        axes.hlines(levels, left, right, color="black", lw=1.5, ls=(0, (2, 1)), label="most frequent answer")
-        ticks = [f"{group.partition('.')[2]}\nn = {tasks[group]['n']}" for group in groups]
+        axes.hlines(levels, left, right, color="black", lw=1.5, ls=(0, (2, 1)), label="most frequent answer, or chance")
+        titles = [group.partition(".")[2] if len(stages) == 1 else group.replace(".", "\n", 1) for group in groups]
+        ticks = [f"{title}\nn = {tasks[group]['n']}" for title, group in zip(titles, groups, strict=True)]
         axes.set_xticks([start + 0.4 for start in left], ticks, fontsize=8)
         axes.set_xlim(-0.3, min(BARS, len(names)))
         axes.set_ylabel("accuracy, % (95 % interval)", fontsize=8)

@@ -23,7 +23,10 @@ _MEASURED = ("i2t_r1", "t2i_r1", "itm_accuracy", "loss_rec", "rec_mae", "caption
 #: of a training's test figures, what the table shows
 SHOWN = (*_MEASURED, *(f"chance_{name}" for name in _MEASURED))
 #: of an evaluation whose answers are compared one by one, what they don't tell; of any other evaluation, all is shown
-ASKED = ("mae", "rmse", "f1", "yes_ratio", "unread", "pair_accuracy", "accuracy_semantic", "majority_semantic")
+ASKED = (
+    *("mae", "rmse", "f1", "yes_ratio", "unread", "pair_accuracy", "accuracy_semantic", "majority_semantic"),
+    *("Bleu", "METEOR", "ROUGE_L", "SPICE", "CIDEr_", "txt_r", "img_r"),
+)
 HOW = ("benchmark", "split", "protocol", "scorer", "template", "question_sha256")  # belongs beside every number
 COUNTS = ("count", "count_group")
 ALL = "all"
@@ -74,7 +77,8 @@ def of_variant(cells: Sequence[Cell]) -> Json:
         for name, value in _figures(cell, results):
             values[f"{cell.stage.name}.{name}"][cell.seed] = value
         for result in results:
-            asked[cell.stage.name].append({key: result[key] for key in HOW if key in result})
+            if cell.stage.evaluate:
+                asked[cell.stage.name].append({key: result[key] for key in HOW if key in result})
             blind = blind or bool(result.get("blind"))
             answers += [{**answer, "seed": cell.seed, "stage": cell.stage.name} for answer in _scored(result)]
     return {
@@ -96,14 +100,14 @@ def distinct(ways: Iterable[Json]) -> list[Json]:
 
 
 def _results(cell: Cell) -> Iterator[Json]:
-    """What an evaluation has written, without the lists that LAVIS's own tasks put beside it."""
-    for file in sorted((cell.folder / "result").glob("*.json")) if cell.stage.evaluate else ():
+    """What an evaluation, or a training of its test splits, has written, without the lists of LAVIS's own tasks."""
+    for file in sorted((cell.folder / "result").glob("*.json" if cell.stage.evaluate else "test*_scores.json")):
         if isinstance(result := read_json(file), dict) and "figures" in result:
             yield result
 
 
 def _scored(result: Json) -> list[Json]:
-    """The answers that are right or wrong one by one; captions are not, and retrieval has none."""
+    """What was scored one by one."""
     return [answer for answer in result.get("answers", []) if "correct" in answer]
 
 
@@ -114,8 +118,10 @@ def _figures(cell: Cell, results: Iterable[Json]) -> Iterable[tuple[str, float]]
         numbers = ((k, v) for k, v in result["figures"].items() if isinstance(v, int | float) and k != "agg_metrics")
         yield from ((k, v) for k, v in numbers if k.startswith(shown))
     if not cell.stage.evaluate:
+        paired = {answer["group"] for result in results for answer in _scored(result)}
+        told = [name for name in SHOWN if name.removeprefix("chance_") not in paired]
         for figures in read_json(cell.folder / "summary.json")["test"].values():
-            yield from ((name, value) for name, value in (figures or {}).items() if name in SHOWN)
+            yield from ((name, value) for name, value in (figures or {}).items() if name in told)
 
 
 def mean_and_spread(values: Iterable[float]) -> Json:
@@ -138,18 +144,23 @@ def groups_of(answers: Iterable[Json]) -> dict[str, list[Json]]:
 
 
 def tasks(answers: Iterable[Json]) -> Json:
-    """Return what is asked: of every group, how many questions and images, and what the majority's answer scores."""
+    """Return what is asked: of every group, how many questions and images, and what a guess scores.
+
+    That is each answer's own ``guess`` where it has one (what chance gives, or the majority by a soft measure),
+    otherwise whether its truth is the most frequent one of its group.
+    """
     found: Json = {}
     for name, members in groups_of({_key(answer): answer for answer in answers}.values()).items():
         truths: dict[str, Counter[str]] = defaultdict(Counter)
         for answer in members:
-            truths[answer["group"]][str(answer["truth"])] += 1
-        best = sum(counter.most_common(1)[0][1] for counter in truths.values())  # each group's own majority
+            truths[answer["group"]][str(answer.get("truth"))] += 1
+        most = {group: counter.most_common(1)[0][0] for group, counter in truths.items()}
+        right = [answer.get("guess", str(answer.get("truth")) == most[answer["group"]]) for answer in members]
         found[name] = {
             "n": len(members),
             "images": len({answer["image"] for answer in members}),
-            "majority": 100 * best / len(members),
-            "majority_answer": "; ".join(counter.most_common(1)[0][0] for counter in truths.values()),
+            "majority": 100 * fmean(right),
+            "majority_answer": "; ".join(most.values()),
         }
     return found
 
@@ -200,10 +211,10 @@ def differences(ours: Sequence[Json], theirs: Sequence[Json]) -> Json:
         common = _common([*mine, *other]) if other else []
         if not common:
             continue
-        scores = [[[float(rows[key]["correct"]) for key in common] for rows in of] for of in (mine, other)]
+        left, right = ([[float(rows[key]["correct"]) for key in common] for rows in of] for of in (mine, other))
         if not paired:
-            scores = [[[fmean(column) for column in zip(*of, strict=True)]] for of in scores]
-        found[name] = {"n": len(common), "seeds": len(scores[0]), **bootstrap(*scores, common)}
+            left, right = ([[fmean(column) for column in zip(*of, strict=True)]] for of in (left, right))
+        found[name] = {"n": len(common), "seeds": len(left), **bootstrap(left, right, common)}
     return found
 
 

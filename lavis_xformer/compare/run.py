@@ -32,6 +32,7 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.files import read_json, write_json
 
 SAID = "console.txt"
+SITTINGS = "sittings.json"  # what a run has taken so far, however often it was stopped
 IN_PROGRESS: set[int] = set()  # processes of the runs that SIGTERM is handed on to
 TERMINATED = threading.Event()  # SIGTERM has come
 
@@ -165,6 +166,7 @@ def run_cell(cell: Cell) -> None:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         IN_PROGRESS.discard(process.pid)
+    spent = with_earlier(cell.folder, time.monotonic() - start, usage.ru_maxrss / 1024)  # Linux counts in KiB
     if process.returncode != 0:
         lines = (cell.folder / SAID).read_text(encoding="utf-8").strip().splitlines()
         raise UserError(f"{cell.variant}, seed {cell.seed}, {cell.stage.name} failed: {lines[-1] if lines else ''} "
@@ -174,14 +176,26 @@ def run_cell(cell: Cell) -> None:
         "seed": cell.seed,
         "options": cell.options,
         "command": command,
-        "seconds": round(time.monotonic() - start, 1),
-        "peak_memory_mb": gpu_memory(cell.folder) or round(usage.ru_maxrss / 1024, 1),  # Linux counts in KiB
+        "seconds": spent["seconds"],
+        "peak_memory_mb": gpu_memory(cell.folder) or spent["peak_memory_mb"],
         "trainable": trained_weights(cell.folder / BEST),
         "code": code,
         "commit": inputs.commit(),
         "machine": machine(),
     }
     write_json(cell.folder / "cell.json", note)
+
+
+def with_earlier(folder: Path, seconds: float, memory: float) -> dict[str, float]:
+    """Note what a sitting took, and return what a run that was stopped has taken in all of them."""
+    note = folder / SITTINGS
+    before = read_json(note) if note.is_file() else {"seconds": 0.0, "peak_memory_mb": 0.0}
+    spent = {
+        "seconds": round(before["seconds"] + seconds, 1),
+        "peak_memory_mb": max(before["peak_memory_mb"], round(memory, 1)),
+    }
+    write_json(note, spent)
+    return spent
 
 
 def gpu_memory(folder: Path) -> float | None:

@@ -67,7 +67,7 @@ def accuracy(found: Json, variants: Mapping[str, Json], names: Sequence[str]) ->
         if seeds := {seed for value in given if value for seed in value["seeds"]}:
             title = f"{name} (no image)" if of["blind"] else name
             rows.append([title, str(len(seeds)), *(_cell(value) for value in given)])
-    rows.append(["most frequent answer", "", *(f"{found['tasks'][name]['majority']:.1f}" for name in names)])
+    rows.append(["most frequent answer, or chance", "", *(f"{found['tasks'][name]['majority']:.1f}" for name in names)])
     asked = (f"{found['tasks'][name]['n']} of {found['tasks'][name]['images']}" for name in names)
     rows.append(["questions, of images", "", *asked])
     return _table(["", "seeds", *_short(names)], rows)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -15,6 +17,7 @@ from lavis_xformer.distributed import is_main
 from lavis_xformer.engine.log import bar
 from lavis_xformer.engine.loop import count_samples, to_device
 from lavis_xformer.errors import UserError
+from lavis_xformer.files import write_json
 
 Samples = dict[str, Any]
 
@@ -25,7 +28,16 @@ NO_CAPTIONS = (
 
 
 class NamedLossTask(BaseTask):
-    """A task whose model returns a dict with ``loss`` and named terms; evaluates their means."""
+    """A task whose model returns a dict with ``loss`` and named terms; evaluates their means.
+
+    Attributes:
+        scores: what the last evaluation scored one by one, for a comparison to pair: ``question_id``, ``image``,
+            ``question``, ``kind``, ``group``, ``correct`` (0 to 1) and ``guess`` (what chance gives).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores: list[Samples] = []
 
     def check_split(self, name: str, dataset: Any) -> None:
         """Look at the first sample of a split before the training that would end with its evaluation.
@@ -66,6 +78,12 @@ class NamedLossTask(BaseTask):
     ) -> dict[str, float]:
         """Add ``agg_metrics``, by which the best checkpoint is chosen: here the negative loss."""
         return {"agg_metrics": -val_result["loss"], **val_result}
+
+    def write_scores(self, split: str, figures: Mapping[str, float]) -> None:
+        """Write ``result/<split>_scores.json``: the figures, and what was scored one by one."""
+        if is_main():
+            path = Path(registry.get_path("result_dir")) / f"{split}_scores.json"
+            write_json(path, {"split": split, "figures": figures, "answers": self.scores})
 
     def table(self, figures: Mapping[str, float]) -> list[tuple[str, str, str]]:
         """Return rows (name, value, what to compare it with) of ``figures`` for people."""

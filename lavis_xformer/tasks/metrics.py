@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import comb
 
 import torch
@@ -25,25 +26,26 @@ def best_query_similarity(images: Tensor, texts: Tensor, *, chunk: int = 256) ->
     return torch.cat(parts)
 
 
-def recalls(similarity: Tensor, owners: Tensor) -> dict[str, float]:
-    """Return R@1/5/10 both ways, in percent; an image may have several captions.
+def ranks(similarity: Tensor, owners: Tensor) -> dict[str, Tensor]:
+    """Return how many wrong ones come before the first right one, both ways; an image may have several captions.
 
-    Image to text asks whether any of the image's captions is among the best k; text to image,
-    whether the caption's image is. Of equal scores the wrong one counts as better, and so does one
-    that is not a number: a collapsed model scores 0, not luck.
+    Of equal scores the wrong one counts as better, and so does one that is not a number: a collapsed model scores
+    nothing, not luck.
 
     Args:
         similarity: (I, T).
         owners: (T,) row of the image that each caption belongs to.
+
+    Returns:
+        ``i2t`` (I,): captions that are none of the image's; ``t2i`` (T,): images that are not the caption's.
     """
     own = owners[None, :] == torch.arange(len(similarity))[:, None]  # (I, T)
-    to_text = _ranks(similarity, own)
-    to_image = _ranks(similarity.T, own.T)
-    figures = {}
-    for name, ranks in (("i2t", to_text), ("t2i", to_image)):
-        for k in KS:
-            figures[f"{name}_r{k}"] = 100.0 * (ranks < k).double().mean().item()
-    return figures
+    return {"i2t": _ranks(similarity, own), "t2i": _ranks(similarity.T, own.T)}
+
+
+def recalls(found: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return R@1/5/10 both ways, in percent, of :func:`ranks`: how often a right one is among the best k."""
+    return {f"{way}_r{k}": 100.0 * (of < k).double().mean().item() for way, of in found.items() for k in KS}
 
 
 def chance_recalls(owners: Tensor) -> dict[str, float]:

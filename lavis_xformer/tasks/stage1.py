@@ -71,15 +71,19 @@ class Stage1Task(NamedLossTask):
         owners = torch.tensor([row[name] for part in parts for name in part[2]])  # (T,)
         texts = torch.cat([part[3] for part in parts])  # (T, E)
         similarity = metrics.best_query_similarity(features[list(firsts.values())], texts)  # (I, T)
+        ranks = metrics.ranks(similarity, owners)
+        self.scores = hits(ranks, owners, [str(name) for name in firsts])
         chance = {f"chance_{n}": v for n, v in metrics.chance_recalls(owners).items()}
-        return {**metrics.recalls(similarity, owners), **chance}
+        return {**metrics.recalls(ranks), **chance}
 
     def after_evaluation(
         self, val_result: dict[str, float], split_name: str, epoch: int | str, **unused: object
     ) -> dict[str, float]:
-        """Add ``agg_metrics``: the mean of both R@1, in percent."""
+        """Add ``agg_metrics``: the mean of both R@1, in percent; write what each image and caption found."""
         agg = (val_result["i2t_r1"] + val_result["t2i_r1"]) / 2
-        return {"agg_metrics": agg, **val_result}
+        figures = {"agg_metrics": agg, **val_result}
+        self.write_scores(split_name, figures)
+        return figures
 
     def table(self, figures: Mapping[str, float]) -> list[tuple[str, str, str]]:
         """Return losses (``loss_rec`` beside the frozen MAE's own), ITM accuracy and R@k beside what chance gives."""
@@ -99,3 +103,28 @@ class Stage1Task(NamedLossTask):
         self._texts: list[Tensor] = []
         self._owners: list[Hashable] = []
         self._seen: dict[Hashable, None] = {}
+
+
+def hits(ranks: Mapping[str, Tensor], owners: Tensor, names: Sequence[str]) -> list[Samples]:
+    """Return a row for every image and every caption: whether a right one came first, beside what chance gives.
+
+    Args:
+        ranks: how many wrong ones came before, or whether any did: ``i2t`` (I,) and ``t2i`` (T,).
+        owners: (T,) row of the image that each caption belongs to.
+        names: (I,) of the images.
+    """
+    captions = torch.bincount(owners, minlength=len(names)) / len(owners)  # (I,)
+    asked = {"i2t": (range(len(names)), captions.tolist()), "t2i": (owners.tolist(), len(owners) * [1 / len(names)])}
+    return [
+        {
+            "question_id": number,
+            "image": names[image],
+            "question": way,
+            "kind": "retrieval",
+            "group": f"{way}_r1",
+            "correct": int(rank == 0),
+            "guess": guess,
+        }
+        for way, (images, guesses) in asked.items()
+        for number, (image, guess, rank) in enumerate(zip(images, guesses, ranks[way].tolist(), strict=True))
+    ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -107,17 +108,21 @@ class Stage2Task(NamedLossTask):
         self._said = []
         for entry in said[:SHOWN] + said[-SHOWN:]:
             logger.info("%s: said '%s', reference '%s'", entry.kind, entry.text, entry.references[0])
+        self.scores = score_captions([entry for entry in said if entry.kind == CAPTION])
+        figures = {"caption_f1": "correct", "chance_caption_f1": "guess"} if self.scores else {}
         return {
-            **score_captions([entry for entry in said if entry.kind == CAPTION]),
+            **{name: 100 * fmean(row[key] for row in self.scores) for name, key in figures.items()},
             **score_answers([entry for entry in said if entry.kind != CAPTION]),
         }
 
     def after_evaluation(
         self, val_result: dict[str, float], split_name: str, epoch: int | str, **unused: object
     ) -> dict[str, float]:
-        """Add ``agg_metrics``: the mean of the captions' F1 and the answers' accuracy, in percent."""
-        scores = [val_result[name] for name in ("caption_f1", "answers") if name in val_result]
-        return {"agg_metrics": sum(scores) / len(scores), **val_result}
+        """Add ``agg_metrics``: the mean of the captions' F1 and the answers' accuracy, in percent; write each F1."""
+        agg = fmean(val_result[name] for name in ("caption_f1", "answers") if name in val_result)
+        figures = {"agg_metrics": agg, **val_result}
+        self.write_scores(split_name, figures)
+        return figures
 
     def table(self, figures: Mapping[str, float]) -> list[tuple[str, str, str]]:
         """Return the loss, and each score beside what needs no image."""
@@ -188,16 +193,14 @@ def references_of(samples: Samples) -> list[list[str]]:
     return [[next(answers) for _ in range(count)] for count in counts]
 
 
-def score_captions(said: Sequence[Said]) -> dict[str, float]:
-    """Return ``caption_f1`` and, for captions of the next image, ``chance_caption_f1``, in percent; {} for none."""
-    if not said:
-        return {}
-    others = [*said[1:], said[0]]
-    own = sum(max(word_f1(entry.text, text) for text in entry.references) for entry in said)
-    wrong = sum(
-        max(word_f1(other.text, text) for text in entry.references) for entry, other in zip(said, others, strict=True)
-    )
-    return {"caption_f1": 100 * own / len(said), "chance_caption_f1": 100 * wrong / len(said)}
+def score_captions(said: Sequence[Said]) -> list[Samples]:
+    """Return a row for every caption: the F1 of its words with its best reference's; the next image's as a guess."""
+    rows = []
+    for number, (entry, other) in enumerate(zip(said, [*said[1:], *said[:1]], strict=True)):
+        own, wrong = (max(word_f1(one.text, text) for text in entry.references) for one in (entry, other))
+        row = {"question_id": number, "image": str(number), "question": "", "kind": CAPTION, "group": "caption_f1"}
+        rows.append({**row, "truth": entry.references[0], "answer": entry.text, "correct": own, "guess": wrong})
+    return rows
 
 
 def score_answers(said: Sequence[Said]) -> dict[str, float]:

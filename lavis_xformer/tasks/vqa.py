@@ -1,14 +1,16 @@
 """``xformer_vqa`` and ``xformer_gqa``: LAVIS's tasks for VQAv2, OK-VQA and GQA, told how they asked.
 
-Questions, answers' normalisation and accuracies are LAVIS's, and so are the files it writes; beside them stands
+Questions, answers' normalisation and accuracies are LAVIS's (``run.scorer: official`` has VQA's own), and so are the
+files it writes; beside them stands
 ``result/<split>_<dataset>.json`` with the protocol, the sha256 of the question file, the majority's accuracy and, for
 GQA, the accuracy of every structural and semantic type (arXiv 1902.09506, section 3.2).
 """
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,9 +21,11 @@ from lavis.common.vqa_tools.vqa_eval import VQAEval
 from lavis.tasks.vqa import GQATask, VQATask
 
 from lavis_xformer.distributed import is_main
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.files import read_json
 from lavis_xformer.tasks.protocols import Row, WithProtocol
+
+logger = logging.getLogger(__name__)
 
 TYPES = ("structural", "semantic")
 
@@ -61,24 +65,79 @@ class AsksByProtocol(WithProtocol):
             model.vqa_length_penalty = own
 
 
+class OfficialVQAEval(VQAEval):
+    """Accuracies as VQA's own evaluation has them (github.com/GT-Vision-Lab/VQA).
+
+    What was said and the ten truths are normalised alike, and only where the ten differ. Where they are all alike, what
+    was said must be the same to the letter, capitals included. LAVIS's, of an older form, always normalises what was
+    said in full, and of the truths that differ the punctuation alone.
+    """
+
+    def evaluate(self) -> None:
+        """Set ``accuracy`` and ``evalQA``; the truths keep their normalised form, as after LAVIS's."""
+        types: dict[str, dict[str, list[float]]] = {
+            "question_type": defaultdict(list),
+            "answer_type": defaultdict(list),
+        }
+        every = []
+        for number in self.params["question_id"]:
+            annotation = self.vqa.qa[number]
+            said, *given = map(_plain, (self.vqaRes.qa[number]["answer"], *_given(annotation)))
+            if len(set(given)) > 1:
+                said, *given = (self.processDigitArticle(self.processPunctuation(text)) for text in (said, *given))
+            for answer, text in zip(annotation["answers"], given, strict=True):
+                answer["answer"] = text
+            accuracy = agreement(said, given)
+            self.setEvalQA(number, accuracy)
+            every.append(accuracy)
+            for name, members in types.items():
+                members[annotation[name]].append(accuracy)
+        self.setAccuracy(every, *types.values())
+
+
+#: of VQA's answers, by ``run.scorer``
+SCORERS = {"lavis": VQAEval, "official": OfficialVQAEval}
+
+
 @registry.register_task("xformer_vqa")
 class XFormerVQATask(AsksByProtocol, VQATask):
-    """VQAv2 and OK-VQA: overall and by type of answer (``number``!)."""
+    """VQAv2 and OK-VQA: overall and by type of answer (``number``!), by ``run.scorer``."""
+
+    CONFIG_KEYS = AsksByProtocol.CONFIG_KEYS | {"scorer"}
+    scorer: str
+
+    @classmethod
+    def setup_task(cls, cfg: Any) -> XFormerVQATask:
+        """Read what LAVIS reads, the protocol and ``run.scorer``.
+
+        Raises:
+            UserError: there is no such protocol or scorer.
+        """
+        scorer = cfg.run_cfg.get("scorer", "lavis")
+        if scorer not in SCORERS:
+            raise UserError(f"run.scorer: '{scorer}': {nearest(str(scorer), SCORERS)}")
+        task: XFormerVQATask = super().setup_task(cfg)
+        task.scorer = scorer
+        return task
 
     def _report_metrics(self, result_file: str, split: str) -> dict[str, float]:
-        """Score as LAVIS, by its VQA tools, and keep every question's accuracy."""
+        """Score by LAVIS's VQA tools, and keep every question's accuracy."""
         if not is_main() or split not in self.ques_files:
             return {}
         questions = VQA(self.anno_files[split], self.ques_files[split])
         said = questions.loadRes(resFile=result_file, quesFile=self.ques_files[split])
-        scorer = VQAEval(questions, said, n=2)
+        scorer = SCORERS[self.scorer](questions, said, n=2)
         scorer.evaluate()
         accuracy = scorer.accuracy
         figures = {"agg_metrics": accuracy["overall"], "accuracy": accuracy["overall"]}
         figures |= {f"accuracy_{kind}": value for kind, value in accuracy["perAnswerType"].items()}
-        figures |= vqa_majority(questions.qa.values())
-        answers = [self._answer(questions, said, scorer, number) for number in scorer.evalQA]
-        self.write(split, figures, scorer="lavis", said=answers, blind=self.blind)
+        annotations = list(questions.qa.values())
+        figures |= vqa_majority(annotations)
+        guesses = dict(zip(questions.qa, vqa_guesses(annotations), strict=True))
+        answers = [
+            self._answer(questions, said, scorer, number) | {"guess": guesses[number]} for number in scorer.evalQA
+        ]
+        self.write(split, figures, scorer=self.scorer, said=answers, blind=self.blind)
         return figures
 
     def _answer(self, questions: Any, said: Any, scorer: Any, number: int) -> Row:
@@ -89,7 +148,7 @@ class XFormerVQATask(AsksByProtocol, VQATask):
             "kind": annotation["answer_type"],
             "group": annotation["answer_type"],
             "question": questions.qqa[number]["question"],
-            "truth": Counter(answer["answer"] for answer in annotation["answers"]).most_common(1)[0][0],
+            "truth": Counter(_given(annotation)).most_common(1)[0][0],
             "answer": said.qa[number]["answer"],
             "correct": scorer.evalQA[number] / 100,  # as many as agree, a third each
         }
@@ -141,6 +200,11 @@ class XFormerGQATask(AsksByProtocol, GQATask):
     def _types(self, rows: Mapping[str, Row]) -> dict[str, Row]:
         file = self.config["run"].get("question_types")
         if file is None:
+            if not any(row.get("types") for row in rows.values()):
+                logger.warning(
+                    "no accuracy by type: the questions that LAVIS reads have no types; set run.question_types to "
+                    'GQA\'s own file of this split (testdev_balanced_questions.json: {question id: {"types": {...}}})'
+                )
             return {number: row.get("types") or {} for number, row in rows.items()}
         if not Path(file).is_file():
             raise UserError(f"run.question_types: there is no file {file}")
@@ -151,24 +215,42 @@ class XFormerGQATask(AsksByProtocol, GQATask):
         return found
 
 
-def vqa_majority(annotations: Iterable[Row]) -> dict[str, float]:
+def vqa_majority(annotations: Sequence[Row]) -> dict[str, float]:
     """Return what the most frequent answer to each type of question scores, in percent: over all, and by type.
 
     Args:
-        annotations: of VQAv2, ten answers each, normalised by the scorer. An answer is as right as it agrees with any
-            nine of the ten, a third for each that says the same (arXiv 1505.00468, section 3).
+        annotations: of VQAv2, ten answers each, normalised by the scorer.
     """
-    types: dict[str, list[list[str]]] = defaultdict(list)
-    for annotation in annotations:
-        types[annotation["answer_type"]].append([answer["answer"] for answer in annotation["answers"]])
-    scores: dict[str, list[float]] = {}
-    for kind, members in types.items():
-        most = Counter(Counter(given).most_common(1)[0][0] for given in members).most_common(1)[0][0]
-        scores[f"majority_{kind}"] = [
-            100 * fmean(min(1, (given.count(most) - (left_out == most)) / 3) for left_out in given) for given in members
-        ]
+    scores: dict[str, list[float]] = defaultdict(list)
+    for annotation, guess in zip(annotations, vqa_guesses(annotations), strict=True):
+        scores[f"majority_{annotation['answer_type']}"].append(100 * guess)
     every = [score for members in scores.values() for score in members]
     return {"majority": fmean(every), **{name: fmean(members) for name, members in scores.items()}}
+
+
+def vqa_guesses(annotations: Sequence[Row]) -> list[float]:
+    """Return what the most frequent answer to questions of its type scores on every question, from 0 to 1."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for annotation in annotations:
+        answers[annotation["answer_type"]][Counter(_given(annotation)).most_common(1)[0][0]] += 1
+    most = {kind: counter.most_common(1)[0][0] for kind, counter in answers.items()}
+    return [agreement(most[annotation["answer_type"]], _given(annotation)) for annotation in annotations]
+
+
+def agreement(said: str, given: Sequence[str]) -> float:
+    """Return how right an answer is: as it agrees with any nine of the ten given ones.
+
+    A third for each of the nine that says the same, and no more than 1 (arXiv 1505.00468, section 3).
+    """
+    return fmean(min(1, (given.count(said) - (left_out == said)) / 3) for left_out in given)
+
+
+def _given(annotation: Row) -> list[str]:
+    return [answer["answer"] for answer in annotation["answers"]]
+
+
+def _plain(text: str) -> str:
+    return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def gqa_figures(answers: Iterable[Row]) -> dict[str, float]:
