@@ -1,7 +1,7 @@
 """LAVIS's view of rendered scenes, and the builder ``xformer_scenes`` of their captions.
 
 Samples have the keys of LAVIS's COCO caption and retrieval datasets. Nothing is stored: a sample is made
-when it is asked for, in well under two milliseconds, and is the same every time.
+when it is asked for, in two to four milliseconds of a core, and is the same every time.
 """
 
 from __future__ import annotations
