@@ -181,6 +181,31 @@ def majority(exam: Exam) -> dict[str, float]:
     return {name: 100 * float(labels.bincount().max()) / len(labels) for name, labels in known.items()}
 
 
+def chosen(models: str, names: str | None) -> dict[str, Encoder]:
+    """Return sources of tokens of a set of models: those of a comma-separated list, or all."""
+    folder = resolve(f"{models}/clip").parent
+    for part in ("clip", "mae"):
+        if not (folder / part / "config.json").is_file():
+            made = "lavis-xformer build-mini --only clip --only mae --out FOLDER makes such a set"
+            raise UserError(f"--set {models}: {folder / part} is not there; {made}")
+    sources = encoders(folder)
+    wanted = [name.strip() for name in names.split(",")] if names else list(sources)
+    for name in wanted:
+        if name not in sources:
+            raise UserError(f"--sources '{name}': {nearest(name, sources)}")
+    return {name: sources[name] for name in wanted}
+
+
+def drawn(split: str, count: int) -> Exam:
+    """Return the exam of a split's first scenes, each task of which some of them allow."""
+    exam = make_exam(split, seed=0, count=count)
+    for name, labels in exam.labels.items():
+        if not (labels != NONE).any():
+            key = "scenes" if split == TRAIN else "held-out"
+            raise UserError(f"--{key} {count}: none of these scenes has an answer for {name}; use more")
+    return exam
+
+
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit status.
 
@@ -201,28 +226,15 @@ def main(argv: list[str]) -> int:
         if getattr(args, key) < 1:
             raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: it must be at least 1")
     begin = time.monotonic()
-    folder = resolve(f"{args.set}/clip").parent
-    for part in ("clip", "mae"):
-        if not (folder / part / "config.json").is_file():
-            made = "lavis-xformer build-mini --only clip --only mae --out FOLDER makes such a set"
-            raise UserError(f"--set {args.set}: {folder / part} is not there; {made}")
-    sources = encoders(folder)
-    wanted = [name.strip() for name in args.sources.split(",")] if args.sources else list(sources)
-    for name in wanted:
-        if name not in sources:
-            raise UserError(f"--sources '{name}': {nearest(name, sources)}")
+    sources = chosen(args.set, args.sources)
     counts = {TRAIN: args.scenes, STOP: args.held_out, f"probe-{args.report}": args.held_out}
-    exams = {split: make_exam(split, seed=0, count=count) for split, count in counts.items()}
-    for split, exam in exams.items():
-        for name, labels in exam.labels.items():
-            if not (labels != NONE).any():
-                key = "scenes" if split == TRAIN else "held-out"
-                raise UserError(f"--{key} {counts[split]}: none of these scenes has an answer for {name}; use more")
-    bar = tqdm(wanted, desc="probe")
-    results = {name: train_probe(sources[name], exams, steps=args.steps, seeds=args.seeds) for name in bar}
+    exams = {split: drawn(split, count) for split, count in counts.items()}
+    bar = tqdm(sources.items(), desc="probe")
+    results = {name: train_probe(source, exams, steps=args.steps, seeds=args.seeds) for name, source in bar}
     shown = exams[f"probe-{args.report}"]
-    curves = similarity_curves({name: sources[name] for name in ("C", "M", "random")}, shown.images[:500])
-    placed = {name: position_r2(extract(sources[name], shown.images[:500])) for name in wanted}
+    told = {name: source for name, source in sources.items() if name in ("C", "M", "random")}
+    curves = similarity_curves(told, shown.images[:500])
+    placed = {name: position_r2(extract(source, shown.images[:500])) for name, source in sources.items()}
     chance = majority(shown)
     text = f"{table(results, chance)}\n\n{frequencies(curves)}\n\n{said_of(placed)}"
     record = {"arguments": vars(args) | {"out": str(args.out)}, "accuracy": results, "majority": chance}
