@@ -87,11 +87,14 @@ def export(
         raise UserError(f"{target} is not empty; name a new folder")
     cfg, facts = _configuration(Path(checkpoint), arch, model_type)
     model = registry.get_model_class(cfg.model.arch).from_config(cfg.model)
+    if str(checkpoint) not in (cfg.model.get("pretrained"), cfg.model.get("blip2_pretrained")):  # but a CLIP's file
+        model.load_checkpoint(str(checkpoint))
     weights = {name: tensor.half() if half else tensor for name, tensor in _weights(model).items()}
     if new := sorted({name.partition(".")[0] for name in model.load_report.missing_new}):
         facts["as at the start"] = f"{', '.join(new)} (not in the checkpoint)"
         logger.warning("%s has no %s: the folder has it as training starts with it", checkpoint, ", ".join(new))
-    cfg.model |= {"pretrained": None, "finetuned": None, "blip2_pretrained": None, "train_only": None}
+    cfg.model |= {"pretrained": None, "finetuned": None, "load_finetuned": False}
+    cfg.model |= {"blip2_pretrained": None, "train_only": None}
     _fit_processors(cfg, model)
 
     target.mkdir(parents=True, exist_ok=True)
@@ -107,7 +110,7 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
     from omegaconf import OmegaConf
 
     from lavis_xformer.config.load import choose_model_type, find
-    from lavis_xformer.models.checkpoints import is_blip2, read_checkpoint
+    from lavis_xformer.models.checkpoints import BROUGHT_CLIP, is_blip2, read_checkpoint
     from lavis_xformer.models.towers import load_torch_file
 
     cfg: Any
@@ -126,12 +129,16 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
         cfg = OmegaConf.load(path)
     parts = cfg.model.get("train_only")  # the file may hold no fusion then
     has_fusion = cfg.model.get("fusion", "dual") != "none"
-    blip2 = has_fusion and not parts and is_blip2(read_checkpoint(str(checkpoint), key="pretrained"))
+    state = read_checkpoint(str(checkpoint), key="pretrained")
+    blip2 = has_fusion and not parts and is_blip2(state)
+    said = _training(content) | _figures(checkpoint, content)
+    if BROUGHT_CLIP in state and not cfg.model.get("blip2_pretrained"):
+        return cfg, said  # as the training began: with the file that brought the frozen image encoder
     cfg.model |= {"load_finetuned": False, "load_pretrained": True, "pretrained": None}
     cfg.model |= {"blip2_pretrained" if blip2 else "pretrained": str(checkpoint)}
-    if not (blip2 or parts):
+    if not (blip2 or parts or BROUGHT_CLIP in state):
         cfg.model.blip2_pretrained = None  # the training began with it and has changed all of it
-    return cfg, _training(content) | _figures(checkpoint, content)
+    return cfg, said
 
 
 def _figures(checkpoint: Path, content: dict[str, Any]) -> dict[str, float]:

@@ -73,6 +73,18 @@ def hard_negatives(sim: Tensor, targets: Tensor, generator: torch.Generator | No
     return torch.multinomial(weights, 1, generator=generator).flatten()
 
 
+def other_rows(images: Tensor) -> list[int]:
+    """For each image (B, ...) the row of one that differs, half a batch away if it can be; [] where all are equal.
+
+    So far away, because questions about one image stand side by side.
+    """
+    count, rows = len(images), []
+    for row, image in enumerate(images):
+        turned = ((row - count // 2 - steps) % count for steps in range(count))
+        rows += [next((other for other in turned if not torch.equal(images[other], image)), None)]
+    return [row for row in rows if row is not None]
+
+
 def itm(logits: Tensor, labels: Tensor) -> Tensor:
     """Image-text matching loss.
 

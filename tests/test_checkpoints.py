@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from shutil import copytree, ignore_patterns
@@ -72,8 +73,15 @@ def test_files_of_the_other_kind_are_refused_with_the_key_to_set(make_xformer: A
         load_pretrained(model, config(pretrained=str(tmp_path / "none.pth")))
     with pytest.raises(UserError, match=r"checkpoint of X-Former; set model\.pretrained"):
         load_pretrained(model, config(blip2_pretrained=str(tmp_path / "dual.pth")))
-    with pytest.raises(UserError, match="both set"):
-        load_pretrained(model, config(pretrained="a", blip2_pretrained="b"))
+
+
+def test_a_long_list_of_what_does_not_fit_is_in_the_log_in_full(make_xformer: Any, caplog: Any) -> None:
+    model = make_xformer("dual")
+    state = {name: value for name, value in trainable_state(model).items() if not name.startswith("Qformer")}
+    lost = sorted(name for name in trainable_state(model) if name not in state)
+    with pytest.raises(UserError, match=rf"and {len(lost) - 5} more$"):
+        load_state(model, state, source="mine.pth")
+    assert caplog.messages == [f"'mine.pth' doesn't fit XFormer; missing, all {len(lost)}: {', '.join(lost)}"]
 
 
 def test_what_does_not_fit_is_listed_and_nothing_changes(make_xformer: Any) -> None:
@@ -189,3 +197,52 @@ def test_no_door_runs_pickled_code(
     with pytest.raises(UserError, match=r"pickled code|can't be read"):
         doors[door]()
     assert not (tmp_path / "owned").exists()
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged as a warning or worse."""
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("suffix", ["folder", ".pth"])
+def test_settings_that_no_weight_shows_are_compared(
+    suffix: str, make_xformer: Any, make_stage2: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_xformer("dual")
+    said = {"vit_model": "here/clip", "mae_model": "mae", "token_positions": ["mae"], "fusion_heads": 4}
+    state, path = trainable_state(model), tmp_path / "run"
+    if suffix == "folder":
+        path.mkdir()
+        save_file({k: v.contiguous() for k, v in state.items()}, path / "model.safetensors")
+        OmegaConf.save({"model": said}, path / "config.yaml")
+    else:
+        torch.save({"model": state, "config": {"model": said}}, path)
+
+    def told(into: Any, **changes: Any) -> list[str]:
+        caplog.clear()
+        load_pretrained(into, config(**{**said, **changes, "pretrained": str(path)}))
+        return warned(caplog)
+
+    assert told(model) == []
+    assert told(model, vit_model="elsewhere/clip", mae_source="mae", clip_layer=None) == []
+    changes = {"token_positions": [], "fusion_heads": 2, "mae_source": "random", "vit_model": "other", "clip_layer": 1}
+    (line,) = told(model, **changes)
+    assert line == (
+        f"{path} was trained with other settings, which no weight shows: vit_model clip, here other; "
+        "token_positions ['mae'], here []; mae_source mae, here random; clip_layer None, here 1; "
+        "fusion_heads 4, here 2"
+    )
+    stage2 = make_stage2("opt")
+    assert "token_positions ['mae'], here ['clip']" in told(stage2, token_positions=["clip"])[0]
+    assert told(stage2, token_positions=["mae", "clip"]) == [], "what stage 2 adds is its own affair"
+    assert len(told(model, token_positions=["mae", "clip"])) == 1
+
+
+def test_without_m_its_settings_are_not_compared(
+    make_xformer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_xformer("none")
+    said = {"model": {"vit_model": "clip", "mae_model": "mae", "fusion_heads": 4}}
+    torch.save({"model": trainable_state(model), "config": said}, tmp_path / "run.pth")
+    load_pretrained(model, config(vit_model="clip", mae_model="other", pretrained=str(tmp_path / "run.pth")))
+    assert warned(caplog) == []

@@ -183,7 +183,7 @@ def test_an_image_alone_gets_the_m_of_the_one_before(
     configured: Any, toy: Any, batch: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     model = configured(toy, shuffle_mae=True, **changes)
-    with pytest.raises(UserError, match=r"model\.shuffle_mae .* the first one came alone"):
+    with pytest.raises(UserError, match=r"model\.shuffle_mae .* this one came alone, and none before"):
         model.encode_image(batch["image"][:1])
     model.encode_image(batch["image"][:3])
     alone = model.encode_image(batch["image"][3:])
@@ -191,6 +191,61 @@ def test_an_image_alone_gets_the_m_of_the_one_before(
     own = model.encode_image(batch["image"])
     assert torch.allclose(alone.mae.tokens, own.mae.tokens[2:3], atol=1e-5)
     assert torch.allclose(alone.clip, own.clip[3:], atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"mae_source": "clip"}])
+def test_no_image_gets_its_own_m(configured: Any, toy: Any, batch: dict[str, Any], changes: dict[str, Any]) -> None:
+    a, b, c, _ = batch["image"]
+    model = configured(toy, **changes)
+    own = dict(zip("abc", model.encode_image(torch.stack([a, b, c])).mae_tokens, strict=True))
+    model.shuffle_mae = True
+
+    def given(*images: torch.Tensor) -> str:
+        """The names of the images whose M each one gets."""
+        tokens = model.encode_image(torch.stack(images)).mae_tokens
+        return "".join(
+            n for m in tokens for n in own if m.shape == own[n].shape and torch.allclose(m, own[n], atol=1e-5)
+        )
+
+    with pytest.raises(UserError, match=r"came alone, and none before"):
+        given(a, a)  # which is one image
+    assert given(b) == "a"
+    assert given(b) == "a", "and again, as with a second question about it"
+    assert given(b, b, b, b) == "aaaa"
+    assert given(a, a, b, b, b) == "bbaaa"
+    assert given(a, b, c) == "cab"
+    assert given(c) == "b"
+    assert given(a) == "c"
+
+
+def test_two_passes_of_mae_give_the_m_of_one_other_image(configured: Any, toy: Any, batch: dict[str, Any]) -> None:
+    model = configured(toy, shuffle_mae=True, mask_vl=False).eval()
+    model.encode_image(batch["image"][:2])
+    lone = {"image": batch["image"][2:3], "text_input": batch["text_input"][2:3]}
+    seen, whole = model._encode_for_training(lone["image"], None)
+    assert seen.mae_tokens.shape[1] < whole.mae_tokens.shape[1]
+    assert torch.equal(seen.pixels, whole.pixels)
+    assert torch.equal(seen.pixels, clip_to_mae(batch["image"][1:2]))
+    terms = model(lone)
+    assert {"loss_rec", "rec_mae"} < terms.keys()
+    assert all(torch.isfinite(term) for term in terms.values())
+    again = model.encode_image(batch["image"][3:])
+    assert again.mae_tokens.shape == whole.mae_tokens.shape, "nothing of it is masked"
+
+    seen, whole = model._encode_for_training(batch["image"], torch.rand(4, 16))
+    assert torch.equal(seen.pixels, whole.pixels)
+    assert torch.equal(whole.pixels, clip_to_mae(batch["image"][[2, 3, 0, 1]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_images_of_any_floats_are_read(configured: Any, toy: Any, batch: dict[str, Any], dtype: torch.dtype) -> None:
+    model = configured(toy)
+    image = batch["image"].to(dtype)
+    tokens, expected = model.encode_image(image), model.encode_image(image.float())
+    assert torch.equal(tokens.clip, expected.clip)
+    assert torch.equal(tokens.mae_tokens, expected.mae_tokens)
+    with pytest.raises(UserError, match=r"samples\['image'\] is a torch\.uint8, not a tensor of floats"):
+        model.encode_image(batch["image"].byte())
 
 
 def test_an_untrained_mae_is_the_same_one_every_time(configured: Any, toy: Any, batch: dict[str, Any]) -> None:

@@ -174,6 +174,38 @@ def test_the_fusion_alone_is_exported_with_what_it_stands_on(
     assert_equal(model, trained)
 
 
+@pytest.mark.parametrize("base", ["blip2_pretrained", "pretrained", "finetuned"])
+def test_a_frozen_image_encoder_that_a_file_had_brought_is_exported(
+    base: str, stage2_config: Any, make_stage2: Any, batch: dict[str, Any], tmp_path: Path
+) -> None:
+    source = make_stage2("opt", "none" if base == "blip2_pretrained" else "dual", freeze_vit=False)
+    torch.save({"model": trainable_state(perturb(source))}, tmp_path / "base.pth")
+    stage2_config.model |= {base: str(tmp_path / "base.pth"), "load_finetuned": base == "finetuned"}
+    trained = perturb(XFormerOPT.from_config(stage2_config.model)).eval()
+    torch.save({"model": runner_state(trained), "config": OmegaConf.to_container(stage2_config)}, tmp_path / "run.pth")
+    with pytest.raises(UserError, match=r"not loaded; .* or load what `lavis-xformer export` makes of this"):
+        XFormerOPT.from_config(
+            stage2_config.model | {base: None, "load_finetuned": False, "pretrained": str(tmp_path / "run.pth")}
+        )
+    folder = export(tmp_path / "run.pth", tmp_path / "out")
+    (tmp_path / "base.pth").unlink()
+    model, *_ = lavis_xformer.from_folder(folder)
+    assert_equal(model, trained)
+    assert torch.equal(model(batch)["loss"], trained(batch)["loss"])
+
+
+def test_a_run_that_changed_all_of_its_blip2_needs_it_no_more(
+    stage2_config: Any, make_stage2: Any, tmp_path: Path
+) -> None:
+    torch.save({"model": trainable_state(perturb(make_stage2("opt", "none")))}, tmp_path / "blip2.pth")
+    stage2_config.model.blip2_pretrained = str(tmp_path / "blip2.pth")
+    trained = perturb(XFormerOPT.from_config(stage2_config.model))
+    torch.save({"model": runner_state(trained), "config": OmegaConf.to_container(stage2_config)}, tmp_path / "run.pth")
+    (tmp_path / "blip2.pth").unlink()
+    model, *_ = lavis_xformer.from_folder(export(tmp_path / "run.pth", tmp_path / "out"))
+    assert_equal(model, trained)
+
+
 def test_another_part_alone_is_exported_with_a_fusion_that_does_nothing(
     stage2_config: Any, make_stage2: Any, batch: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -94,6 +94,56 @@ def test_blip2_captioning_files_bring_their_own_image_encoder(
     assert xformer.generate(batch, num_beams=3) == blip2.generate(batch, num_beams=3)
 
 
+def test_a_training_on_the_frozen_image_encoder_of_a_blip2_file_comes_back_with_it_alone(
+    make_stage2: Any, batch: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("blip2", "other"):
+        source = make_stage2("opt", "none", freeze_vit=False)
+        torch.save({"model": trainable_state(perturb(perturb(source) if name == "other" else source))}, tmp_path / name)
+    trained = make_stage2("opt", "dual").eval()
+    load_pretrained(trained, config(blip2_pretrained=str(tmp_path / "blip2")))
+    torch.save({"model": runner_state(perturb(trained))}, tmp_path / "run.pth")
+    own = {"pretrained": str(tmp_path / "run.pth")}
+
+    again = make_stage2("opt", "dual").eval()
+    load_pretrained(again, config(**own, blip2_pretrained=str(tmp_path / "blip2")))
+    assert torch.equal(again(batch)["loss"], trained(batch)["loss"])
+    assert "no mark" not in caplog.text
+    for keys in (own, {**own, "blip2_pretrained": str(tmp_path / "other")}):
+        for freeze in (True, False):
+            with pytest.raises(
+                UserError, match=r"frozen image encoder that another file .* set model\.blip2_pretrained"
+            ):
+                load_pretrained(make_stage2("opt", "dual", freeze_vit=freeze), config(**keys))
+
+    torch.save({"model": trainable_state(trained)}, tmp_path / "unmarked.pth")
+    load_pretrained(again, config(**{**own, "pretrained": str(tmp_path / "unmarked.pth")}))
+    assert "unmarked.pth has no mark of the image encoder that is loaded" in caplog.text
+
+    tuned = make_stage2("opt", "dual", freeze_vit=False)
+    load_pretrained(tuned, config(**own, blip2_pretrained=str(tmp_path / "blip2")))
+    torch.save({"model": runner_state(perturb(tuned))}, tmp_path / "tuned.pth")
+    alone = make_stage2("opt", "dual")
+    load_pretrained(alone, config(pretrained=str(tmp_path / "tuned.pth")))  # it holds an image encoder of its own
+    assert torch.equal(alone.visual_encoder.cls_token, tuned.visual_encoder.cls_token)
+
+
+def test_an_image_encoder_is_known_again_at_another_size_and_through_half_precision(
+    make_stage2: Any, tmp_path: Path
+) -> None:
+    source = trainable_state(make_stage2("opt", "none", freeze_vit=False))
+    grid = torch.nn.functional.pad(torch.ones(1, 36, 20), (0, 0, 1, 0))  # 6 x 6 places
+    model = make_stage2("opt", "none")
+    marks = []
+    for change in ({}, {"visual_encoder.pos_embed": grid}, {"visual_encoder.cls_token": torch.ones(1, 1, 20)}):
+        torch.save({"model": source | change}, tmp_path / "blip2.pth")
+        model.visual_encoder.blocks.half()  # as on a GPU
+        load_pretrained(model, config(pretrained=str(tmp_path / "blip2.pth")))
+        marks.append(model.state_dict()["brought_clip"])
+    assert torch.equal(marks[0], marks[1])
+    assert not torch.equal(marks[0], marks[2])
+
+
 def test_blip2_stage1_files_start_both_stages(
     make_xformer: Any, make_stage2: Any, batch: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -187,6 +237,16 @@ def test_the_fusion_alone_on_top_of_blip2(make_stage2: Any, batch: dict[str, Any
     again = make_stage2("opt", "dual")
     load_pretrained(again, config(**keys, pretrained=str(tmp_path / "fusion.pth")))
     assert torch.equal(again(batch)["loss"], model(batch)["loss"])
+    as_documented = make_stage2("opt", "dual", init="normal")  # docs/stage2.md: "beside the same blip2_pretrained"
+    both = {"blip2_pretrained": keys["blip2_pretrained"], "pretrained": str(tmp_path / "fusion.pth")}
+    report = load_pretrained(as_documented, config(**both))
+    assert torch.equal(as_documented(batch)["loss"], model(batch)["loss"])
+    assert report.missing_new == ()
+    assert as_documented.query_tokens.requires_grad
+    torn = {name: tensor for name, tensor in state.items() if not name.endswith("out.weight")}
+    torch.save({"model": torn}, tmp_path / "torn.pth")
+    with pytest.raises(UserError, match=r"missing: fusion\.\S+out\.weight"):
+        load_pretrained(as_documented, config(**{**both, "pretrained": str(tmp_path / "torn.pth")}))
     with pytest.raises(UserError, match="missing: Qformer"):
         load_pretrained(make_stage2("opt", "dual"), config(pretrained=str(tmp_path / "fusion.pth")))
     for own in (None, str(tmp_path / "fusion.pth")):  # what it would train could be loaded by no key

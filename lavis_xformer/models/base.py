@@ -9,7 +9,6 @@ T: text tokens, S: side of the image.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Collection
 from pathlib import Path
@@ -30,7 +29,7 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.images import unpack
 from lavis_xformer.models import towers
 from lavis_xformer.models.checkpoints import CheckpointLoading
-from lavis_xformer.models.frozen import Precision, cast, compact, compute_dtype, freeze, is_frozen, own_autocast
+from lavis_xformer.models.frozen import Precision, compact, computing, freeze, is_frozen
 from lavis_xformer.models.fusion import Fusion
 from lavis_xformer.models.mae import MaeFeatures, MaskedAutoencoder, sincos, unmasked
 from lavis_xformer.paths import type_path
@@ -64,8 +63,8 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         "max_txt_len train_only blip2_pretrained".split()
     )
 
-    #: the last image's M and pixels, for ``shuffle_mae``
-    _image_before: tuple[MaeFeatures, Tensor] | None = None
+    #: the last images, up to two different ones (1, 3 or 6, S, S), for ``shuffle_mae``
+    _images_before: tuple[Tensor, ...] = ()
 
     def __init__(
         self,
@@ -97,8 +96,8 @@ class XFormerBase(CheckpointLoading, Blip2Base):
             max_txt_len: longest text in tokens.
             token_positions: ``clip``, ``mae``: whose tokens get embeddings of their places; M' is decoded without.
             clip_layer: without ``mae``, M is what this block of CLIP gives, layer-normed; C itself where it is None.
-            shuffle_mae: give each image the M of another one of its batch, or of the one before where it is alone:
-                what is lost then, M had told.
+            shuffle_mae: give each image the M of another one (with other pixels) of its batch, or of the last other one
+                where the batch has none: what is lost then, M had told.
 
         Raises:
             UserError: ``freeze_vit`` is False, but the encoder is a MAE, which is always frozen.
@@ -157,28 +156,21 @@ class XFormerBase(CheckpointLoading, Blip2Base):
             noise: (B, N), decides which; drawn where it is None.
 
         Raises:
-            UserError: it is no tensor, or has another size or number of channels than the model wants; ``shuffle_mae``
-                needs another image, and there was none.
+            UserError: it is no tensor of floats, or has another size or number of channels than the model wants;
+                ``shuffle_mae`` needs another image, and there was none.
         """
-        clip_pixels, mae_pixels = self._views(image)
-        with towers.tap(self.visual_encoder, self.clip_layer) as middle:
-            clip = self.ln_vision(self._run_clip(clip_pixels))  # (B, Nc, Dc)
-        placed = clip + sincos(clip.shape[-1], clip.shape[1] - 1).to(clip) if "clip" in self.token_positions else clip
-        if not self.fusion.needs_mae:
-            return Tokens(clip=compact(placed), mae=None, pixels=None)
-        if self.mae is None:
-            m = unmasked(F.layer_norm(middle[0].float(), middle[0].shape[-1:]) if middle else clip)
-        else:
-            m = self._run_mae(mae_pixels, mask_ratio, noise)
-        mae, pixels = self._place(m, mae_pixels)
-        clip = compact(self.fusion.visual_tokens(placed, mae.tokens))
-        return Tokens(clip, mae, None if self.mae is None else pixels)
+        tokens = self._encode(image, mask_ratio, noise)
+        if tokens.mae is None:
+            return tokens._replace(clip=compact(tokens.clip))
+        if self.shuffle_mae:
+            tokens = self._with_others(tokens, tokens.mae, image, mask_ratio, noise)
+        return tokens._replace(clip=compact(self.fusion.visual_tokens(tokens.clip, tokens.mae_tokens)))
 
     def mask_again(self, tokens: Tokens, image: Tensor, *, mask_ratio: float, noise: Tensor | None = None) -> Tokens:
         """The same C with the M of a masked image, for which MAE alone runs; arguments as of :meth:`encode_image`."""
-        _, pixels = self._views(image)
-        mae, pixels = self._place(self._run_mae(pixels, mask_ratio, noise), pixels)
-        return tokens._replace(mae=mae, pixels=pixels)
+        pixels = tokens.pixels if self.shuffle_mae else self._views(image)[1]  # of the same other images
+        assert pixels is not None
+        return tokens._replace(mae=self._placed(self._run_mae(pixels, mask_ratio, noise)), pixels=pixels)
 
     def split_tokens(self, joined: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
         """Take apart C's and M's tokens, which stand behind each other along ``dim`` (Nc + Nm)."""
@@ -188,48 +180,60 @@ class XFormerBase(CheckpointLoading, Blip2Base):
 
     def _views(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """What CLIP and what MAE sees of images, each (B, 3, S, S)."""
-        if not isinstance(image, Tensor):
+        if not isinstance(image, Tensor) or not image.is_floating_point():
             raise UserError(
-                f"samples['image'] is a {type(image).__name__}, not a tensor such as "
-                "vis_processors['eval'](image).unsqueeze(0)"
+                f"samples['image'] is a {getattr(image, 'dtype', type(image).__name__)}, not a tensor of floats "
+                "such as vis_processors['eval'](image).unsqueeze(0)"
             )
         mae_size = self.image_size if self.mae is None else self.mae.image_size
-        return unpack(image, clip_size=self.image_size, mae_size=mae_size)
+        return unpack(image.float(), clip_size=self.image_size, mae_size=mae_size)
 
-    def _place(self, mae: MaeFeatures, pixels: Tensor) -> tuple[MaeFeatures, Tensor]:
-        """M with its positions, and with its pixels another image's, as ``token_positions`` and ``shuffle_mae`` say."""
+    def _encode(self, image: Tensor, mask_ratio: float, noise: Tensor | None) -> Tokens:
+        """C and M with their positions, each of its own image, before the fusion."""
+        clip_pixels, pixels = self._views(image)
+        with towers.tap(self.visual_encoder, self.clip_layer) as middle:
+            clip = self.ln_vision(self._run_clip(clip_pixels))  # (B, Nc, Dc)
+        placed = clip + sincos(clip.shape[-1], clip.shape[1] - 1).to(clip) if "clip" in self.token_positions else clip
+        if not self.fusion.needs_mae:
+            return Tokens(placed, mae=None, pixels=None)
+        if self.mae is None:
+            m = unmasked(F.layer_norm(middle[0].float(), middle[0].shape[-1:]) if middle else clip)
+            return Tokens(placed, self._placed(m), pixels=None)
+        return Tokens(placed, self._placed(self._run_mae(pixels, mask_ratio, noise)), pixels)
+
+    def _placed(self, mae: MaeFeatures) -> MaeFeatures:
+        """M with its positions, as ``token_positions`` says."""
         if "mae" in self.token_positions:
             mae = mae._replace(tokens=mae.tokens + mae.positions())
-        mae = mae._replace(tokens=compact(mae.tokens))
-        if not self.shuffle_mae:
-            return mae, pixels
-        before, self._image_before = self._image_before, (MaeFeatures(*(part[-1:] for part in mae)), pixels[-1:])
-        if len(pixels) == 1:  # as a last batch may be
-            if before is None:
-                raise UserError("model.shuffle_mae gives each image another one's M; the first one came alone")
-            return before
-        half = len(pixels) // 2  # away, where questions about one image stand side by side
-        return MaeFeatures(*(part.roll(half, dims=0) for part in mae)), pixels.roll(half, dims=0)
+        return mae._replace(tokens=compact(mae.tokens))
+
+    def _with_others(
+        self, own: Tokens, m: MaeFeatures, image: Tensor, mask_ratio: float, noise: Tensor | None
+    ) -> Tokens:
+        """C with M and pixels of another image: of the batch or, where that shows one alone, the last other one."""
+        rows, last = losses.other_rows(image), image[-1:].clone()
+        if rows:
+            self._images_before = (image[[rows[-1]]], last)
+            pixels = None if own.pixels is None else own.pixels[rows]
+            return own._replace(mae=MaeFeatures(*(part[rows] for part in m)), pixels=pixels)
+        others = [before for before in self._images_before if not torch.equal(before.to(last), last)]
+        self._images_before = (*others[-1:], last)
+        if not others:
+            raise UserError("model.shuffle_mae gives each image another one's M; this one came alone, and none before")
+        other = self._encode(others[-1].to(last).expand(len(image), -1, -1, -1), mask_ratio, noise)
+        return other._replace(clip=own.clip)
 
     def _run_clip(self, pixels: Tensor) -> Tensor:
         if not is_frozen(self.visual_encoder):
             return self.visual_encoder(pixels)
-        with torch.no_grad(), self._tower(self.visual_encoder):
+        with torch.no_grad(), computing(self.visual_encoder, self.device, self.vit_precision):
             return self.visual_encoder(pixels).float()
 
     def _run_mae(self, pixels: Tensor, mask_ratio: float, noise: Tensor | None) -> MaeFeatures:
         assert self.mae is not None
-        with self._tower(self.mae.model.vit):
+        with computing(self.mae.model.vit, self.device, self.vit_precision):
             mae = self.mae.encode(pixels, mask_ratio=mask_ratio, noise=noise)
         return mae._replace(tokens=mae.tokens.float())
-
-    def _tower(self, tower: nn.Module) -> contextlib.AbstractContextManager[Any]:
-        """Bring a frozen encoder to its precision on this device and run it there under autocast."""
-        dtype = compute_dtype(self.device, self.vit_precision)
-        for module in tower.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d) and module.weight.dtype != dtype:
-                cast(module, dtype)
-        return own_autocast(self.device, dtype)
 
     def reconstruction_loss(self, aligned: Tensor | None, tokens: Tokens) -> Tensor:
         """M' (B, Nm, Dm) through MAE's frozen decoder must still give the masked patches.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
+
+from lavis_xformer.errors import UserError, nearest
 
 M = TypeVar("M", bound=nn.Module)
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -26,6 +29,30 @@ def is_frozen(module: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in module.parameters())
 
 
+def train_only(model: nn.Module, parts: Sequence[str] | None) -> None:
+    """Freeze all but some parts, such as ``["fusion"]`` on top of a trained BLIP-2.
+
+    Args:
+        model: changed in place.
+        parts: names of its children; None or none at all changes nothing.
+
+    Raises:
+        UserError: there is no such part, or nothing in it could be trained.
+    """
+    if not parts:
+        return
+    children = dict(model.named_children())
+    for name in parts:
+        if name not in children or is_frozen(children[name]):
+            known = [part for part, child in children.items() if not is_frozen(child)]
+            raise UserError(f"model.train_only: '{name}' can't be trained; {nearest(name, known)}")
+    for name, child in children.items():
+        if name not in parts:
+            freeze(child)
+    for parameter in model.parameters(recurse=False):
+        parameter.requires_grad_(False)
+
+
 def compute_dtype(device: torch.device, precision: Precision) -> torch.dtype:
     """What the weights of a frozen part are kept in: its precision on a GPU, fp32 anywhere else."""
     return DTYPES[precision] if device.type == "cuda" else torch.float32
@@ -35,6 +62,15 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
     """Bring weights to a precision for good, under inference_mode too, whose own tensors could bear no training."""
     with torch.inference_mode(False):
         module.to(dtype)
+
+
+def computing(module: nn.Module, device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
+    """Bring a frozen encoder to its precision on this device and run it there under autocast."""
+    dtype = compute_dtype(device, precision)
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d) and part.weight.dtype != dtype:
+            cast(part, dtype)
+    return own_autocast(device, dtype)
 
 
 def own_autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
