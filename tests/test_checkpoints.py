@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from lavis_xformer.errors import UserError
 from lavis_xformer.models import towers
 from lavis_xformer.models.checkpoints import LoadReport, load_pretrained, load_state, read_checkpoint
-from lavis_xformer.models.language import T5Language
 from lavis_xformer.models.stage1 import XFormer
+from lavis_xformer.models.t5 import T5Language
 
 
 def trainable_state(model: Any) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lavis_xformer.models import base, language
+from lavis_xformer.models import frozen, language
 from lavis_xformer.models.frozen import DTYPES, Precision, compute_dtype
 from lavis_xformer.models.stage2 import XFormerOPT
 
@@ -70,7 +70,7 @@ def test_frozen_parts_in_half_precision(
     amp: bool, model: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, with or without mixed precision around them; evaluation has none."""
-    for module in (base, language):
+    for module in (frozen, language):
         monkeypatch.setattr(module, "compute_dtype", lambda device, precision: torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
         loss, *_ = everything(model, batch)

@@ -14,7 +14,7 @@ from test_full_size_stage2 import GIB, SIZES, opt, parts, whole_tokenizer
 
 from lavis_xformer.engine.step import Stepper
 from lavis_xformer.models import towers
-from lavis_xformer.models.language import OptLanguage
+from lavis_xformer.models.opt import OptLanguage
 from lavis_xformer.models.stage1 import XFormer
 from lavis_xformer.models.stage2 import XFormerOPT
 from lavis_xformer.paths import project_path

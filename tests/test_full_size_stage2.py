@@ -24,14 +24,16 @@ from transformers import (
     ViTMAEForPreTraining,
 )
 
-from lavis_xformer.models import base, frozen, towers
+from lavis_xformer.models import frozen, towers
 from lavis_xformer.models import language as language_module
 from lavis_xformer.models.frozen import Precision
 from lavis_xformer.models.fusion import FUSIONS
-from lavis_xformer.models.language import CachedOPT, LanguageModel, OptLanguage, T5Language
+from lavis_xformer.models.language import LanguageModel
 from lavis_xformer.models.mae import MaskedAutoencoder
+from lavis_xformer.models.opt import CachedOPT, OptLanguage
 from lavis_xformer.models.stage1 import XFormer
 from lavis_xformer.models.stage2 import XFormerOPT, XFormerT5
+from lavis_xformer.models.t5 import T5Language
 
 OPT = {"vocab_size": 50272, "num_hidden_layers": 32, "num_attention_heads": 32, "pad_token_id": 1, "bos_token_id": 2}
 SIZES = {
@@ -181,7 +183,7 @@ def test_one_step_at_full_size_on_a_cpu(
     if free_memory() < needs + 2:
         pytest.skip(f"{stage} in {precision} takes {needs} GiB, and only {free_memory():.1f} are free")
     dtype = frozen.DTYPES[precision]
-    for module in (base, language_module):
+    for module in (frozen, language_module):
         monkeypatch.setattr(module, "compute_dtype", lambda device, name: dtype)
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     start = time.perf_counter()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import time
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ import lavis_xformer
 from lavis_xformer.errors import UserError
 from lavis_xformer.images import clip_to_mae
 from lavis_xformer.losses import NO_TARGET
-from lavis_xformer.models import base, generation, language
+from lavis_xformer.models import frozen, generation, language
 from lavis_xformer.models.frozen import DTYPES
 from lavis_xformer.models.fusion import FUSIONS
 from lavis_xformer.models.generation import SPACY_MODEL, lemmatize
@@ -55,9 +57,21 @@ def blip2_t5_like(ours: Any, folder: Path) -> Blip2T5:
     config = T5Config.from_pretrained(folder)
     config.dense_act_fn = "gelu"
     theirs.t5_model = T5ForConditionalGeneration.from_pretrained(folder, config=config).requires_grad_(False).eval()
+    theirs.t5_model.lm_head = deepcopy(ours.language.model.lm_head)
     theirs.t5_tokenizer = ours.language.tokenizer
     theirs.max_txt_len, theirs.prompt, theirs._apply_lemmatizer = ours.language.max_txt_len, ours.prompt, False
     return theirs
+
+
+def end_early(model: Any, batch: dict[str, Any]) -> None:
+    """Let the toy's texts end after a few tokens, some earlier than others, when they begin with "a"."""
+    if model.language.kind == "t5":
+        model.language.model.lm_head.weight.mul_(0.1)  # it is so sure that penalties change nothing
+        return
+    visual = model.projection(model.encode_queries(batch["image"]))
+    options = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": 30}
+    said = model.language.continue_(visual, ["a"] * len(visual), **options)
+    model.language.end_id = int(said.flatten().mode().values)  # this toy never says a line break
 
 
 def assert_same_losses_and_gradients(ours: Any, theirs: Any, samples: dict[str, Any]) -> None:
@@ -197,6 +211,28 @@ def test_t5_with_cache_says_what_lavis_says_without(
     assert any(said[0])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_penalty_and_fewest_tokens_change_what_is_said_as_in_lavis(
+    kind: str, make_stage2: Any, batch: dict[str, Any], opt_folder: Path, t5_folder: Path
+) -> None:
+    ours = make_stage2(kind, "none", prompt="a").eval()
+    end_early(ours, batch)
+    theirs = (blip2_opt_like(ours, opt_folder) if kind == "opt" else blip2_t5_like(ours, t5_folder)).eval()
+    counted = {"opt": 2, "t5": 1}[kind]  # by min_length: the prompt, or the start token
+    said = []
+    for mine, reference in (
+        ({}, {"length_penalty": 1.0}),
+        ({"length_penalty": -2.0}, {"length_penalty": -2.0}),
+        ({"length_penalty": 3.0}, {"length_penalty": 3.0}),
+        ({"min_length": counted + 4}, {"min_length": counted + 4}),
+        ({"min_new_tokens": 4}, {"min_length": counted + 4}),
+    ):
+        said.append(ours.generate(batch, num_beams=3, max_length=12, **mine))
+        assert said[-1] == [text.strip() for text in theirs.generate(batch, num_beams=3, max_length=12, **reference)]
+    default, short, long, *enough = said
+    assert default not in (short, long, *enough)
+
+
 def test_answers_of_t5_are_lavis_answers(make_stage2: Any, batch: dict[str, Any], t5_folder: Path) -> None:
     ours = make_stage2("t5", "none").eval()
     theirs = blip2_t5_like(ours, t5_folder).eval()
@@ -239,6 +275,7 @@ def test_what_is_told_reaches_the_language_model(
         return answers[:1] * len(prompts)
 
     monkeypatch.setattr(model.language, "generate", say)
+    monkeypatch.setattr(model.language, "answer", say)
     monkeypatch.setattr(model.language, "rank", rank)
     monkeypatch.setattr(generation, "lemmatize", lambda answer: f"lemmas of {answer}")
     assert model.predict_answers(batch, num_beams=3, max_len=7, min_len=2) == ["lemmas of two cats"] * 4
@@ -326,22 +363,65 @@ def test_prompts_of_several_lengths_give_what_each_gives_alone(
     assert asked == model.predict_answers({**batch, "text_input": filled}, prompt="", max_len=6)
 
 
+@pytest.mark.parametrize(("length_penalty", "fewest"), [(-2.0, 0), (1.0, 0), (3.0, 0), (0.0, 8)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_depends_on_no_other(
+    kind: str, length_penalty: float, fewest: int, make_stage2: Any, batch: dict[str, Any]
+) -> None:
+    model = make_stage2(kind, init="normal").eval()
+    end_early(model, batch)
+    prompts = ["a", "Question: how many red star ? Answer:", "the red", "two blue square on the left of a"]
+    for key, call in (
+        ("prompt", partial(model.generate, max_length=12, min_length=fewest)),
+        ("text_input", partial(model.predict_answers, prompt="", max_len=12, min_len=fewest)),
+    ):
+        alone = [
+            call({"image": image[None], key: [prompt]}, length_penalty=length_penalty)[0]
+            for image, prompt in zip(batch["image"], prompts, strict=True)
+        ]
+        assert call({**batch, key: prompts}, length_penalty=length_penalty) == alone
+
+
+def test_the_question_does_not_count_in_its_answer(make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2("opt", init="normal").eval()
+    asked = {**batch, "text_input": ["a", "two", "the red", "left"], "prompt": ["a", "two", "the red", "one"]}
+    with mock.patch.object(model.language.model, "generate", wraps=model.language.model.generate) as spy:
+        model.predict_answers(asked, max_len=2)
+        model.generate(asked, max_length=2)
+    counted = [call.kwargs["input_ids"].shape for call in spy.call_args_list]
+    assert counted == [(4, 1), (1, 2), (2, 4), (1, 7)], "of an answer's prompt the last token alone counts"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_fewest_and_most_tokens(kind: str, make_stage2: Any, batch: dict[str, Any]) -> None:
-    model = make_stage2(kind).eval()
+    model = make_stage2(kind, "none").eval()
+    end_early(model, batch)
     counted: list[int] = []
     decode = model.language.tokenizer.batch_decode
 
     def count(ids: torch.Tensor, **options: Any) -> list[str]:
-        counted.append(ids.shape[1])
+        counted.append(ids.shape[1] - (kind == "t5"))  # whose output begins with its start token
         return decode(ids, **options)
 
     model.language.tokenizer.batch_decode = count
-    start = 1 if kind == "t5" else 0  # T5's output begins with its start token
-    model.generate({**batch, "prompt": "a photo of a red star"}, num_beams=1, max_length=9, min_new_tokens=9)
-    assert counted[-1] == 9 + start
-    model.predict_answers({**batch, "text_input": "how many"}, num_beams=1, max_len=4, min_len=4)
-    assert counted[-1] == 4 + start
+    one = {"image": batch["image"][1:2], "prompt": "a", "text_input": "a"}
+    for call, most, fewest in (
+        (partial(model.generate, one, num_beams=1), "max_length", "min_new_tokens"),
+        (partial(model.predict_answers, one, prompt="", num_beams=1), "max_len", "min_len"),
+    ):
+        for limits in ({most: 30}, {most: 30, fewest: 20}, {most: 2}, {most: 30, fewest: 30}):
+            call(**limits)
+        itself, enough, cut, exact = counted[-4:]
+        assert 2 < itself < 20 <= enough
+        assert (cut, exact) == (2, 30)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_have_lavis_names(kind: str, make_stage2: Any) -> None:
+    model = make_stage2(kind)
+    assert getattr(model, f"{kind}_model") is model.language.model
+    assert getattr(model, f"{kind}_tokenizer") is model.language.tokenizer
+    assert getattr(model, f"{kind}_proj") is model.projection
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -530,6 +610,38 @@ def test_bad_input_is_one_clear_line(make_stage2: Any, batch: dict[str, Any]) ->
         make_stage2("opt", mask_ratio=1)
 
 
+@pytest.mark.parametrize(
+    ("method", "argument", "value", "right"),
+    [
+        ("generate", "num_captions", 0, "whole number, 1 or more"),
+        ("generate", "num_beams", 0, "whole number, 1 or more"),
+        ("generate", "max_length", 2.5, "whole number, 1 or more"),
+        ("generate", "min_length", -1, "whole number, 0 or more"),
+        ("generate", "min_new_tokens", -1, "whole number, 0 or more"),
+        ("generate", "top_p", 0.0, "number above 0"),
+        ("generate", "temperature", "1", "number above 0"),
+        ("generate", "repetition_penalty", float("nan"), "number above 0"),
+        ("predict_answers", "num_beams", None, "whole number, 1 or more"),
+        ("predict_answers", "max_len", 0, "whole number, 1 or more"),
+        ("predict_answers", "min_len", -1, "whole number, 0 or more"),
+        ("predict_answers", "num_ans_candidates", 0, "whole number, 1 or more"),
+    ],
+)
+def test_a_number_that_makes_no_sense_is_named(
+    method: str, argument: str, value: Any, right: str, make_stage2: Any, batch: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError, match=f"^{argument} is {value!r}; it must be a {right}$"):
+        getattr(make_stage2("opt"), method)(batch, **{argument: value})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_min_length_beyond_reach_is_refused(kind: str, make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2(kind)
+    with pytest.raises(UserError, match="min_length is 7, but at most 6 tokens count"):  # </s> or T5's start, and 5
+        model.generate(batch, max_length=5, min_length=7)
+    assert len(model.generate(batch, max_length=5, min_length=6)) == 4
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_lavis_own_tasks_ask_it(kind: str, make_stage2: Any, batch: dict[str, Any]) -> None:
     model = make_stage2(kind).eval()
@@ -578,7 +690,7 @@ def test_half_precision_never_mixes_dtypes(
     """What happens on a GPU, on a CPU: frozen parts in half precision, the trained ones in fp32."""
     model = make_stage2(kind, init="normal")
     reference = model(batch)["loss"].item()
-    for module in (base, language):
+    for module in (frozen, language):
         monkeypatch.setattr(module, "compute_dtype", lambda device, name: DTYPES[precision])
     for outside in (False, True):  # as the runner does with run.amp
         with torch.autocast("cpu", dtype=DTYPES[precision], enabled=outside):

@@ -55,7 +55,7 @@ class Recipe:
         return replace(self, **{k: replace(v, steps=round(factor * v.steps)) for k, v in schedules.items()})
 
 
-PRESETS = "smoke: seconds, for tests; quick: MINUTES minutes of two cores; full: what ships, hours of two cores"
+PRESETS = "smoke: seconds, for tests; quick: about half an hour of two cores; full: what ships, hours"
 RECIPES = {
     "smoke": Recipe(
         scenes=64,

@@ -323,8 +323,6 @@ def load_state(
         unused=tuple(sorted(unused)),
     )
     logger.info("%s: %s", source, report)
-    if kept := len(missing & trainable) - len(wanted):
-        logger.info("%s: %d more stay as the file before has brought them", source, kept)
     return report
 
 

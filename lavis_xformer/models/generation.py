@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class GenerativeModel(XFormerBase):
     ) -> None:
         """Put the language model behind the shared parts, without the Q-Former's text branch.
 
-        Weights have LAVIS's names: ``opt_model`` and ``opt_proj``, or ``t5_model`` and ``t5_proj``.
+        Parts have LAVIS's names: ``opt_model``, ``opt_proj`` and ``opt_tokenizer``, or those of ``t5``.
 
         Args:
             language: frozen.
@@ -59,6 +60,7 @@ class GenerativeModel(XFormerBase):
         self.drop_text_branch()
         self.language = language
         self.add_module(f"{language.kind}_model", language.model)
+        setattr(self, f"{language.kind}_tokenizer", language.tokenizer)
         self.add_module(f"{language.kind}_proj", nn.Linear(self.Qformer.config.hidden_size, language.width))
         self.prompt = prompt
         self.vqa_prompt = vqa_prompt
@@ -92,7 +94,8 @@ class GenerativeModel(XFormerBase):
             use_nucleus_sampling: sample instead of searching with beams, by ``top_p`` and ``temperature``.
             num_beams: 1 means greedy.
             max_length: most tokens that are generated.
-            min_length: fewest tokens; as in LAVIS, OPT counts those of the prompt too.
+            min_length: fewest tokens; as in LAVIS, OPT counts those of the text's own prompt too, here and in the two
+                penalties.
             top_p: probability mass that sampling keeps.
             repetition_penalty: 1 means none.
             length_penalty: of beam search; above 0 favours long texts.
@@ -101,8 +104,11 @@ class GenerativeModel(XFormerBase):
             min_new_tokens: fewest tokens that are generated.
 
         Raises:
-            UserError: prompts that don't fit the images, or more captions than beams.
+            UserError: prompts that don't fit the images, more captions than beams, or a number that makes no sense.
         """
+        check_whole(1, num_beams=num_beams, max_length=max_length, num_captions=num_captions)
+        check_whole(0, min_length=min_length, min_new_tokens=0 if min_new_tokens is None else min_new_tokens)
+        check_positive(top_p=top_p, repetition_penalty=repetition_penalty, temperature=temperature)
         if not use_nucleus_sampling and num_captions > num_beams:
             raise UserError(f"num_captions is {num_captions}, num_beams {num_beams}; take more beams, or sample")
         prefix = self.projection(self.encode_queries(take(samples, "image")))  # (B, Q, L)
@@ -148,18 +154,22 @@ class GenerativeModel(XFormerBase):
             answer_list: what to choose from.
             prompt: in which ``{}`` stands for the question, or one for each image; "" asks the bare question, as in
                 LAVIS; None takes the model's ``vqa_prompt``.
-            length_penalty: of beam search; None takes the model's ``vqa_length_penalty``.
+            length_penalty: of beam search, which counts the answer, not the question; None takes the model's
+                ``vqa_length_penalty``.
             kwargs: what other tasks of LAVIS pass.
 
         Raises:
-            UserError: questions or prompts that don't fit the images, another inference method, nothing to rank.
+            UserError: questions or prompts that don't fit the images, another inference method, nothing to rank, or a
+                number that makes no sense.
         """
+        check_whole(1, num_beams=num_beams, max_len=max_len, num_ans_candidates=num_ans_candidates)
+        check_whole(0, min_len=min_len)
         prefix, asked = self._ask(samples, prompt)
         if inference_method == "rank":
             return self._rank(prefix, asked, answer_list, num_ans_candidates)
         if inference_method != "generate":
             raise UserError(f"run.inference_method: '{inference_method}'; {nearest(inference_method, METHODS)}")
-        answers = self.language.generate(
+        answers = self.language.answer(
             prefix,
             asked,
             do_sample=False,
@@ -212,6 +222,20 @@ class GenerativeModel(XFormerBase):
 def ask(template: str, question: str) -> str:
     """Put the question where the template says ``{}``; an empty template is the bare question."""
     return template.replace("{}", question) if template else question
+
+
+def check_whole(least: int, **numbers: Any) -> None:
+    """Refuse what is no whole number, or less than the least."""
+    for name, number in numbers.items():
+        if not isinstance(number, Integral) or number < least:
+            raise UserError(f"{name} is {number!r}; it must be a whole number, {least} or more")
+
+
+def check_positive(**numbers: Any) -> None:
+    """Refuse what is no number above 0."""
+    for name, number in numbers.items():
+        if not isinstance(number, Real) or not float(number) > 0:
+            raise UserError(f"{name} is {number!r}; it must be a number above 0")
 
 
 def lemmatize(answer: str) -> str:

@@ -1,4 +1,4 @@
-"""The frozen language models of stage 2 behind one small interface: OPT (decoder only) and FlanT5 (encoder-decoder).
+"""What stage 2 asks of its frozen language model: one small interface, for OPT (``opt.py``) and FlanT5 (``t5.py``).
 
 Each reads an image as a prefix of embeddings, then a prompt, and says a target. The weights come from the hub, a local
 folder in its format, or a shipped one (``assets://mini/opt``).
@@ -14,10 +14,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from lavis.models.blip2_models.modeling_opt import OPTForCausalLM
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PretrainedConfig, T5Config, T5ForConditionalGeneration, T5TokenizerFast
+from transformers import PretrainedConfig
 
 from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError, nearest
@@ -133,14 +131,18 @@ class LanguageModel(ABC):
             options: of transformers' ``generate``, ``do_sample``, ``num_beams`` and ``num_return_sequences`` included.
 
         Returns:
-            B * ``num_return_sequences`` texts, those of an image side by side.
+            B * ``num_return_sequences`` texts, those of an image side by side; what one is depends on no other.
 
         Raises:
-            UserError: more tokens than the model reads.
+            UserError: more tokens than the model reads, or a ``min_length`` that can't be reached.
         """
         with self.running():
             ids = self.continue_(visual, prompts, **options)
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def answer(self, visual: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
+        """Continue as :meth:`generate` does, without counting the prompt, whichever the model."""
+        return self.generate(visual, prompts, **options)
 
     def loss(self, visual: Tensor, dialogues: Sequence[Dialogue], weights: Tensor | None = None) -> Tensor:
         """Loss of the targets after image and prompt, for :meth:`predict`'s arguments and :func:`language_modelling`'s.
@@ -200,148 +202,18 @@ class LanguageModel(ABC):
             yield
 
     def embed(self, visual: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Image (B, Q, L), then text (B, T): embeddings (B, Q + T, L) and attention mask (B, Q + T)."""
+        """Image (B, Q, L), then text (B, T): embeddings (B, Q + T, L) and, of a mask (B, S), attention (B, Q + S)."""
         words = self.model.get_input_embeddings()(ids)  # (B, T, L)
         return torch.cat([visual.to(words.dtype), words], dim=1), prefix_mask(visual, mask)
-
-
-class CachedOPT(OPTForCausalLM):
-    """LAVIS's OPT, whose key/value cache is lost under transformers >= 4.26, which has renamed it."""
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Any = None, past: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Take the cache under its new name too."""
-        cache = past if past_key_values is None else past_key_values
-        return super().prepare_inputs_for_generation(input_ids, past=cache, **kwargs)
-
-
-class OptLanguage(LanguageModel):
-    """OPT: image, ``</s>``, prompt, target and a line break, as in BLIP-2; more prompts and targets may follow."""
-
-    kind = "opt"
-    DEFAULT_PRECISION: ClassVar[Precision] = "fp16"
-    DEFAULT_LENGTH_PENALTY = 0.0
-
-    def __init__(self, **parts: Any) -> None:
-        """Take what :class:`LanguageModel` takes."""
-        super().__init__(**parts)
-        self.tokenizer.padding_side = "left"  # prompts of several lengths must all end where the answer begins
-        self.end_id = self.tokenizer("\n", add_special_tokens=False).input_ids[0]
-
-    @staticmethod
-    def load(path: str) -> tuple[Any, dict[str, Any]]:
-        """Load :class:`CachedOPT`."""
-        return CachedOPT.from_pretrained(path, torch_dtype="auto", output_loading_info=True)
-
-    @staticmethod
-    def load_tokenizer(path: str) -> Any:
-        """Load GPT-2's tokenizer, as LAVIS does."""
-        return AutoTokenizer.from_pretrained(path, use_fast=False)
-
-    def predict(self, visual: Tensor, dialogues: Sequence[Dialogue]) -> tuple[Tensor, Tensor]:
-        """See :class:`LanguageModel`; without a prompt the start token counts as a target, as in BLIP-2."""
-        ids, mask, labels = (part.to(visual.device) for part in self.encode(dialogues))  # (B, T)
-        self._check_length(visual.shape[1] + ids.shape[1])
-        with self.running():
-            embeds, attention = self.embed(visual, ids, mask)
-            logits = self.model(inputs_embeds=embeds, attention_mask=attention, use_cache=False).logits
-        start = max(visual.shape[1], 1)  # without an image there is nothing to predict the first token from
-        return logits[:, start - 1 : -1], labels[:, start - visual.shape[1] :]
-
-    def encode(self, dialogues: Sequence[Dialogue]) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids, attention mask and labels (B, T), padded on the right."""
-        rows, labels = [], []
-        for dialogue in dialogues:
-            row: list[int] = []
-            wanted: list[int] = []
-            for prompt, target in dialogue:
-                asked = self.tokenizer(prompt, add_special_tokens=not row).input_ids  # </s> first
-                said = self.tokenizer(f"{target}\n", add_special_tokens=False).input_ids[: self.max_txt_len - 1]
-                row += asked + said
-                wanted += ([NO_TARGET] * len(asked) if prompt else asked) + said
-            rows.append(torch.tensor(row))
-            labels.append(torch.tensor(wanted))
-        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
-        return ids, mask, pad_sequence(labels, batch_first=True, padding_value=NO_TARGET)
-
-    def continue_(self, visual: Tensor, prompts: Sequence[str], **options: Any) -> Tensor:
-        """See :class:`LanguageModel`; ``min_length`` counts the prompt too, ``min_new_tokens`` doesn't."""
-        text = self.tokenizer(list(prompts), padding=True, return_tensors="pt").to(visual.device)
-        self._check_length(visual.shape[1] + text.input_ids.shape[1] + options["max_new_tokens"])
-        copies = options["num_return_sequences"] if options["do_sample"] else options["num_beams"]
-        ids = self.model.generate(
-            input_ids=text.input_ids,
-            query_embeds=visual.to(self.model.dtype).repeat_interleave(copies, dim=0),
-            attention_mask=prefix_mask(visual, text.attention_mask),
-            eos_token_id=self.end_id,
-            **options,
-        )
-        return ids[:, text.input_ids.shape[1] :]
-
-    def _check_length(self, tokens: int) -> None:
-        limit = self.model.config.max_position_embeddings
-        if tokens > limit:
-            raise UserError(f"image, prompt and text take {tokens} tokens, but model.opt_model reads at most {limit}")
-
-
-class T5Language(LanguageModel):
-    """FlanT5: the encoder reads image and prompt, the decoder says the target; every turn of a dialogue by itself."""
-
-    kind = "t5"
-    DEFAULT_PRECISION: ClassVar[Precision] = "bf16"  # FlanT5 overflows in fp16
-    DEFAULT_LENGTH_PENALTY = -1.0
-
-    @staticmethod
-    def load(path: str) -> tuple[Any, dict[str, Any]]:
-        """Load transformers' own T5, whose cache works; its activation is exact GELU, as LAVIS has it."""
-        config = T5Config.from_pretrained(path)
-        config.dense_act_fn = "gelu"
-        return T5ForConditionalGeneration.from_pretrained(
-            path, config=config, torch_dtype="auto", output_loading_info=True
-        )
-
-    @staticmethod
-    def load_tokenizer(path: str) -> Any:
-        """Load T5's tokenizer."""
-        return T5TokenizerFast.from_pretrained(path)
-
-    def predict(self, visual: Tensor, dialogues: Sequence[Dialogue]) -> tuple[Tensor, Tensor]:
-        """See :class:`LanguageModel`; a row for each turn, of all dialogues one after the other."""
-        prompts, targets = zip(*(turn for dialogue in dialogues for turn in dialogue), strict=True)
-        turns = torch.tensor([len(dialogue) for dialogue in dialogues], device=visual.device)
-        visual = visual.repeat_interleave(turns, dim=0)  # (turns, Q, L)
-        asked = self._tokenize(prompts, visual)
-        said = self._tokenize(targets, visual, truncation=True, max_length=self.max_txt_len)
-        labels = said.input_ids.masked_fill(said.attention_mask == 0, NO_TARGET)  # (B, T)
-        with self.running():
-            embeds, attention = self.embed(visual, asked.input_ids, asked.attention_mask)
-            logits = self.model(
-                inputs_embeds=embeds,
-                attention_mask=attention,
-                decoder_input_ids=self.model.prepare_decoder_input_ids_from_labels(labels),
-                decoder_attention_mask=said.attention_mask,
-                use_cache=False,
-            ).logits  # (B, T, V)
-        return logits, labels
-
-    def loss(self, visual: Tensor, dialogues: Sequence[Dialogue], weights: Tensor | None = None) -> Tensor:
-        """See :class:`LanguageModel`; every turn has its dialogue's weight."""
-        if weights is not None:
-            weights = torch.cat([w.expand(len(turns)) for w, turns in zip(weights, dialogues, strict=True)])
-        return super().loss(visual, dialogues, weights)
-
-    def continue_(self, visual: Tensor, prompts: Sequence[str], **options: Any) -> Tensor:
-        """See :class:`LanguageModel`."""
-        text = self._tokenize(prompts, visual)
-        embeds, attention = self.embed(visual, text.input_ids, text.attention_mask)
-        return self.model.generate(inputs_embeds=embeds, attention_mask=attention, **options)
-
-    def _tokenize(self, texts: Sequence[str], visual: Tensor, **options: Any) -> Any:
-        return self.tokenizer(list(texts), padding=True, return_tensors="pt", **options).to(visual.device)
 
 
 def prefix_mask(visual: Tensor, mask: Tensor) -> Tensor:
     """Attention mask (B, Q + T) of an image (B, Q, L), all visible, and a text's mask (B, T)."""
     return torch.cat([mask.new_ones(visual.shape[:2]), mask], dim=1)
+
+
+def check_fewest(options: dict[str, Any], counted: int) -> None:
+    """Refuse a ``min_length`` that ``counted`` tokens and all that may follow them don't reach."""
+    most = counted + options["max_new_tokens"]
+    if (fewest := options.get("min_length", 0)) > most:
+        raise UserError(f"min_length is {fewest}, but at most {most} tokens count; take less, or a larger max_length")

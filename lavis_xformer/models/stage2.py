@@ -21,9 +21,11 @@ from typing_extensions import Self
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models.checkpoints import load_pretrained
 from lavis_xformer.models.generation import GenerativeModel, ask
-from lavis_xformer.models.language import Dialogue, LanguageModel, OptLanguage, T5Language
+from lavis_xformer.models.language import Dialogue, LanguageModel
+from lavis_xformer.models.opt import OptLanguage
 from lavis_xformer.models.parts import build_parts
 from lavis_xformer.models.samples import one_per_image, take
+from lavis_xformer.models.t5 import T5Language
 
 LOSSES = ("lm", "rec")
 

@@ -1,0 +1,128 @@
+"""OPT as stage 2's frozen language model: a decoder that reads image and prompt, and goes on.
+
+B: texts, Q: queries, L: width of the language model, T: tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from lavis.models.blip2_models.modeling_opt import OPTForCausalLM
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer
+
+from lavis_xformer.errors import UserError
+from lavis_xformer.losses import NO_TARGET
+from lavis_xformer.models.frozen import Precision
+from lavis_xformer.models.language import Dialogue, LanguageModel, check_fewest
+
+
+class CachedOPT(OPTForCausalLM):
+    """LAVIS's OPT, whose key/value cache is lost under transformers >= 4.26, which has renamed it."""
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, past_key_values: Any = None, past: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Take the cache under its new name too."""
+        cache = past if past_key_values is None else past_key_values
+        return super().prepare_inputs_for_generation(input_ids, past=cache, **kwargs)
+
+
+class OptLanguage(LanguageModel):
+    """OPT: image, ``</s>``, prompt, target and a line break, as in BLIP-2; more prompts and targets may follow."""
+
+    kind = "opt"
+    DEFAULT_PRECISION: ClassVar[Precision] = "fp16"
+    DEFAULT_LENGTH_PENALTY = 0.0
+
+    def __init__(self, **parts: Any) -> None:
+        """Take what :class:`LanguageModel` takes."""
+        super().__init__(**parts)
+        self.tokenizer.padding_side = "left"  # prompts of several lengths must all end where the answer begins
+        self.end_id = self.tokenizer("\n", add_special_tokens=False).input_ids[0]
+
+    @staticmethod
+    def load(path: str) -> tuple[Any, dict[str, Any]]:
+        """Load :class:`CachedOPT`."""
+        return CachedOPT.from_pretrained(path, torch_dtype="auto", output_loading_info=True)
+
+    @staticmethod
+    def load_tokenizer(path: str) -> Any:
+        """Load GPT-2's tokenizer, as LAVIS does."""
+        return AutoTokenizer.from_pretrained(path, use_fast=False)
+
+    def predict(self, visual: Tensor, dialogues: Sequence[Dialogue]) -> tuple[Tensor, Tensor]:
+        """See :class:`LanguageModel`; without a prompt the start token counts as a target, as in BLIP-2."""
+        ids, mask, labels = (part.to(visual.device) for part in self.encode(dialogues))  # (B, T)
+        self._check_length(visual.shape[1] + ids.shape[1])
+        with self.running():
+            embeds, attention = self.embed(visual, ids, mask)
+            logits = self.model(inputs_embeds=embeds, attention_mask=attention, use_cache=False).logits
+        start = max(visual.shape[1], 1)  # without an image there is nothing to predict the first token from
+        return logits[:, start - 1 : -1], labels[:, start - visual.shape[1] :]
+
+    def encode(self, dialogues: Sequence[Dialogue]) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids, attention mask and labels (B, T), padded on the right."""
+        rows, labels = [], []
+        for dialogue in dialogues:
+            row: list[int] = []
+            wanted: list[int] = []
+            for prompt, target in dialogue:
+                asked = self.tokenizer(prompt, add_special_tokens=not row).input_ids  # </s> first
+                said = self.tokenizer(f"{target}\n", add_special_tokens=False).input_ids[: self.max_txt_len - 1]
+                row += asked + said
+                wanted += ([NO_TARGET] * len(asked) if prompt else asked) + said
+            rows.append(torch.tensor(row))
+            labels.append(torch.tensor(wanted))
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+        return ids, mask, pad_sequence(labels, batch_first=True, padding_value=NO_TARGET)
+
+    def generate(self, visual: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
+        """See :class:`LanguageModel`.
+
+        As in LAVIS a text's own prompt, ``</s>`` included, counts in ``min_length``, ``length_penalty`` and
+        ``repetition_penalty``, not in ``min_new_tokens`` and ``max_new_tokens``. Padding would count too: only
+        prompts of as many tokens go together.
+        """
+        lengths = [len(ids) for ids in self.tokenizer(list(prompts)).input_ids]
+        copies = options["num_return_sequences"]
+        texts: dict[int, list[str]] = {}
+        for length in sorted(set(lengths)):
+            rows = [row for row, tokens in enumerate(lengths) if tokens == length]
+            said = super().generate(visual[rows], [prompts[row] for row in rows], counted=length, **options)
+            texts |= {row: said[i * copies : (i + 1) * copies] for i, row in enumerate(rows)}
+        return [text for row in range(len(prompts)) for text in texts[row]]
+
+    def answer(self, visual: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
+        """See :class:`LanguageModel`; the prompt's last token alone counts, as LAVIS's main branch has it."""
+        return super().generate(visual, prompts, counted=1, **options)
+
+    def continue_(self, visual: Tensor, prompts: Sequence[str], *, counted: int = 1, **options: Any) -> Tensor:
+        """See :class:`LanguageModel`.
+
+        transformers' lengths and penalties count the ids that it is given: the ``counted`` last tokens of every
+        prompt. What is before them, padding included, goes with the image as embeddings.
+        """
+        text = self.tokenizer(list(prompts), padding=True, return_tensors="pt").to(visual.device)
+        self._check_length(visual.shape[1] + text.input_ids.shape[1] + options["max_new_tokens"])
+        check_fewest(options, counted)
+        before, begun = text.input_ids[:, :-counted], text.input_ids[:, -counted:]
+        embeds, attention = self.embed(visual, before, text.attention_mask)
+        copies = options["num_return_sequences"] if options["do_sample"] else options["num_beams"]
+        ids = self.model.generate(
+            input_ids=begun,
+            query_embeds=embeds.repeat_interleave(copies, dim=0),
+            attention_mask=attention,
+            eos_token_id=self.end_id,
+            **options,
+        )
+        return ids[:, counted:]
+
+    def _check_length(self, tokens: int) -> None:
+        limit = self.model.config.max_position_embeddings
+        if tokens > limit:
+            raise UserError(f"image, prompt and text take {tokens} tokens, but model.opt_model reads at most {limit}")
