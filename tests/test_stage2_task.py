@@ -106,9 +106,11 @@ def test_evaluation_generates_both_and_scores_them(
     figures = task.evaluation(model, loader(data, 3))
     assert {"loss", "loss_lm", "caption_f1", "chance_caption_f1", "answers", "answers_count"} <= set(figures)
     assert figures["majority_answers"] == 100
-    outcome = task.after_evaluation(figures, "val", 0)
+    task.after_evaluation(figures, "val", 0)
+    assert not list(tmp_path.iterdir()), "a validation while training needs no disk"
+    outcome = task.after_evaluation(figures, "test", "best")
     assert outcome["agg_metrics"] == pytest.approx((figures["caption_f1"] + figures["answers"]) / 2)
-    written = read_json(tmp_path / "val_scores.json")
+    written = read_json(tmp_path / "test_scores.json")
     assert written["figures"] == outcome
     assert len(written["answers"]) == len(CAPTIONS)
     assert 100 * fmean(row["correct"] for row in written["answers"]) == pytest.approx(figures["caption_f1"])

@@ -79,9 +79,9 @@ class NamedLossTask(BaseTask):
         """Add ``agg_metrics``, by which the best checkpoint is chosen: here the negative loss."""
         return {"agg_metrics": -val_result["loss"], **val_result}
 
-    def write_scores(self, split: str, figures: Mapping[str, float]) -> None:
-        """Write ``result/<split>_scores.json``: the figures, and what was scored one by one."""
-        if is_main():
+    def write_scores(self, split: str, epoch: int | str, figures: Mapping[str, float]) -> None:
+        """Write ``result/<split>_scores.json`` with what was scored one by one: at the end, not while training."""
+        if epoch == "best" and is_main():
             path = Path(registry.get_path("result_dir")) / f"{split}_scores.json"
             write_json(path, {"split": split, "figures": figures, "answers": self.scores})
 

@@ -82,7 +82,7 @@ class Stage1Task(NamedLossTask):
         """Add ``agg_metrics``: the mean of both R@1, in percent; write what each image and caption found."""
         agg = (val_result["i2t_r1"] + val_result["t2i_r1"]) / 2
         figures = {"agg_metrics": agg, **val_result}
-        self.write_scores(split_name, figures)
+        self.write_scores(split_name, epoch, figures)
         return figures
 
     def table(self, figures: Mapping[str, float]) -> list[tuple[str, str, str]]:

@@ -121,7 +121,7 @@ class Stage2Task(NamedLossTask):
         """Add ``agg_metrics``: the mean of the captions' F1 and the answers' accuracy, in percent; write each F1."""
         agg = fmean(val_result[name] for name in ("caption_f1", "answers") if name in val_result)
         figures = {"agg_metrics": agg, **val_result}
-        self.write_scores(split_name, figures)
+        self.write_scores(split_name, epoch, figures)
         return figures
 
     def table(self, figures: Mapping[str, float]) -> list[tuple[str, str, str]]:
