@@ -20,7 +20,7 @@ from pycocoevalcap.cider.cider import Cider
 
 import lavis_xformer
 from lavis_xformer.errors import UserError
-from lavis_xformer.tasks import captions
+from lavis_xformer.tasks import caption_scores
 from lavis_xformer.tasks.captions import XFormerCaptionTask, XFormerRetrievalTask
 
 
@@ -45,9 +45,9 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def fail(url: str, folder: str) -> None:
         raise URLError("no network")
 
-    monkeypatch.setattr(captions, "download_url", fail)
-    monkeypatch.setattr(captions, "which", lambda program: f"/usr/bin/{program}")
-    monkeypatch.setattr(captions, "Spice", NoNetwork)
+    monkeypatch.setattr(caption_scores, "download_url", fail)
+    monkeypatch.setattr(caption_scores, "which", lambda program: f"/usr/bin/{program}")
+    monkeypatch.setattr(caption_scores, "Spice", NoNetwork)
     monkeypatch.setitem(registry.mapping["paths"], "cache_root", str(tmp_path / "cache"))
 
 
@@ -150,8 +150,8 @@ def no_java(monkeypatch: pytest.MonkeyPatch) -> None:
         def tokenize(self, lines: dict[int, list[dict[str, str]]]) -> dict[int, list[str]]:
             return {image: [row["caption"].lower() for row in rows] for image, rows in lines.items()}
 
-    monkeypatch.setattr(captions, "PTBTokenizer", Words)
-    monkeypatch.setattr(captions, "Meteor", OneMeteor)
+    monkeypatch.setattr(caption_scores, "PTBTokenizer", Words)
+    monkeypatch.setattr(caption_scores, "Meteor", OneMeteor)
 
 
 @pytest.mark.usefixtures("no_java")
@@ -204,7 +204,7 @@ def test_a_file_of_truths_asks_for_scores_and_coco_has_its_own(tmp_path: Path, m
         Path(folder).mkdir(parents=True)
         fetched.append(str(write_truths(Path(folder) / url.rpartition("/")[2])))
 
-    monkeypatch.setattr(captions, "download_url", fetch)
+    monkeypatch.setattr(caption_scores, "download_url", fetch)
     own = write_truths(tmp_path / "own.json")
     given = caption(
         setup(XFormerCaptionTask, tmp_path, caption_truths=str(own), report_metric=False, **ASKED), Captioner()
@@ -217,7 +217,7 @@ def test_a_file_of_truths_asks_for_scores_and_coco_has_its_own(tmp_path: Path, m
 @pytest.mark.usefixtures("no_java")
 def test_scores_by_domain_and_without_what_spice_needs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     truths = write_truths(tmp_path / "truths.json", TRUTHS | {9: ["a tree"]}, domain=DOMAINS | {9: "in-domain"})
-    figures, rows = captions.scored(truths, write_said(tmp_path / "said.json"))
+    figures, rows = caption_scores.scored(truths, write_said(tmp_path / "said.json"))
     words = [{image: [" ".join(text.lower().split()) for text in of[image]] for image in (6, 7)}
              for of in (TRUTHS, {image: [text] for image, text in SAID.items()})]  # fmt: skip
     assert figures["CIDEr_out-domain"] == pytest.approx(Cider().compute_score(*words)[0])
@@ -228,7 +228,7 @@ def test_scores_by_domain_and_without_what_spice_needs(tmp_path: Path, caplog: p
     assert [row["image_id"] for row in rows] == list(SAID)
     some = write_truths(tmp_path / "some.json", {3: TRUTHS[3]})
     with pytest.raises(UserError, match=r"some\.json has the captions of 1 of 4 images"):
-        captions.scored(some, tmp_path / "said.json")
+        caption_scores.scored(some, tmp_path / "said.json")
 
 
 @pytest.mark.usefixtures("no_java")
@@ -236,14 +236,14 @@ def test_spice_that_this_java_cannot_run_leaves_the_other_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = write_said(tmp_path / "said.json")
-    monkeypatch.setattr(captions, "Spice", lambda: SimpleNamespace(compute_score=lambda *texts: (0.5, [])))
-    assert captions.scored(write_truths(tmp_path / "truths.json"), said)[0]["SPICE"] == 0.5
+    monkeypatch.setattr(caption_scores, "Spice", lambda: SimpleNamespace(compute_score=lambda *texts: (0.5, [])))
+    assert caption_scores.scored(write_truths(tmp_path / "truths.json"), said)[0]["SPICE"] == 0.5
 
     def crash(*texts: Any) -> None:
         subprocess.run([sys.executable, "-c", "raise SystemExit(1)"], check=True)
 
-    monkeypatch.setattr(captions, "Spice", lambda: SimpleNamespace(compute_score=crash))
-    figures, _ = captions.scored(tmp_path / "truths.json", said)
+    monkeypatch.setattr(caption_scores, "Spice", lambda: SimpleNamespace(compute_score=crash))
+    figures, _ = caption_scores.scored(tmp_path / "truths.json", said)
     assert "SPICE" not in figures
     assert figures["CIDEr"] > 0
 
@@ -258,9 +258,9 @@ def test_scores_with_real_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         7: ["an old man 's hat"],
     }
     candidates = {3: ["a cat on a mat"], 5: ["two dogs run on grass"], 6: ["a red bus"], 7: ["a hat"]}
-    assert captions.tokens(TRUTHS) == references
-    monkeypatch.setattr(captions, "Meteor", OneMeteor)  # the real one takes half a minute
-    figures, rows = captions.scored(write_truths(tmp_path / "truths.json"), write_said(tmp_path / "said.json"))
+    assert caption_scores.tokens(TRUTHS) == references
+    monkeypatch.setattr(caption_scores, "Meteor", OneMeteor)  # the real one takes half a minute
+    figures, rows = caption_scores.scored(write_truths(tmp_path / "truths.json"), write_said(tmp_path / "said.json"))
     cider, each = Cider().compute_score(references, candidates)
     assert figures["CIDEr"] == pytest.approx(cider)
     assert [row["correct"] for row in rows] == pytest.approx(each)
@@ -279,10 +279,10 @@ def test_scores_are_laviss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     rows = [{**row, "caption": " ".join(row["caption"].split())} for row in json.loads(said.read_text())]
     said.write_text(json.dumps(rows))
     spice = SimpleNamespace(compute_score=lambda *texts: (0.5, [{}] * len(SAID)), method=lambda: "SPICE")
-    for module in (captions, pycocoevalcap):
+    for module in (caption_scores, pycocoevalcap):
         monkeypatch.setattr(module, "Spice", lambda: spice)
     lavis = captioning.coco_caption_eval(str(truths.parent), str(said), "test")
-    figures, rows = captions.scored(truths, said)
+    figures, rows = caption_scores.scored(truths, said)
     assert figures == pytest.approx(lavis.eval)
     assert {row["image_id"]: row["correct"] for row in rows} == pytest.approx(
         {image: scores["CIDEr"] for image, scores in lavis.imgToEval.items()}
@@ -304,7 +304,7 @@ def test_what_scoring_lacks_is_told_before_anything_is_captioned(
     with pytest.raises(UserError, match=r"truths of coco_caption alone, none of nocaps; set run\.caption_truths"):
         check("nocaps")
     check("nocaps", caption_truths=str(write_truths(tmp_path / "truths.json")))
-    monkeypatch.setattr(captions, "which", lambda program: None)
+    monkeypatch.setattr(caption_scores, "which", lambda program: None)
     with pytest.raises(UserError, match=r"no `java` on the PATH; install .* or set run\.report_metric to False"):
         check()
     check(report_metric=False)

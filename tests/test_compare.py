@@ -380,8 +380,6 @@ def scored(group: str, *rows: tuple[float, float]) -> list[dict[str, Any]]:
 
 def test_captions_and_retrieval_of_a_training_are_paired(plan: Plan) -> None:
     for cell in plan.cells(["a", "b"], [1]):
-        if cell.stage.evaluate:
-            continue
         finish(cell)
         better = 0.5 * (cell.variant == "b")
         figures = {"i2t_r1": 99.0, "chance_i2t_r1": 99.0, "itm_accuracy": 0.9}

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from lavis_xformer.tasks import metrics
-from lavis_xformer.tasks.stage1 import hits
 
 
 def naive(similarity, owners):
@@ -56,7 +55,7 @@ def test_hits_are_the_recalls_at_1_one_by_one():
     owners = torch.tensor([0, 0, 1, 2])
     similarity = torch.tensor([[0.1, 0.9, 0.8, 0.0], [0.5, 0.2, 0.4, 0.3], [0.0, 0.1, 0.2, 0.9]])
     ranks = metrics.ranks(similarity, owners)
-    rows = hits(ranks, owners, ["a", "b", "c"])
+    rows = metrics.hits(ranks, owners, ["a", "b", "c"])
     assert [(r["group"], r["image"], r["correct"]) for r in rows] == [
         ("i2t_r1", "a", 1), ("i2t_r1", "b", 0), ("i2t_r1", "c", 1),
         ("t2i_r1", "a", 0), ("t2i_r1", "a", 1), ("t2i_r1", "b", 0), ("t2i_r1", "c", 1),

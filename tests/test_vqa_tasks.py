@@ -14,7 +14,7 @@ from lavis.tasks.vqa import GQATask, VQATask
 from omegaconf import OmegaConf
 
 from lavis_xformer.errors import UserError
-from lavis_xformer.tasks.vqa import XFormerGQATask, XFormerVQATask, vqa_majority
+from lavis_xformer.tasks.vqa import XFormerGQATask, XFormerVQATask, vqa_guesses, vqa_majority
 
 
 class Model:
@@ -172,14 +172,13 @@ def test_vqas_majority_by_hand() -> None:
     def annotation(kind: str, *given: str) -> dict[str, Any]:
         return {"answer_type": kind, "answers": [{"answer": text} for text in given]}
 
-    found = vqa_majority(
-        [
-            annotation("yes/no", *["yes"] * 10),
-            annotation("yes/no", *["yes"] * 6, *["no"] * 4),
-            annotation("yes/no", *["no"] * 9, "yes"),  # one agrees: a third, but not where it is the one left out
-            annotation("number", *["2"] * 2, *["3"] * 8),
-        ]
-    )
+    annotations = [
+        annotation("yes/no", *["yes"] * 10),
+        annotation("yes/no", *["yes"] * 6, *["no"] * 4),
+        annotation("yes/no", *["no"] * 9, "yes"),  # one agrees: a third, but not where it is the one left out
+        annotation("number", *["2"] * 2, *["3"] * 8),
+    ]
+    found = vqa_majority(annotations, vqa_guesses(annotations))
     assert found["majority_yes/no"] == pytest.approx((100 + 100 + 30) / 3)
     assert found["majority_number"] == 100
     assert found["majority"] == pytest.approx((100 + 100 + 30 + 100) / 4)

@@ -77,8 +77,8 @@ def of_variant(cells: Sequence[Cell]) -> Json:
         for name, value in _figures(cell, results):
             values[f"{cell.stage.name}.{name}"][cell.seed] = value
         for result in results:
-            if cell.stage.evaluate:
-                asked[cell.stage.name].append({key: result[key] for key in HOW if key in result})
+            if how := {key: result[key] for key in HOW if key in result}:
+                asked[cell.stage.name].append(how)
             blind = blind or bool(result.get("blind"))
             answers += [{**answer, "seed": cell.seed, "stage": cell.stage.name} for answer in _scored(result)]
     return {

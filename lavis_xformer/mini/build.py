@@ -120,7 +120,7 @@ class Job:
             "data": data,
             "training": json.dumps(asdict(schedule)) if schedule else "none",
             "time": f"{seconds / 60:.1f} min",
-            "machine": gpu if gpu else f"{platform.machine()}, {os.cpu_count()} cores",
+            "machine": gpu or f"{platform.machine()}, {os.cpu_count()} cores",
             "written by": f"lavis_xformer {__version__}",
         }
         write_card(self.out / part, facts, figures)

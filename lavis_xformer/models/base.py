@@ -96,8 +96,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
             max_txt_len: longest text in tokens.
             token_positions: ``clip``, ``mae``: whose tokens get embeddings of their places; M' is decoded without.
             clip_layer: without ``mae``, M is what this block of CLIP gives, layer-normed; C itself where it is None.
-            shuffle_mae: give each image the M of another one (with other pixels) of its batch, or of the last other one
-                where the batch has none: what is lost then, M had told.
+            shuffle_mae: give each image the M of another, of its batch or the last before: what is lost, M had told.
 
         Raises:
             UserError: ``freeze_vit`` is False, but the encoder is a MAE, which is always frozen.

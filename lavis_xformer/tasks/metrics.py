@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import comb
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,31 @@ def ranks(similarity: Tensor, owners: Tensor) -> dict[str, Tensor]:
 def recalls(found: Mapping[str, Tensor]) -> dict[str, float]:
     """Return R@1/5/10 both ways, in percent, of :func:`ranks`: how often a right one is among the best k."""
     return {f"{way}_r{k}": 100.0 * (of < k).double().mean().item() for way, of in found.items() for k in KS}
+
+
+def hits(ranks: Mapping[str, Tensor], owners: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return a row for every image and every caption: whether a right one came first, beside what chance gives.
+
+    Args:
+        ranks: how many wrong ones came before, or whether any did: ``i2t`` (I,) and ``t2i`` (T,).
+        owners: (T,) row of the image that each caption belongs to.
+        names: (I,) of the images.
+    """
+    captions = torch.bincount(owners, minlength=len(names)) / len(owners)  # (I,)
+    asked = {"i2t": (range(len(names)), captions.tolist()), "t2i": (owners.tolist(), len(owners) * [1 / len(names)])}
+    return [
+        {
+            "question_id": number,
+            "image": names[image],
+            "question": way,
+            "kind": "retrieval",
+            "group": f"{way}_r1",
+            "correct": int(rank == 0),
+            "guess": guess,
+        }
+        for way, (images, guesses) in asked.items()
+        for number, (image, guess, rank) in enumerate(zip(images, guesses, ranks[way].tolist(), strict=True))
+    ]
 
 
 def chance_recalls(owners: Tensor) -> dict[str, float]:

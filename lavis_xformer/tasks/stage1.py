@@ -72,7 +72,7 @@ class Stage1Task(NamedLossTask):
         texts = torch.cat([part[3] for part in parts])  # (T, E)
         similarity = metrics.best_query_similarity(features[list(firsts.values())], texts)  # (I, T)
         ranks = metrics.ranks(similarity, owners)
-        self.scores = hits(ranks, owners, [str(name) for name in firsts])
+        self.scores = metrics.hits(ranks, owners, [str(name) for name in firsts])
         chance = {f"chance_{n}": v for n, v in metrics.chance_recalls(owners).items()}
         return {**metrics.recalls(ranks), **chance}
 
@@ -103,28 +103,3 @@ class Stage1Task(NamedLossTask):
         self._texts: list[Tensor] = []
         self._owners: list[Hashable] = []
         self._seen: dict[Hashable, None] = {}
-
-
-def hits(ranks: Mapping[str, Tensor], owners: Tensor, names: Sequence[str]) -> list[Samples]:
-    """Return a row for every image and every caption: whether a right one came first, beside what chance gives.
-
-    Args:
-        ranks: how many wrong ones came before, or whether any did: ``i2t`` (I,) and ``t2i`` (T,).
-        owners: (T,) row of the image that each caption belongs to.
-        names: (I,) of the images.
-    """
-    captions = torch.bincount(owners, minlength=len(names)) / len(owners)  # (I,)
-    asked = {"i2t": (range(len(names)), captions.tolist()), "t2i": (owners.tolist(), len(owners) * [1 / len(names)])}
-    return [
-        {
-            "question_id": number,
-            "image": names[image],
-            "question": way,
-            "kind": "retrieval",
-            "group": f"{way}_r1",
-            "correct": int(rank == 0),
-            "guess": guess,
-        }
-        for way, (images, guesses) in asked.items()
-        for number, (image, guess, rank) in enumerate(zip(images, guesses, ranks[way].tolist(), strict=True))
-    ]

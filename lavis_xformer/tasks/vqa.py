@@ -132,8 +132,9 @@ class XFormerVQATask(AsksByProtocol, VQATask):
         figures = {"agg_metrics": accuracy["overall"], "accuracy": accuracy["overall"]}
         figures |= {f"accuracy_{kind}": value for kind, value in accuracy["perAnswerType"].items()}
         annotations = list(questions.qa.values())
-        figures |= vqa_majority(annotations)
-        guesses = dict(zip(questions.qa, vqa_guesses(annotations), strict=True))
+        each = vqa_guesses(annotations)
+        figures |= vqa_majority(annotations, each)
+        guesses = dict(zip(questions.qa, each, strict=True))
         answers = [
             self._answer(questions, said, scorer, number) | {"guess": guesses[number]} for number in scorer.evalQA
         ]
@@ -215,21 +216,26 @@ class XFormerGQATask(AsksByProtocol, GQATask):
         return found
 
 
-def vqa_majority(annotations: Sequence[Row]) -> dict[str, float]:
+def vqa_majority(annotations: Sequence[Row], guesses: Sequence[float]) -> dict[str, float]:
     """Return what the most frequent answer to each type of question scores, in percent: over all, and by type.
 
     Args:
-        annotations: of VQAv2, ten answers each, normalised by the scorer.
+        annotations: of VQAv2.
+        guesses: what :func:`vqa_guesses` gives of them.
     """
     scores: dict[str, list[float]] = defaultdict(list)
-    for annotation, guess in zip(annotations, vqa_guesses(annotations), strict=True):
+    for annotation, guess in zip(annotations, guesses, strict=True):
         scores[f"majority_{annotation['answer_type']}"].append(100 * guess)
     every = [score for members in scores.values() for score in members]
     return {"majority": fmean(every), **{name: fmean(members) for name, members in scores.items()}}
 
 
 def vqa_guesses(annotations: Sequence[Row]) -> list[float]:
-    """Return what the most frequent answer to questions of its type scores on every question, from 0 to 1."""
+    """Return what the most frequent answer to questions of its type scores on every question, from 0 to 1.
+
+    Args:
+        annotations: of VQAv2, ten answers each, normalised by the scorer.
+    """
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for annotation in annotations:
         answers[annotation["answer_type"]][Counter(_given(annotation)).most_common(1)[0][0]] += 1
