@@ -228,7 +228,7 @@ def test_settings_that_no_weight_shows_are_compared(
     changes = {"token_positions": [], "fusion_heads": 2, "mae_source": "random", "vit_model": "other", "clip_layer": 1}
     (line,) = told(model, **changes)
     assert line == (
-        f"{path} was trained with other settings, which no weight shows: vit_model clip, here other; "
+        f"{path} was trained with other settings, which its weights don't show: vit_model clip, here other; "
         "token_positions ['mae'], here []; mae_source mae, here random; clip_layer None, here 1; "
         "fusion_heads 4, here 2"
     )

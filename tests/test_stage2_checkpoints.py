@@ -108,17 +108,17 @@ def test_a_training_on_the_frozen_image_encoder_of_a_blip2_file_comes_back_with_
     again = make_stage2("opt", "dual").eval()
     load_pretrained(again, config(**own, blip2_pretrained=str(tmp_path / "blip2")))
     assert torch.equal(again(batch)["loss"], trained(batch)["loss"])
-    assert "no mark" not in caplog.text
+    assert "record the image encoder" not in caplog.text
     for keys in (own, {**own, "blip2_pretrained": str(tmp_path / "other")}):
         for freeze in (True, False):
             with pytest.raises(
-                UserError, match=r"frozen image encoder that another file .* set model\.blip2_pretrained"
+                UserError, match=r"frozen image encoder from another file.* set model\.blip2_pretrained"
             ):
                 load_pretrained(make_stage2("opt", "dual", freeze_vit=freeze), config(**keys))
 
     torch.save({"model": trainable_state(trained)}, tmp_path / "unmarked.pth")
     load_pretrained(again, config(**{**own, "pretrained": str(tmp_path / "unmarked.pth")}))
-    assert "unmarked.pth has no mark of the image encoder that is loaded" in caplog.text
+    assert "unmarked.pth doesn't record the image encoder that is loaded" in caplog.text
 
     tuned = make_stage2("opt", "dual", freeze_vit=False)
     load_pretrained(tuned, config(**own, blip2_pretrained=str(tmp_path / "blip2")))
@@ -250,7 +250,7 @@ def test_the_fusion_alone_on_top_of_blip2(make_stage2: Any, batch: dict[str, Any
     with pytest.raises(UserError, match="missing: Qformer"):
         load_pretrained(make_stage2("opt", "dual"), config(pretrained=str(tmp_path / "fusion.pth")))
     for own in (None, str(tmp_path / "fusion.pth")):  # what it would train could be loaded by no key
-        with pytest.raises(UserError, match=r"model\.train_only keeps all but .* set model\.blip2_pretrained"):
+        with pytest.raises(UserError, match=r"model\.train_only keeps everything else .* set model\.blip2_pretrained"):
             load_pretrained(make_stage2("opt", "dual"), config(train_only=["fusion"], pretrained=own))
     with pytest.raises(UserError, match=r"train_only: 'mae' can't be trained; .*fusion"):
         load_pretrained(make_stage2("opt", "dual"), config(**{**keys, "train_only": ["mae"]}))
@@ -269,7 +269,7 @@ def test_parts_other_than_the_fusion_come_back_too(
     assert torch.equal(again(batch)["loss"], trained(batch)["loss"])
     assert {name.split(".")[0] for name in report.missing_new} == {"fusion"}, "of neither file"
     assert not [name for name in report.missing_frozen if name.startswith("fusion")]
-    assert "model.train_only freezes what no file brings, and no checkpoint will hold: fusion." in caplog.text
+    assert "model.train_only freezes weights that are in no file and no checkpoint: fusion." in caplog.text
 
 
 def test_a_fusion_of_stage_1_alone_starts_stage_2(make_xformer: Any, make_stage2: Any, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import logging
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -28,8 +27,7 @@ from lavis_xformer.assets import SCHEME, resolve
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models.mae import MaeTower, MaskedAutoencoder
 from lavis_xformer.models.meta_mae import from_meta
-
-logger = logging.getLogger(__name__)
+from lavis_xformer.models.state_dicts import load_exactly
 
 # EVA-CLIP ViT-g/14 as BLIP-2 reads it: 39 of its 40 blocks (LAVIS `create_eva_vit_g`)
 EVA_CLIP_G: dict[str, Any] = {
@@ -103,7 +101,7 @@ def build_clip(
     else:
         raise UserError(f"model.vit_model: no model or folder '{name}'; {nearest(name, VIT_MODELS)}")
     interpolate_pos_embed(model, state)
-    load_checked(model, state, source=f"vit_model '{name}'")
+    load_exactly(model, state, source=f"vit_model '{name}'")
     return model
 
 
@@ -182,7 +180,7 @@ def build_mae(
     if path.suffix == ".pth":
         config, state = from_meta(load_torch_file(path, key=key), path, norm_pix_loss=norm_pix_loss, key=key)
         model = ViTMAEForPreTraining(config)
-        load_checked(model, state, source=f"{key} '{name}'")
+        load_exactly(model, state, source=f"{key} '{name}'")
     else:
         model = _load_hub_mae(str(path), name, key=key)
     if image_size is not None and image_size != model.config.image_size:
@@ -265,29 +263,6 @@ def build_tokenizer(name: str) -> BertTokenizer:
         raise offline_error(name, "bert", error) from error
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     return tokenizer
-
-
-def load_checked(module: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
-    """Load a state dict of which every weight must fit and every weight must be used.
-
-    Raises:
-        UserError: a weight is missing, of another shape, or unknown.
-    """
-    own = module.state_dict()
-    missing = sorted(own.keys() - state.keys())
-    unexpected = sorted(state.keys() - own.keys())
-    shapes = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-        for key in own.keys() & state.keys()
-        if state[key].shape != own[key].shape
-    ]
-    if missing or unexpected or shapes:
-        raise UserError(
-            f"the weights of {source} don't fit: missing {missing[:5]}, unexpected {unexpected[:5]}, "
-            f"other shapes {shapes[:5]}"
-        )
-    module.load_state_dict(state)
-    logger.info("loaded %d weights of %s", len(own), source)
 
 
 def load_torch_file(path: str | Path, *, key: str) -> dict[str, Any]:

@@ -1,0 +1,139 @@
+"""Load a state dict into a module and account for every weight."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from lavis_xformer.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LISTED = 5  # names that a message lists before it counts the rest
+NOTHING = r"(?!)"  # a regular expression that matches no name
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """Which weights of a model were loaded from a file, which were not, and which of the file's were left unused."""
+
+    loaded: tuple[str, ...] = ()
+    missing_frozen: tuple[str, ...] = ()  #: not in the file; expected of frozen weights
+    missing_new: tuple[str, ...] = ()  #: not in the file; these keep their initial values
+    unused: tuple[str, ...] = ()  #: in the file, but not needed by this model
+
+    def __str__(self) -> str:
+        """Count each kind, and list the weights that keep their initial values."""
+        new = f" ({listing(self.missing_new)})" if self.missing_new else ""
+        return (
+            f"loaded {len(self.loaded)} weights; {len(self.missing_new)} newly initialised{new}; "
+            f"{len(self.missing_frozen)} frozen ones not in the file; {len(self.unused)} of the file's unused"
+        )
+
+    def __add__(self, later: LoadReport) -> LoadReport:
+        """The report on two files, the later one loaded on top of this one."""
+        loaded = {*self.loaded, *later.loaded}
+        new = {*self.missing_new, *later.missing_new} - loaded  # train_only may have frozen some of them since
+        return LoadReport(
+            loaded=tuple(sorted(loaded)),
+            missing_frozen=tuple(name for name in later.missing_frozen if name not in loaded | new),
+            missing_new=tuple(sorted(new)),
+            unused=tuple(sorted({*self.unused, *later.unused})),
+        )
+
+
+def load_state(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    source: str,
+    may_miss: str = NOTHING,
+    ignored: str = NOTHING,
+    held: Sequence[str] = (),
+) -> LoadReport:
+    """Load a state dict in which frozen weights may be missing.
+
+    Args:
+        model: changed in place.
+        state: the file's weights.
+        source: the file's name, for messages.
+        may_miss: regular expression of trainable weights that the file may lack.
+        ignored: regular expression of the file's weights that are not loaded.
+        held: weights that the file may lack because an earlier file provided them.
+
+    Raises:
+        UserError: a weight is missing, unknown or of another shape; the model is then unchanged.
+    """
+    own = model.state_dict()
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    unused = {name for name in state if re.match(ignored, name)}
+    given = state.keys() - unused
+    missing = own.keys() - given
+    wanted = (missing & trainable) - set(held)
+    new = {name for name in wanted if re.match(may_miss, name)}
+    loaded = {name: state[name] for name in sorted(own.keys() & given)}
+    _check(
+        f"'{source}' doesn't fit {type(model).__name__}",
+        {
+            "missing": wanted - new,
+            "unknown": given - own.keys(),
+            "of another shape": _other_shapes(own, loaded),
+        },
+    )
+    model.load_state_dict(loaded, strict=False)  # the rest is accounted for above
+    report = LoadReport(
+        loaded=tuple(loaded),
+        missing_frozen=tuple(sorted(missing - trainable)),
+        missing_new=tuple(sorted(new)),
+        unused=tuple(sorted(unused)),
+    )
+    logger.info("%s: %s", source, report)
+    return report
+
+
+def load_exactly(module: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Load a state dict that must hold every weight of the module, frozen or not, and no other.
+
+    Raises:
+        UserError: a weight is missing, unknown or of another shape; the module is then unchanged.
+    """
+    own = module.state_dict()
+    _check(
+        f"the weights of {source} don't fit {type(module).__name__}",
+        {
+            "missing": own.keys() - state.keys(),
+            "unknown": state.keys() - own.keys(),
+            "of another shape": _other_shapes(own, state),
+        },
+    )
+    module.load_state_dict(state)
+    logger.info("loaded %d weights of %s", len(own), source)
+
+
+def listing(names: Sequence[str]) -> str:
+    """Join the first names, and count the rest."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def _other_shapes(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> set[str]:
+    """Weights that both have, in different shapes, with the two shapes."""
+    return {
+        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if state[name].shape != own[name].shape
+    }
+
+
+def _check(what: str, problems: Mapping[str, Set[str]]) -> None:
+    """Raise a UserError that lists the problems by kind, if there are any; the log gets every list in full."""
+    listed = [f"{kind}: {listing(sorted(names))}" for kind, names in problems.items() if names]
+    if listed:
+        for kind, names in problems.items():
+            if len(names) > LISTED:
+                logger.error("%s; %s, all %d: %s", what, kind, len(names), ", ".join(sorted(names)))
+        raise UserError(f"{what}; {'; '.join(listed)}")
