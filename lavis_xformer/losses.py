@@ -1,7 +1,7 @@
 """The losses of both stages, as pure functions of tensors.
 
 ITC, ITM, ITG and language modelling are BLIP-2's (arXiv 2301.12597, section 3; LAVIS `blip2_qformer.py`,
-`blip2_opt.py`), reconstruction is MAE's (arXiv 2111.06377). No function knows a model, a process group or a
+`blip2_opt.py`), reconstruction is MAE's (arXiv 2111.06377). None of them depends on a model, a process group or a
 configuration.
 
 B: samples of this process, G: samples of all processes, Q: queries, E: width of the shared
@@ -15,27 +15,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LABEL_SMOOTHING = 0.1  # BLIP-2's, for ITC and ITG
-NEGATIVE_FLOOR = 1e-4  # BLIP-2's: keeps every negative possible
-NO_TARGET = -100  # label of tokens that a language model is not to predict
+NEGATIVE_FLOOR = 1e-4  # BLIP-2's: gives every negative a nonzero probability
+NO_TARGET = -100  # label of tokens that are excluded from the language-modelling loss
 
 
 def similarity(image_feats: Tensor, text_feats: Tensor) -> Tensor:
-    """Cosine of each text and the query of each image that fits it best.
+    """Cosine similarity of each text and each image's best-matching query.
 
     Args:
-        image_feats: (B, Q, E), L2-normalised, one feature a query.
+        image_feats: (B, Q, E), L2-normalised, one feature per query.
         text_feats: (G, E), L2-normalised.
 
     Returns:
-        (B, G) float32, the maximum over the queries: computed so under autocast too, because bfloat16's steps near 1,
-        divided by the temperature, would be 0.06 wide.
+        (B, G) float32, the maximum over the queries. Autocast is disabled because bfloat16's spacing near 1, divided
+        by the temperature, would be 0.06.
     """
     with torch.autocast(image_feats.device.type, enabled=False):
         return torch.einsum("bqe,ge->bgq", image_feats.float(), text_feats.float()).amax(-1)
 
 
 def itc(sim_i2t: Tensor, sim_t2i: Tensor, targets: Tensor) -> Tensor:
-    """Image-text contrastive loss: each image finds its text among all, each text its image.
+    """Image-text contrastive loss: match each image with its text among all texts, and each text with its image.
 
     Args:
         sim_i2t: (B, G) similarities divided by the temperature, images to all texts.
@@ -43,7 +43,7 @@ def itc(sim_i2t: Tensor, sim_t2i: Tensor, targets: Tensor) -> Tensor:
         targets: (B,) column of each sample's own partner.
 
     Returns:
-        The mean of both directions' smoothed cross-entropies, a scalar.
+        The mean of both directions' label-smoothed cross-entropies, a scalar.
     """
     i2t = F.cross_entropy(sim_i2t, targets, label_smoothing=LABEL_SMOOTHING)
     t2i = F.cross_entropy(sim_t2i, targets, label_smoothing=LABEL_SMOOTHING)
@@ -52,13 +52,13 @@ def itc(sim_i2t: Tensor, sim_t2i: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def hard_negatives(sim: Tensor, targets: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Draw one wrong partner a sample, the more likely the more similar, in one batched step.
+    """Draw one wrong partner per sample, similar ones more often, in one batched step.
 
     Args:
-        sim: (B, G) similarities divided by the temperature; a row that is not finite is drawn from evenly, so that the
-            losses are still there to tell what is not.
+        sim: (B, G) similarities divided by the temperature; a row that is not finite is sampled uniformly, so that the
+            losses can still be computed and show which of them is not finite.
         targets: (B,) column of each sample's own partner, which is never drawn.
-        generator: the source of randomness, torch's own by default.
+        generator: random generator; torch's default one if None.
 
     Returns:
         (B,) columns.
@@ -67,16 +67,16 @@ def hard_negatives(sim: Tensor, targets: Tensor, generator: torch.Generator | No
         ValueError: G is 1, so there is no wrong partner.
     """
     if sim.shape[1] < 2:
-        raise ValueError("a batch of one sample in all has no negative; skip the negatives of ITM")
+        raise ValueError("a global batch of one sample has no negatives; skip ITM's negatives")
     weights = sim.softmax(dim=1).nan_to_num(0.0) + NEGATIVE_FLOOR  # (B, G)
     weights = weights.scatter(1, targets.unsqueeze(1), 0.0)
     return torch.multinomial(weights, 1, generator=generator).flatten()
 
 
 def other_rows(images: Tensor) -> list[int]:
-    """For each image (B, ...) the row of one that differs, half a batch away if it can be; [] where all are equal.
+    """For each image of (B, ...), the row of a different one, half a batch away if possible; [] if all are equal.
 
-    So far away, because questions about one image stand side by side.
+    Half a batch away because questions about the same image are adjacent.
     """
     count, rows = len(images), []
     for row, image in enumerate(images):
@@ -90,7 +90,7 @@ def itm(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: (R, 2) for R pairs; column 1 says "they match".
-        labels: (R,) 1 for a matching pair, 0 for another.
+        labels: (R,) 1 for a matching pair, 0 for a mismatched one.
 
     Returns:
         The mean cross-entropy, a scalar.
@@ -99,15 +99,15 @@ def itm(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def itg(logits: Tensor, token_ids: Tensor, pad_id: int) -> Tensor:
-    """Image-grounded text generation loss: each token from those before it.
+    """Image-grounded text generation loss: predict each token from those before it.
 
     Args:
         logits: (B, T, V) for the next token.
         token_ids: (B, T) input, beginning with the decoder's start token.
-        pad_id: the padding's id; padding isn't predicted.
+        pad_id: id of the padding token, which isn't predicted.
 
     Returns:
-        The smoothed cross-entropy, averaged over all tokens that are not padding, a scalar.
+        The label-smoothed cross-entropy, averaged over all non-padding tokens, a scalar.
     """
     labels = token_ids[:, 1:].flatten()  # (B * (T - 1),)
     scores = logits[:, :-1].flatten(0, 1)  # (B * (T - 1), V)
@@ -119,7 +119,7 @@ def reconstruction(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
     Args:
         prediction: (B, N, P).
-        target: (B, N, P) pixels, normalised per patch where the checkpoint was trained so.
+        target: (B, N, P) pixels, normalised per patch if the checkpoint was trained that way.
         mask: (B, N), 0 is keep, 1 is remove.
 
     Returns:
@@ -139,8 +139,8 @@ def language_modelling(logits: Tensor, labels: Tensor, weights: Tensor | None = 
 
     Args:
         logits: (B, T, V).
-        labels: (B, T), :data:`NO_TARGET` where a token doesn't count.
-        weights: (B,), all 1 where it is None, which is BLIP-2's loss.
+        labels: (B, T), :data:`NO_TARGET` where a token is excluded.
+        weights: (B,); None weights all texts equally, as in BLIP-2.
     """
     loss = token_losses(logits, labels)
     counts = (labels != NO_TARGET).float()  # (B, T)

@@ -33,7 +33,7 @@ def test_flipped_byte_is_refused(shelf):
     data = bytearray(path.read_bytes())
     data[100] ^= 1
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r"model.safetensors is not the file .*; reinstall the package"):
+    with pytest.raises(UserError, match=r"model.safetensors does not match its checksum .*; reinstall the package"):
         resolve("assets://tiny/clip", root=shelf)
 
 
@@ -44,7 +44,7 @@ def test_a_part_built_beside_it_does_not_make_a_flipped_byte_good(shelf):
     (shelf / "tiny" / "mae" / "config.json").write_text("{}")
     write_sums(shelf / "tiny", ["mae"])
     assert resolve("assets://tiny/mae", root=shelf).is_dir()
-    with pytest.raises(UserError, match=r"clip/model.safetensors is not the file"):
+    with pytest.raises(UserError, match=r"clip/model.safetensors does not match"):
         resolve("assets://tiny/clip", root=shelf)
 
 

@@ -99,7 +99,7 @@ def test_a_caption_in_stage_1_and_a_layer_that_is_not_there(make_xformer: Any, b
     single = attention_maps(model, {"image": batch["image"][1:2], "text_input": batch["text_input"][1:2]})
     assert torch.allclose(maps["C"][1:2], single["C"], atol=1e-6), "images don't see each other"
     assert not torch.allclose(maps["C"], attention_maps(model, batch, layer=0)["C"])
-    with pytest.raises(UserError, match="layer 2: the Q-Former has 2 layers that look at the image"):
+    with pytest.raises(UserError, match="layer 2: the Q-Former has 2 cross-attention layers"):
         attention_maps(model, batch, layer=2)
 
 

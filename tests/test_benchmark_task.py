@@ -98,9 +98,7 @@ def test_the_protocol_is_what_the_model_is_asked_with(tmp_path: Path, blind: boo
 
 def test_a_scorer_that_cannot_read_the_answers_is_refused_before_anything_is_asked() -> None:
     task = BenchmarkTask(protocol=PROTOCOLS["paper"], config=CONFIG, scorer="pope_official")
-    with pytest.raises(
-        UserError, match=r"run\.scorer: 'pope_official' reads no answers of the kind attribute, count; "
-    ):
+    with pytest.raises(UserError, match=r"run\.scorer: 'pope_official' can't score answers of kind attribute, count; "):
         task.before_evaluation(Parrot(), SCENES)
 
 

@@ -109,7 +109,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         build("gvt_vcr_mci", file, tmp_path)
     with pytest.raises(UserError, match=r"nowhere: no such image folder"):
         build("gvt_vcr_mci", file, tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"image_name: '\{id\}\.jpg' must name the image by \{image_id\} alone"):
+    with pytest.raises(UserError, match=r"image_name: '\{id\}\.jpg' must have no placeholder but \{image_id\}"):
         build("gvt_vcr_mci", file, tmp_path, image_name="{id}.jpg")
     with pytest.raises(UserError, match="did you mean 'repaired'"):
         build("gvt_vcr_mci", file, tmp_path, template="repared")
@@ -132,9 +132,13 @@ CHOICE = {"Index": 1, "Question": "Open?", "Options": "(a) Open (b) Closed", "Co
         ("gvt_coco_mci", gvt(139, "Does it exist?", "2"), "the answer '2' is not yes or no"),
         ("gvt_coco_oc", gvt(139, "How many?", "two."), "the answer 'two' is not a whole number"),
         ("gvt_coco_oc", gvt(139, "How many?", "2") | {"n_obj_exist": None}, "'n_obj_exist' holds no text"),
-        ("gvt_coco_oc", gvt(139, "How many?", "2") | {"n_obj_exist": 2.5}, "'n_obj_exist': '2.5' is no whole number"),
-        ("gvt_coco_oc", gvt("a.jpg", "How many?", "2"), "'image_id': 'a.jpg' is no whole number"),
-        ("mmvp", CHOICE | {"Index": "one"}, "'Index': 'one' is no whole number"),
+        (
+            "gvt_coco_oc",
+            gvt(139, "How many?", "2") | {"n_obj_exist": 2.5},
+            "'n_obj_exist': '2.5' is not a whole number",
+        ),
+        ("gvt_coco_oc", gvt("a.jpg", "How many?", "2"), "'image_id': 'a.jpg' is not a whole number"),
+        ("mmvp", CHOICE | {"Index": "one"}, "'Index': 'one' is not a whole number"),
         ("mmvp", CHOICE | {"Correct Answer": "Open"}, r"the answer 'Open' is not a letter, as \(a\)"),
     ],
 )

@@ -105,7 +105,7 @@ def test_only_models_that_can_be_asked_so_are_built(stage2_config: Any, tmp_path
     lavis_xformer.register()
     task = setup(XFormerCaptionTask, tmp_path, **ASKED)
     for arch in ("xformer", "lavis_blip2"):
-        with pytest.raises(UserError, match=f"xformer_captioning asks .* model.arch {arch} .* run.task: captioning"):
+        with pytest.raises(UserError, match=f"xformer_captioning needs .* model.arch {arch} .* run.task: captioning"):
             task.build_model(SimpleNamespace(model_cfg=OmegaConf.create({"arch": arch})))
     assert type(task.build_model(SimpleNamespace(model_cfg=stage2_config.model))).__name__ == "XFormerOPT"
 
@@ -182,8 +182,8 @@ def test_captions_are_kept_where_scoring_fails(tmp_path: Path) -> None:
         caption(task, Captioner())
     saved = tmp_path / "result" / "test_epochbest.json"
     for part in (
-        "coco_karpathy_test_gt.json can't be had (<urlopen error no network>), nor does run.caption_truths name a copy",
-        f"They lie in {saved}",
+        "coco_karpathy_test_gt.json can't be downloaded (<urlopen error no network>); set run.caption_truths to a copy",
+        f"They are saved in {saved}",
         f"from lavis_xformer.tasks.captions import scored; print(scored('TRUTHS.json', '{saved}')[0])",
     ):
         assert part in str(raised.value)
@@ -192,7 +192,7 @@ def test_captions_are_kept_where_scoring_fails(tmp_path: Path) -> None:
     assert [row["caption"] for row in result["answers"]] == ["a cat on a mat"] * 2
     assert list(result["question_sha256"]) == [str(tmp_path / "captions.json")]
     few = write_truths(tmp_path / "few.json", {3: TRUTHS[3]})
-    with pytest.raises(UserError, match=r"not scored: .*few\.json has the captions of 1 of 2 images. They lie in "):
+    with pytest.raises(UserError, match=r"not scored: .*few\.json has captions for only 1 of 2 .* are saved in "):
         caption(setup(XFormerCaptionTask, tmp_path, caption_truths=str(few), **ASKED), Captioner())
 
 
@@ -223,11 +223,11 @@ def test_scores_by_domain_and_without_what_spice_needs(tmp_path: Path, caplog: p
     assert figures["CIDEr_out-domain"] == pytest.approx(Cider().compute_score(*words)[0])
     assert {name for name in figures if "domain" in name} == {"CIDEr_in-domain", "CIDEr_out-domain"}
     assert "SPICE" not in figures
-    assert "no SPICE, the other scores stand: it needs Stanford CoreNLP" in caplog.text
-    assert "knows 5 images; the 4 captioned ones are scored" in caplog.text
+    assert "SPICE is skipped, the other scores are valid: it needs Stanford CoreNLP" in caplog.text
+    assert "has 5 images; only the 4 captioned are scored" in caplog.text
     assert [row["image_id"] for row in rows] == list(SAID)
     some = write_truths(tmp_path / "some.json", {3: TRUTHS[3]})
-    with pytest.raises(UserError, match=r"some\.json has the captions of 1 of 4 images"):
+    with pytest.raises(UserError, match=r"some\.json has captions for only 1 of 4 images"):
         caption_scores.scored(some, tmp_path / "said.json")
 
 
@@ -301,7 +301,7 @@ def test_what_scoring_lacks_is_told_before_anything_is_captioned(
         (tmp_path / "wrong.json").write_text(content)
         with pytest.raises(UserError, match=r"wrong\.json is not in COCO's format, .*\"image_id\", \"caption\""):
             check(caption_truths=str(tmp_path / "wrong.json"))
-    with pytest.raises(UserError, match=r"truths of coco_caption alone, none of nocaps; set run\.caption_truths"):
+    with pytest.raises(UserError, match=r"captions for coco_caption only, not for nocaps; set run\.caption_truths"):
         check("nocaps")
     check("nocaps", caption_truths=str(write_truths(tmp_path / "truths.json")))
     monkeypatch.setattr(caption_scores, "which", lambda program: None)

@@ -48,7 +48,7 @@ def test_what_may_pass_sets_no_checkpoint_aside(tmp_path, monkeypatch, where, er
 
     with monkeypatch.context() as failing:
         failing.setattr(where, fail)
-        with pytest.raises(UserError, match=r"can't be read at this moment .*left as it is"):
+        with pytest.raises(UserError, match=r"can't be read right now .*left as it is"):
             checkpoint.newest(tmp_path)
     assert checkpoint.newest(tmp_path)[0] == path
 
@@ -59,7 +59,7 @@ def test_a_torn_file_is_recognised(tmp_path, share):
     save(tmp_path, path.name)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(checkpoint.BadCheckpoint, match="torn or foreign"):
+    with pytest.raises(checkpoint.BadCheckpoint, match="truncated or not a checkpoint"):
         checkpoint.read(path)
 
 

@@ -68,7 +68,7 @@ def test_a_full_disk_and_a_lost_worker_are_one_line(capsys):
     assert cli.run(fail(OSError(errno.ENOSPC, "No space left on device", "/x/log.jsonl")), []) == 2
     assert "error: the disk is full: [Errno 28] No space left on device: '/x/log.jsonl'" in capsys.readouterr().err
     assert cli.run(fail(RuntimeError("DataLoader timed out after 5 seconds")), []) == 2
-    assert "a data worker is gone" in capsys.readouterr().err
+    assert "a data worker died or timed out" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_status_130(capsys):

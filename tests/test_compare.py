@@ -133,14 +133,14 @@ def test_what_makes_a_run_anew_is_said(
     monkeypatch.setattr(inputs, "code", lambda: "new")
     assert [line.split(":")[0] for line in first.stale()] == ["code"]
     assert replace(plan, lenient=True).cells(["a"])[0].finished
-    assert f"to do anew: code: {before} -> new" in run.listing([first])
-    with pytest.raises(UserError, match="the code of lavis_xformer has changed under this comparison"):
+    assert f"to be rerun: code: {before} -> new" in run.listing([first])
+    with pytest.raises(UserError, match="the code of lavis_xformer has changed during this comparison"):
         run.run_cell(first)
     ran: list[Cell] = []
     monkeypatch.setattr(run, "run_cell", ran.append)
     assert run.main([str(tmp_path / "toy.yaml"), "--only", "a", "--seeds", "1"]) == 0
     assert ran[0] == first
-    assert "anew, since code: " in capsys.readouterr().out
+    assert "rerun, since code: " in capsys.readouterr().out
     assert (tmp_path / "out" / "cells" / f"{first.folder.name}.stale1" / "cell.json").is_file()
     assert not first.folder.exists()
 
@@ -236,16 +236,16 @@ def test_a_shipped_yaml_is_extended_from_anywhere(tmp_path: Path, monkeypatch: p
         ({"variants": {"a": {"frist": {}}}}, r"variants\.a\.frist: did you mean 'first'"),
         ({"common": {"first": {}}}, r"common\.first\.config is missing"),
         ({"output": None}, "'output' is missing"),
-        ({"seeds": 1}, r"seeds: 1 is no list of whole numbers, as \[1, 2, 3\]"),
-        ({"variants": {"a": {"seeds": ["x"]}}}, r"variants\.a\.seeds: \['x'\] is no list of whole numbers"),
-        ({"variants": ["a"]}, r"variants: \['a'\] is no mapping of keys to values"),
-        ({"variants": {"a": 3}}, r"variants\.a: 3 is no mapping of keys to values"),
-        ({"variants": {"a": {"first": ["run.seed"]}}}, r"variants\.a\.first: \['run.seed'\] is no mapping"),
-        ({"variants": {"a": {"skip": "first"}}}, r"variants\.a\.skip: first is no list of stages, as \[first\]"),
-        ({"common": {"first": "x.yaml"}}, r"common\.first: x\.yaml is no mapping"),
+        ({"seeds": 1}, r"seeds: 1 is not a list of integers, such as \[1, 2, 3\]"),
+        ({"variants": {"a": {"seeds": ["x"]}}}, r"variants\.a\.seeds: \['x'\] is not a list of integers"),
+        ({"variants": ["a"]}, r"variants: \['a'\] is not a mapping of keys to values"),
+        ({"variants": {"a": 3}}, r"variants\.a: 3 is not a mapping of keys to values"),
+        ({"variants": {"a": {"first": ["run.seed"]}}}, r"variants\.a\.first: \['run.seed'\] is not a mapping"),
+        ({"variants": {"a": {"skip": "first"}}}, r"variants\.a\.skip: first is not a list of stages, such as"),
+        ({"common": {"first": "x.yaml"}}, r"common\.first: x\.yaml is not a mapping"),
         ({"common": {"first": None}}, r"common\.first\.config is missing"),
         ({"common": {"first": {"config": "x.yaml", "options": ["a=1"]}}}, r"common\.first\.options: \['a=1'\] is no"),
-        ({"processes": "x"}, r"processes: x is no whole number of at least 1"),
+        ({"processes": "x"}, r"processes: x is not an integer of at least 1"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -471,7 +471,7 @@ def test_runs_side_by_side_and_what_they_share_once(tmp_path: Path, monkeypatch:
         assert stages == [stage for stage in ("first", "second", "asked") if stage in stages], "in order"
     run.run_all(cells, jobs=2)
     assert len(ran) == 8, "nothing is run again"
-    with pytest.raises(UserError, match="--jobs 0: at least one"):
+    with pytest.raises(UserError, match="--jobs 0: it must be at least 1"):
         run.main([SHIPPED, "--jobs", "0"])
 
 

@@ -183,7 +183,7 @@ def test_an_image_alone_gets_the_m_of_the_one_before(
     configured: Any, toy: Any, batch: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     model = configured(toy, shuffle_mae=True, **changes)
-    with pytest.raises(UserError, match=r"model\.shuffle_mae .* this one came alone, and none before"):
+    with pytest.raises(UserError, match=r"model\.shuffle_mae needs two different images, .* found one"):
         model.encode_image(batch["image"][:1])
     model.encode_image(batch["image"][:3])
     alone = model.encode_image(batch["image"][3:])
@@ -207,7 +207,7 @@ def test_no_image_gets_its_own_m(configured: Any, toy: Any, batch: dict[str, Any
             n for m in tokens for n in own if m.shape == own[n].shape and torch.allclose(m, own[n], atol=1e-5)
         )
 
-    with pytest.raises(UserError, match=r"came alone, and none before"):
+    with pytest.raises(UserError, match="two different images"):
         given(a, a)  # which is one image
     assert given(b) == "a"
     assert given(b) == "a", "and again, as with a second question about it"
@@ -244,7 +244,7 @@ def test_images_of_any_floats_are_read(configured: Any, toy: Any, batch: dict[st
     tokens, expected = model.encode_image(image), model.encode_image(image.float())
     assert torch.equal(tokens.clip, expected.clip)
     assert torch.equal(tokens.mae_tokens, expected.mae_tokens)
-    with pytest.raises(UserError, match=r"samples\['image'\] is a torch\.uint8, not a tensor of floats"):
+    with pytest.raises(UserError, match=r"samples\['image'\] is a torch\.uint8, not a float tensor"):
         model.encode_image(batch["image"].byte())
 
 
@@ -287,9 +287,9 @@ def test_mistakes_are_named(configured: Any, toy: Any) -> None:
         configured(toy, mae_source="clip", fusion="concat")
     with pytest.raises(UserError, match=r"model\.clip_layer: 3, but this image encoder has blocks 1 to 2"):
         configured(toy, mae_source="clip", clip_layer=3)
-    with pytest.raises(UserError, match=r"model\.clip_layer: 1 is read where model\.mae_source is clip, not mae"):
+    with pytest.raises(UserError, match=r"model\.clip_layer: 1 needs model\.mae_source: clip, not mae"):
         configured(toy, clip_layer=1)
-    with pytest.raises(UserError, match=r"model\.clip_layer: 1, but model\.vit_model is a MAE, .* set it to null"):
+    with pytest.raises(UserError, match=r"model\.clip_layer: 1, but .* is a MAE, .* set clip_layer to null"):
         configured(toy, vit_model=toy.mae_model, mae_source="clip", clip_layer=1)
     with pytest.raises(UserError, match=r"model\.fusion_init: 'identiti'; did you mean 'identity'"):
         configured(toy, fusion_init="identiti")
@@ -344,5 +344,5 @@ def test_the_released_eva_clip_goes_on_behind_what_is_read(tmp_path: Path, monke
     assert torch.equal(clip.blocks[1].mlp.fc1.weight, whole["blocks.1.mlp.fc1.weight"].float())
     del whole["cls_token"]
     torch.save(whole, file)
-    with pytest.raises(UserError, match=r"missing \['cls_token'\]"):
+    with pytest.raises(UserError, match="missing: cls_token"):
         towers.build_clip("eva_clip_g", image_size=32, weights=file)

@@ -87,7 +87,7 @@ def test_evaluation_stops_unless_told_to_skip(tmp_path):
     assert (runner.output_dir / "checkpoint_0.pth").exists()
     summary = make_runner(tmp_path, [train], val, on_corrupt="skip", resume="auto").train()
     assert summary["corrupt"] == [f"{tmp_path}/v/5.png (sample 5)"]
-    with pytest.raises(UserError, match=r"run\.on_corrupt is 'ignore'; it can be skip, raise"):
+    with pytest.raises(UserError, match=r"run\.on_corrupt is 'ignore'; it must be one of skip, raise"):
         make_runner(tmp_path, [train], on_corrupt="ignore")
 
 
@@ -113,7 +113,7 @@ def test_a_worker_that_is_killed_ends_in_one_line_and_a_checkpoint(tmp_path):
         os.kill(int(worker), signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "error: a data worker is gone" in errors.splitlines()[-1]
+    assert "error: a data worker died or timed out" in errors.splitlines()[-1]
     assert "Traceback" not in errors
     (path,) = (tmp_path / "a").glob("checkpoint_*.pth")
     assert checkpoint.read(path)["position"]["batches"] >= 2
@@ -130,7 +130,7 @@ def test_a_worker_that_dies_during_a_step_spares_the_step(tmp_path, capsys):
 
     after_steps(runner, 2, kill_worker)
     assert cli.run(lambda argv: runner.train(), []) == 2
-    assert "error: a data worker is gone" in capsys.readouterr().err
+    assert "error: a data worker died or timed out" in capsys.readouterr().err
     (path,) = runner.output_dir.glob("checkpoint_*.pth")
     assert checkpoint.read(path)["position"]["batches"] >= 2
 
@@ -145,7 +145,7 @@ def test_a_worker_that_dies_while_it_hands_over_a_batch_is_gone_too(tmp_path, ca
 
     after_steps(runner, 2, lambda: monkeypatch.setattr(dataloader._SingleProcessDataLoaderIter, "_next_data", torn))
     assert cli.run(lambda argv: runner.train(), []) == 2
-    assert "error: a data worker is gone" in capsys.readouterr().err
+    assert "error: a data worker died or timed out" in capsys.readouterr().err
     (path,) = runner.output_dir.glob("checkpoint_*.pth")
     assert checkpoint.read(path)["position"]["batches"] == 2
 

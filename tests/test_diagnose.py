@@ -54,7 +54,7 @@ def test_blip2_has_gradients_alone(make_xformer: Any, batch: dict[str, Any]) -> 
     found = diagnose.look(make_xformer("none").eval(), [batch])
     assert found["enrichment"] == found["reconstruction"] == {}
     assert found["gradients"]["itc > queries Z"] > 0
-    assert "this fusion has no M" in diagnose.text({"with_own_m": {}, "with_anothers_m": {}, **found})
+    assert "this fusion uses no M" in diagnose.text({"with_own_m": {}, "with_anothers_m": {}, **found})
 
 
 def test_losses_that_train_nothing_have_no_gradients(make_xformer: Any, batch: dict[str, Any]) -> None:

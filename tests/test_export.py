@@ -142,9 +142,9 @@ def test_the_card_says_what_nothing_has_trained(
     OmegaConf.save(stage2_config, tmp_path / "toy.yaml")
     monkeypatch.setitem(XFormerOPT.PRETRAINED_MODEL_CONFIG_DICT, "toy", str(tmp_path / "toy.yaml"))
     folder = export(tmp_path / "stage1.pth", tmp_path / "out", arch="xformer_opt", model_type="toy")
-    assert "| as at the start | opt_proj (not in the checkpoint) |" in (folder / "README.md").read_text()
-    assert "stage1.pth has no opt_proj: the folder has it as training starts with it" in caplog.text
-    assert "as at the start" not in (export(checkpoint, tmp_path / "whole") / "README.md").read_text()
+    assert "| newly initialised | opt_proj (not in the checkpoint) |" in (folder / "README.md").read_text()
+    assert "stage1.pth has no opt_proj: exported as initialised before training" in caplog.text
+    assert "newly initialised" not in (export(checkpoint, tmp_path / "whole") / "README.md").read_text()
 
 
 def test_blip2_files_are_exported_whole(
@@ -156,7 +156,7 @@ def test_blip2_files_are_exported_whole(
     OmegaConf.save(stage2_config, tmp_path / "toy.yaml")
     monkeypatch.setitem(XFormerOPT.PRETRAINED_MODEL_CONFIG_DICT, "toy", str(tmp_path / "toy.yaml"))
     folder = export(tmp_path / "blip2_caption.pth", tmp_path / "out", arch="xformer_opt", model_type="toy")
-    assert "| as at the start | fusion (not in the checkpoint) |" in (folder / "README.md").read_text()
+    assert "| newly initialised | fusion (not in the checkpoint) |" in (folder / "README.md").read_text()
     model, *_ = lavis_xformer.from_folder(folder)
     for name, tensor in trainable_state(source).items():
         assert torch.equal(model.state_dict()[name], tensor), name
@@ -217,7 +217,7 @@ def test_another_part_alone_is_exported_with_a_fusion_that_does_nothing(
     folder = export(tmp_path / "run.pth", tmp_path / "out")
     model, *_ = lavis_xformer.from_folder(folder)
     assert torch.equal(model(batch)["loss"], trained(batch)["loss"])
-    assert "| as at the start | fusion (not in the checkpoint) |" in (folder / "README.md").read_text()
+    assert "| newly initialised | fusion (not in the checkpoint) |" in (folder / "README.md").read_text()
 
 
 def test_what_cannot_be_exported_or_read_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_what_cannot_be_exported_or_read_is_one_line(checkpoint: Path, tmp_path:
     with pytest.raises(UserError, match="full is not empty"):
         export(checkpoint, tmp_path / "full")
     torch.save({"model": {"w": torch.zeros(1)}}, tmp_path / "bare.pth")
-    with pytest.raises(UserError, match=r"doesn't say of what model it is.*--model"):
+    with pytest.raises(UserError, match=r"doesn't name its model.*--model"):
         export(tmp_path / "bare.pth", tmp_path / "new")
     torch.save({"model": {}, "config": {"model": {"arch": "blip2_opt"}}}, tmp_path / "lavis.pth")
     with pytest.raises(UserError, match=r"is of LAVIS's blip2_opt.*--model"):
@@ -236,11 +236,11 @@ def test_what_cannot_be_exported_or_read_is_one_line(checkpoint: Path, tmp_path:
         export(tmp_path / "bad.pth", tmp_path / "new")
     assert not (tmp_path / "owned").exists()
     assert not (tmp_path / "new").exists()
-    with pytest.raises(UserError, match=r"full is no exported model: it has no config\.yaml"):
+    with pytest.raises(UserError, match=r"full is not an exported model: it has no config\.yaml"):
         lavis_xformer.from_folder(tmp_path / "full")
 
 
 def test_a_folder_of_another_model_is_named_so(trained: XFormerOPT, checkpoint: Path, tmp_path: Path) -> None:
     folder = export(checkpoint, tmp_path / "opt")
-    with pytest.raises(UserError, match=r"opt is an exported xformer_opt, no XFormer$"):
+    with pytest.raises(UserError, match=r"opt is an exported xformer_opt, not XFormer$"):
         lavis_xformer.load_model_and_preprocess("xformer", str(folder))

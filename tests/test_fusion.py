@@ -101,7 +101,7 @@ def test_early_cross_attention_has_as_many_heads_as_clip(stage2_config: Any) -> 
     assert heads == {"early": 2, "dual": 4}  # CLIP's, the Q-Former's
     early = XFormer.from_config(cfg | {"fusion": "early", "vit_model": cfg.mae_model}).fusion
     assert early.blocks[0].cross_attention.heads == 2  # a MAE's where one stands for CLIP
-    with pytest.raises(UserError, match=r"model\.fusion_heads: 3 heads don't divide the width 20"):
+    with pytest.raises(UserError, match=r"model\.fusion_heads: 3 heads don't divide the attention width 20"):
         XFormer.from_config(cfg | {"fusion": "early", "fusion_heads": 3})
 
 

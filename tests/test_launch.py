@@ -46,7 +46,7 @@ def test_variables_that_make_no_sense_are_named(variables):
 
 
 def test_an_unknown_device_is_refused():
-    with pytest.raises(UserError, match="auto, cpu, cuda"):
+    with pytest.raises(UserError, match="auto, cpu or cuda"):
         device_of("tpu")
 
 

@@ -178,7 +178,7 @@ def test_hub_folder_loads_and_without_decoder_is_refused(tiny_mae_model: Any, tm
 def test_unreachable_hub_and_pickled_code_are_refused_by_name(tmp_path: Path) -> None:
     from lavis_xformer.models.towers import build_mae
 
-    with pytest.raises(UserError, match=r"model\.mae_model: 'nobody/nothing' is no local path"):
+    with pytest.raises(UserError, match=r"model\.mae_model: 'nobody/nothing' is not a local path"):
         build_mae("nobody/nothing")
     torch.save({"model": Path("code")}, tmp_path / "mae_pretrain_x_full.pth")
     with pytest.raises(UserError, match="pickled code are refused"):

@@ -80,5 +80,5 @@ def test_images_without_pixels_are_refused(loaded: Any) -> None:
 def test_it_says_what_it_is(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         lavis_xformer.load_model_and_preprocess("xformer_opt")
-    assert "no model type given, taking 'mini'" in caplog.text
-    assert "knows synthetic scenes only" in caplog.text
+    assert "no model type given, using 'mini'" in caplog.text
+    assert "was trained on synthetic scenes only" in caplog.text

@@ -153,7 +153,7 @@ def test_an_unknown_source_is_named_before_anything_is_drawn(tmp_path, monkeypat
         probe.main(["--set", str(folder), "--sources", "C, pixel"])
     with pytest.raises(UserError, match="--held-out 0: it must be at least 1"):
         probe.main(["--set", str(folder), "--held-out", "0"])
-    with pytest.raises(UserError, match=r"--set .*nowhere/clip is not there; lavis-xformer build-mini"):
+    with pytest.raises(UserError, match=r"--set .*nowhere/clip does not exist; lavis-xformer build-mini"):
         probe.main(["--set", str(tmp_path / "nowhere")])
 
 

@@ -136,7 +136,7 @@ def test_bootstrap_covers_the_luck_of_seeds() -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match=r"\[2, 1\]"):
         score_counts(["1", "2"], [1])
-    with pytest.raises(UserError, match="not empty"):
+    with pytest.raises(UserError, match="non-empty"):
         score_presence([], [])
     with pytest.raises(UserError, match="did you mean 'strict'"):
         score_counts(["1"], [1], scorer="strickt")

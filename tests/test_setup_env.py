@@ -127,7 +127,7 @@ def test_a_users_own_environment_is_left_alone(machine: Machine):
     (machine.venv / "theirs").touch()
     done = machine.set_up()
     assert done.returncode != 0
-    assert "did not make it" in done.stderr
+    assert "did not create it" in done.stderr
     assert (machine.venv / "theirs").exists()
     assert machine.installs() == 0
 

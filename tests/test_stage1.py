@@ -333,5 +333,5 @@ def test_what_is_no_dict_of_samples_is_one_clear_line(make_xformer: Any, batch: 
     for call in (model, model.generate, model.extract_features):
         with pytest.raises(UserError, match="samples is a Tensor; give a dict"):
             call(batch["image"])
-    with pytest.raises(UserError, match=r"samples\['image'\] is missing; there are \['text_input'\]"):
+    with pytest.raises(UserError, match=r"samples\['image'\] is missing; given: \['text_input'\]"):
         model({"text_input": batch["text_input"]})

@@ -129,7 +129,7 @@ def test_a_swap_is_one_string(theirs: str, ours: str) -> None:
 def test_t5_has_no_type_that_runs_by_itself() -> None:
     with pytest.raises(UserError, match="xformer_t5 has no default model type: name one of mini_t5, pretrain_flant5xl"):
         lavis_xformer.load_model_and_preprocess("xformer_t5")
-    with pytest.raises(UserError, match=r"model\.t5_model: .* does not ship; .*build-mini --only t5 --out DIR"):
+    with pytest.raises(UserError, match=r"model\.t5_model: .* is not shipped; .*build-mini --only t5 --out DIR"):
         lavis_xformer.load_model_and_preprocess("xformer_t5", "mini_t5")
 
 
@@ -585,7 +585,7 @@ def test_bad_input_is_one_clear_line(make_stage2: Any, batch: dict[str, Any]) ->
     refused(r"samples\['prompt'\] is empty", prompt=[])
     refused("has 2 strings for 4 images", prompt=["a", "the"])
     refused("must be a string or a list of strings", prompt=[1, 2, 3, 4])
-    refused(r"samples\['text_input'\] is missing; there are \['image', 'image_id'\]", model, text_input=None)
+    refused(r"samples\['text_input'\] is missing; given: \['image', 'image_id'\]", model, text_input=None)
     for call in (model, model.generate, model.predict_answers, model.extract_features):
         with pytest.raises(UserError, match="samples is a Tensor; give a dict"):
             call(batch["image"])
@@ -594,7 +594,7 @@ def test_bad_input_is_one_clear_line(make_stage2: Any, batch: dict[str, Any]) ->
     refused(r"image has shape \(4, 3, 0, 0\)", image=torch.zeros(4, 3, 0, 0))
     refused(r"image has shape \(4, 1, 32, 32\)", image=torch.zeros(4, 1, 32, 32))
     refused(r"image has shape \(3, 32, 32\)", image=torch.zeros(3, 32, 32))
-    refused("is a list, not a tensor", image=[1])
+    refused("is a list, not a float tensor", image=[1])
     with pytest.raises(UserError, match="'ranks'; did you mean 'rank'"):
         model.predict_answers(batch, inference_method="ranks")
     for answers in (None, [], ["a", ""]):

@@ -187,7 +187,7 @@ def test_language_models_that_are_not_there_or_of_another_kind(
     opt_folder: Path, t5_folder: Path, tmp_path: Path
 ) -> None:
     build = XFormerOPT.LANGUAGE.from_source
-    with pytest.raises(UserError, match=r"model\.opt_model: 'facebook/none' is no local path.*set model\.opt_model"):
+    with pytest.raises(UserError, match=r"model\.opt_model: 'facebook/none' is not a local path.*set model\.opt_model"):
         build("facebook/none")
     with pytest.raises(UserError, match=r"model\.opt_model: '.*' is a model of type 't5', not 'opt'"):
         build(str(t5_folder))

@@ -132,7 +132,7 @@ def test_options_are_typed_and_checked():
     options = RunOptions.from_config({"amp": True, "max_grad_norm": "1.5", "keep_last": None, "x": 1})
     assert (options.amp, options.max_grad_norm, options.keep_last) == ("fp16", 1.5, 3)
     for wrong, message in (
-        ({"amp": "fp8"}, "run.amp is 'fp8'; it can be"),
+        ({"amp": "fp8"}, "run.amp is 'fp8'; it must be one of"),
         ({"keep_last": -1}, "run.keep_last is -1; it can't be negative"),
         ({"save_every_steps": "often"}, "run.save_every_steps is 'often'; it must be a int"),
     ):

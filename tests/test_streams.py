@@ -223,7 +223,7 @@ def test_other_lanes_within_an_epoch_are_told(location, tmp_path, caplog):
     path = str(first.output_dir / "checkpoint_0_step4.pth")
     with caplog.at_level("WARNING"):
         make_runner(tmp_path, location, resume_ckpt_path=path).train()
-    assert "workers and processes were (2, 1), are (0, 1)" in caplog.text
+    assert "(workers, processes) were (2, 1), now (0, 1)" in caplog.text
 
 
 def test_ratios_and_iterations_of_an_epoch_are_checked(location, tmp_path):

@@ -85,7 +85,7 @@ def test_gqas_types_may_come_from_its_own_file(tmp_path: Path, caplog: pytest.Lo
     assert task.after_evaluation(SAID, "val")["accuracy_structural_query"] == 100
     del types["3"]
     (tmp_path / "types.json").write_text(json.dumps(types))
-    with pytest.raises(UserError, match="has the types of 2 of 3 questions"):
+    with pytest.raises(UserError, match="has types for only 2 of 3 questions"):
         task.after_evaluation(SAID, "val")
     assert "run.question_types" not in caplog.text
     untyped = setup(XFormerGQATask, tmp_path)

@@ -1,4 +1,4 @@
-"""Where a model looks: the maps of the Q-Former's and the fusion's cross-attentions, and what there speaks for a text.
+"""Attention maps of the Q-Former's and the fusion's cross-attentions, and which of their regions support a text.
 
 B: images, Q: queries, D: width of the Q-Former, L: queries of an attention, S: its keys or an image's side, N: patches.
 """
@@ -21,16 +21,16 @@ from lavis_xformer.models.samples import take
 
 
 def attention_maps(model: XFormerBase, samples: dict[str, Any], *, layer: int = -1) -> dict[str, Tensor]:
-    """Where in an image the queries look; with a text, what of that speaks for the text.
+    """Where in an image the queries look; with a text, which of these regions support it.
 
-    Without a text these are the attentions themselves. With one, they are times the positive part of the gradient that
-    the text's score has there (Grad-CAM on cross-attention, as ALBEF's, arXiv 2107.07651): in stage 1 the log-odds of a
+    Without a text, these are the attention weights. With one, they are multiplied by the positive part of the gradient
+    of the text's score (Grad-CAM on cross-attention, as in ALBEF, arXiv 2107.07651): in stage 1 the log-odds of a
     match, in stage 2 the log-likelihood of a caption or answer.
 
     Args:
         model: of stage 1 or 2, in eval mode.
         samples: ``image`` (B, 3 or 6, S, S); ``text_input``, B captions, or in stage 2 with ``answer`` B questions.
-        layer: which of the Q-Former's layers that look at the image, from the first, or from the last as -1.
+        layer: index among the Q-Former's cross-attention layers; -1 is the last.
 
     Returns:
         Means over heads (B, Q, side, side) with N = side ** 2, CLS left out: ``C``, the Q-Former's attention to
@@ -44,7 +44,7 @@ def attention_maps(model: XFormerBase, samples: dict[str, Any], *, layer: int = 
         score = _score(model, samples) if explained else model.encode_queries(image)
     looking = [name for name in found if name.startswith("Qformer.")]
     if not -len(looking) <= layer < len(looking):
-        raise UserError(f"layer {layer}: the Q-Former has {len(looking)} layers that look at the image")
+        raise UserError(f"layer {layer}: the Q-Former has {len(looking)} cross-attention layers")
     wanted = {"C": found[looking[layer]]}
     if enriching := [name for name in found if name.startswith("fusion.enrich_blocks.")]:
         wanted["M'"] = found[enriching[-1]]
@@ -60,7 +60,7 @@ def attention_maps(model: XFormerBase, samples: dict[str, Any], *, layer: int = 
 
 @contextlib.contextmanager
 def recording(model: XFormerBase) -> Iterator[dict[str, Tensor]]:
-    """Keep the maps (B, heads, L, S) of the first pass through each cross-attention within, with their graph."""
+    """Keep the maps (B, heads, L, S) of each cross-attention's first pass in this context, with their graph."""
     found: dict[str, Tensor] = {}
 
     def _ours(name: str, module: Attention, inputs: tuple[Tensor, Tensor], output: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def recording(model: XFormerBase) -> Iterator[dict[str, Tensor]]:
 
 @contextlib.contextmanager
 def _trainable(queries: nn.Parameter) -> Iterator[None]:
-    """Let maps have gradients within, where ``train_only`` has frozen all that they come from."""
+    """Let maps have gradients in this context, even if ``train_only`` has frozen all that they depend on."""
     before = queries.requires_grad
     queries.requires_grad_(True)
     try:
@@ -99,7 +99,7 @@ def _trainable(queries: nn.Parameter) -> Iterator[None]:
 
 
 def _score(model: Any, samples: dict[str, Any]) -> Tensor:
-    """What the model thinks of the texts, summed over the images, which don't see each other."""
+    """The model's score of the texts, over all images, which don't affect each other."""
     if not isinstance(model, FeatureModel):
         return -model(samples)["loss_lm"]
     text = model.tokenize(samples["text_input"])

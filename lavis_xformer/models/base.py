@@ -1,7 +1,7 @@
-"""What both stages share: CLIP, MAE, the Q-Former and the fusion, from an image to Zq and Z'.
+"""Shared by both stages: CLIP, MAE, the Q-Former and the fusion, from an image to Zq and Z'.
 
-Only this module touches LAVIS's Q-Former. Weights have the names of LAVIS's BLIP-2 (``visual_encoder``, ``ln_vision``,
-``Qformer``, ``query_tokens``), so that its checkpoints fit.
+Weights have the names of LAVIS's BLIP-2 (``visual_encoder``, ``ln_vision``, ``Qformer``, ``query_tokens``), so that its
+checkpoints can be loaded.
 
 B: batch, Q: queries, D: width of the Q-Former, Nc / Dc: CLIP's tokens C, Nm / Dm: MAE's tokens M, N: image patches,
 T: text tokens, S: side of the image.
@@ -38,11 +38,11 @@ logger = logging.getLogger(__name__)
 
 
 class Tokens(NamedTuple):
-    """What the two encoders say about a batch of images."""
+    """The two encoders' outputs for a batch of images."""
 
-    clip: Tensor  #: C (B, Nc, Dc), or what the fusion made of C and M for the Q-Former to read
+    clip: Tensor  #: C (B, Nc, Dc), or the fusion of C and M that the Q-Former reads
     mae: MaeFeatures | None  #: M and its mask; None where the fusion needs no MAE
-    pixels: Tensor | None  #: (B, 3, S, S) as MAE saw them, the target of reconstruction
+    pixels: Tensor | None  #: (B, 3, S, S) as MAE saw them, the reconstruction target
 
     @property
     def mae_tokens(self) -> Tensor | None:
@@ -51,11 +51,11 @@ class Tokens(NamedTuple):
 
 
 class XFormerBase(CheckpointLoading, Blip2Base):
-    """The two frozen encoders, the Q-Former between them and the language, and the fusion."""
+    """The two encoders, the Q-Former between vision and language, and the fusion."""
 
-    #: loaded where a user names no type: ships with the package and runs offline; None where no type does
+    #: loaded if a user names no type: ships with the package and runs offline; None if there is no such type
     DEFAULT_MODEL_TYPE: ClassVar[str | None] = "mini"
-    #: what ``from_config`` reads, beside LAVIS's arch, model_type, load_finetuned, finetuned and pretrained
+    #: keys that ``from_config`` reads, besides LAVIS's arch, model_type, load_finetuned, finetuned and pretrained
     CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset(
         "vit_model vit_weights image_size drop_path_rate use_grad_checkpoint vit_precision freeze_vit mae_model "
         "mae_norm_pix_loss mae_image_size mae_source token_positions clip_layer shuffle_mae bert num_query_token "
@@ -82,21 +82,21 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         clip_layer: int | None = None,
         shuffle_mae: bool = False,
     ) -> None:
-        """Put the built parts together.
+        """Assemble the built parts.
 
         Args:
             visual_encoder: CLIP's image encoder, (B, 3, S, S) -> C (B, Nc, Dc), with ``num_features`` = Dc.
-            mae: the masked autoencoder; without it, a fusion that needs M gets CLIP's tokens in its place.
+            mae: the masked autoencoder; if None, a fusion that needs M gets CLIP's tokens instead.
             qformer: LAVIS's ``BertLMHeadModel`` with the configuration of :func:`towers.qformer_config`.
             tokenizer: BERT's, with the decoder's start token as ``bos_token``.
             fusion: one of :data:`fusion.FUSIONS`.
             image_size: side of CLIP's input in pixels.
-            freeze_vit: whether CLIP stays as it is; MAE always does.
+            freeze_vit: whether CLIP is frozen; MAE always is.
             vit_precision: of the two encoders on a GPU; on a CPU they run in fp32.
             max_txt_len: longest text in tokens.
-            token_positions: ``clip``, ``mae``: whose tokens get embeddings of their places; M' is decoded without.
-            clip_layer: without ``mae``, M is what this block of CLIP gives, layer-normed; C itself where it is None.
-            shuffle_mae: give each image the M of another, of its batch or the last before: what is lost, M had told.
+            token_positions: ``clip``, ``mae``: whose tokens get position embeddings; M' is decoded without them.
+            clip_layer: without ``mae``, M is the layer-normed output of this CLIP block; None: C itself.
+            shuffle_mae: give each image another's M, from its batch or the latest before, to measure what M adds.
 
         Raises:
             UserError: ``freeze_vit`` is False, but the encoder is a MAE, which is always frozen.
@@ -117,7 +117,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         self.shuffle_mae = shuffle_mae
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode, but for frozen parts, which stay in eval mode."""
+        """Set the mode, except of frozen parts, which stay in eval mode."""
         super().train(mode)
         for part in self.children():
             if is_frozen(part):
@@ -125,7 +125,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         return self
 
     def drop_text_branch(self) -> None:
-        """Remove what only text needs of the Q-Former, as BLIP-2 does for its second stage."""
+        """Remove the parts of the Q-Former that only text needs, as BLIP-2 does for its second stage."""
         self.Qformer.cls = None
         bert = self.Qformer.bert
         bert.embeddings.word_embeddings = bert.embeddings.position_embeddings = None
@@ -133,7 +133,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
             layer.intermediate = layer.output = None
 
     def _add_qformer(self, qformer: Any, tokenizer: Any) -> None:
-        """Add the queries, and start their feed-forward layers from the text's, as BLIP-2 does."""
+        """Add the queries, and initialise their feed-forward layers from the text's, as BLIP-2 does."""
         self.tokenizer = tokenizer
         self.Qformer: Any = qformer
         self.Qformer.resize_token_embeddings(len(tokenizer))
@@ -152,11 +152,11 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         Args:
             image: (B, 3, S, S) normalised for CLIP, or (B, 6, S, S) from our image processors.
             mask_ratio: share of the patches hidden from MAE.
-            noise: (B, N), decides which; drawn where it is None.
+            noise: (B, N), decides which; drawn if None.
 
         Raises:
-            UserError: it is no tensor of floats, or has another size or number of channels than the model wants;
-                ``shuffle_mae`` needs another image, and there was none.
+            UserError: the image is not a float tensor, or not of the size or number of channels that the model needs;
+                ``shuffle_mae`` needs another image, and there is none.
         """
         tokens = self._encode(image, mask_ratio, noise)
         if tokens.mae is None:
@@ -166,29 +166,29 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         return tokens._replace(clip=compact(self.fusion.visual_tokens(tokens.clip, tokens.mae_tokens)))
 
     def mask_again(self, tokens: Tokens, image: Tensor, *, mask_ratio: float, noise: Tensor | None = None) -> Tokens:
-        """The same C with the M of a masked image, for which MAE alone runs; arguments as of :meth:`encode_image`."""
-        pixels = tokens.pixels if self.shuffle_mae else self._views(image)[1]  # of the same other images
+        """The same C with the M of a masked image, running only MAE; arguments as in :meth:`encode_image`."""
+        pixels = tokens.pixels if self.shuffle_mae else self._views(image)[1]  # still the other images'
         assert pixels is not None
         return tokens._replace(mae=self._placed(self._run_mae(pixels, mask_ratio, noise)), pixels=pixels)
 
     def split_tokens(self, joined: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
-        """Take apart C's and M's tokens, which stand behind each other along ``dim`` (Nc + Nm)."""
-        count = joined.shape[dim] // 2 if self.mae is None else 1 + self.mae.num_patches  # Nm; or C once more
+        """Split C's and M's tokens, which are concatenated along ``dim`` (Nc + Nm)."""
+        count = joined.shape[dim] // 2 if self.mae is None else 1 + self.mae.num_patches  # Nm, or Nc if M is CLIP's
         clip, mae = joined.tensor_split([-count], dim=dim)
         return clip, mae
 
     def _views(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """What CLIP and what MAE sees of images, each (B, 3, S, S)."""
+        """CLIP's and MAE's views of images, each (B, 3, S, S)."""
         if not isinstance(image, Tensor) or not image.is_floating_point():
             raise UserError(
-                f"samples['image'] is a {getattr(image, 'dtype', type(image).__name__)}, not a tensor of floats "
+                f"samples['image'] is a {getattr(image, 'dtype', type(image).__name__)}, not a float tensor "
                 "such as vis_processors['eval'](image).unsqueeze(0)"
             )
         mae_size = self.image_size if self.mae is None else self.mae.image_size
         return unpack(image.float(), clip_size=self.image_size, mae_size=mae_size)
 
     def _encode(self, image: Tensor, mask_ratio: float, noise: Tensor | None) -> Tokens:
-        """C and M with their positions, each of its own image, before the fusion."""
+        """C and M with their positions, both of the same image, before the fusion."""
         clip_pixels, pixels = self._views(image)
         with towers.tap(self.visual_encoder, self.clip_layer) as middle:
             clip = self.ln_vision(self._run_clip(clip_pixels))  # (B, Nc, Dc)
@@ -201,7 +201,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         return Tokens(placed, self._placed(self._run_mae(pixels, mask_ratio, noise)), pixels)
 
     def _placed(self, mae: MaeFeatures) -> MaeFeatures:
-        """M with its positions, as ``token_positions`` says."""
+        """M with its positions, if ``token_positions`` has ``mae``."""
         if "mae" in self.token_positions:
             mae = mae._replace(tokens=mae.tokens + mae.positions())
         return mae._replace(tokens=compact(mae.tokens))
@@ -209,7 +209,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
     def _with_others(
         self, own: Tokens, m: MaeFeatures, image: Tensor, mask_ratio: float, noise: Tensor | None
     ) -> Tokens:
-        """C with M and pixels of another image: of the batch or, where that shows one alone, the last other one."""
+        """C with another image's M and pixels: from the batch or, if its images are all equal, the latest other one."""
         rows, last = losses.other_rows(image), image[-1:].clone()
         if rows:
             self._images_before = (image[[rows[-1]]], last)
@@ -218,7 +218,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         others = [before for before in self._images_before if not torch.equal(before.to(last), last)]
         self._images_before = (*others[-1:], last)
         if not others:
-            raise UserError("model.shuffle_mae gives each image another one's M; this one came alone, and none before")
+            raise UserError("model.shuffle_mae needs two different images, in this batch or earlier ones; found one")
         other = self._encode(others[-1].to(last).expand(len(image), -1, -1, -1), mask_ratio, noise)
         return other._replace(clip=own.clip)
 
@@ -235,9 +235,9 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         return mae._replace(tokens=mae.tokens.float())
 
     def reconstruction_loss(self, aligned: Tensor | None, tokens: Tokens) -> Tensor:
-        """M' (B, Nm, Dm) through MAE's frozen decoder must still give the masked patches.
+        """Reconstruct the masked patches from M' (B, Nm, Dm) with MAE's frozen decoder.
 
-        The decoder stays in fp32 and computes in the precision of the run, since gradients pass through it.
+        The decoder's weights stay in fp32, and it computes in the run's precision, since gradients pass through it.
         """
         assert self.mae is not None
         assert tokens.mae is not None
@@ -291,7 +291,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         return self.Qformer.bert(text_ids, attention_mask=text_mask, return_dict=True).last_hidden_state
 
     def tokenize(self, text: list[str]) -> Any:
-        """Text -> ``input_ids`` and ``attention_mask`` (B, T), T <= ``max_txt_len``, equal on every process."""
+        """Text -> ``input_ids`` and ``attention_mask`` (B, T), T <= ``max_txt_len``, the same T on every process."""
         return self.tokenizer(
             text,
             padding="longest" if world_size() == 1 else "max_length",
@@ -325,8 +325,8 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         if model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT:
             theirs = registry.get_model_class(cfg.model.arch)
             if theirs is None or not (issubclass(theirs, cls) or issubclass(cls, theirs)):
-                raise UserError(f"model_type: {model_type} is an exported {cfg.model.arch}, no {cls.__name__}")
-            cfg.model.pretrained = model_type  # the folder, wherever it lies by now
+                raise UserError(f"model_type: {model_type} is an exported {cfg.model.arch}, not {cls.__name__}")
+            cfg.model.pretrained = model_type  # the folder's current path
         return cfg
 
     @classmethod
@@ -337,7 +337,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
             UserError: there is no such type, or a name, folder or file in its YAML is wrong.
         """
         if model_type.startswith("mini"):
-            logger.warning("%s: this small model knows synthetic scenes only, no photos", model_type)
+            logger.warning("%s: this small model was trained on synthetic scenes only, not on photos", model_type)
         model = cls.from_config(cls.default_config(model_type).model)
         if not model.load_report.loaded:
             logger.warning("%s: no weights are known for this type; load a checkpoint, or train it", model_type)

@@ -12,6 +12,7 @@ If both are set, ``pretrained`` is loaded on top of ``blip2_pretrained``, which 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Sequence
@@ -155,7 +156,7 @@ def _load_either_stage(
     if _any(model.STAGE1_WEIGHTS, state):
         may_miss += f"|{model.NEW_WEIGHTS}"
     known = state.pop(BROUGHT_CLIP, None)
-    brought = _bits(state)
+    brought = _fingerprint(state)
     if brought is None:
         _check_clip(model, known, source=source, key=key)
         may_miss += f"|{CLIP}"
@@ -173,10 +174,16 @@ def _load_either_stage(
     return report
 
 
-def _bits(state: dict[str, Tensor]) -> Tensor | None:
-    """A fingerprint () of a file's CLIP: the sum of its weights' bits, without the positions, which may be resized."""
-    weights = [tensor for name, tensor in state.items() if re.match(CLIP, name) and name != CLIP_POSITIONS]
-    return torch.stack([w.float().view(torch.int32).sum() for w in weights]).sum() if weights else None
+def _fingerprint(state: dict[str, Tensor]) -> Tensor | None:
+    """A file's CLIP as a number (): 8 bytes of its weights' SHA-256, without the positions, which may be resized."""
+    names = sorted(name for name in state if re.match(CLIP, name) and name != CLIP_POSITIONS)
+    if not names:
+        return None
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode())
+        digest.update(state[name].float().contiguous().numpy().data)
+    return torch.tensor(int.from_bytes(digest.digest()[:8], "big", signed=True))
 
 
 def _check_clip(model: Any, known: Tensor | None, *, source: str, key: str) -> None:

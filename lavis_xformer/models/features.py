@@ -26,7 +26,7 @@ ITG_SOURCES = ("qformer", "xformer")
 
 
 class FeatureModel(XFormerBase):
-    """Stage 1's heads on Z' and what they are good for without training; MAE sees the whole image in all of it."""
+    """Stage 1's heads on Z', and inference with them, in which MAE always sees the whole image."""
 
     CONFIG_KEYS = XFormerBase.CONFIG_KEYS | {"embed_dim", "itg_source"}
 
@@ -37,9 +37,9 @@ class FeatureModel(XFormerBase):
 
         Args:
             embed_dim: E.
-            itg_source: what captions are written from. ``qformer``: BLIP-2's path, the queries' cached keys and values,
-                which bypass Z'. ``xformer``: beyond these, the text's states attend to Z' before words are predicted.
-            itg_init: of that attention; ``identity`` starts it as BLIP-2.
+            itg_source: what captions are generated from. ``qformer``: BLIP-2's path, the queries' cached keys and
+                values, which bypass Z'. ``xformer``: the text's states also attend to Z' before words are predicted.
+            itg_init: initialisation of that attention; with ``identity`` it starts as BLIP-2.
             parts: of :class:`XFormerBase`.
 
         Raises:
@@ -50,7 +50,7 @@ class FeatureModel(XFormerBase):
             raise UserError(f"model.itg_source: '{itg_source}'; {nearest(itg_source, ITG_SOURCES)}")
         sizes = self.Qformer.config
         width = sizes.hidden_size
-        self.itg_reader = (  # without self-attention, so that no word sees the next ones
+        self.itg_reader = (  # without self-attention, so that no token sees later ones
             CrossAttentionBlock(
                 width=width,
                 context_width=width,
@@ -67,7 +67,7 @@ class FeatureModel(XFormerBase):
         self.itm_head = nn.Linear(width, 2)
 
     def match(self, clip: Tensor, mae: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor:
-        """Do R images and texts belong together? Scored on the multimodal Z'.
+        """Score whether R images and texts belong together, on the multimodal Z'.
 
         Args:
             clip: C (R, Nc, Dc).
@@ -84,7 +84,7 @@ class FeatureModel(XFormerBase):
 
     @contextlib.contextmanager
     def writing_from(self, z: Tensor) -> Iterator[None]:
-        """Let the text decoder, within, read Z' (B, Q, D) too where ``itg_source`` says so."""
+        """Let the text decoder read Z' (B, Q, D) too in this context, if ``itg_source`` says so."""
         reader = self.itg_reader
         if reader is None:
             yield
@@ -100,21 +100,21 @@ class FeatureModel(XFormerBase):
         """Features of images, of texts, or of both together.
 
         Args:
-            samples: ``image`` (B, 3 or 6, S, S) and ``text_input`` (B strings), as the mode needs. Texts are cut where
-                the Q-Former has no more positions, not at ``max_txt_len``.
+            samples: ``image`` (B, 3 or 6, S, S) and ``text_input`` (B strings), as the mode needs. Texts are
+                truncated at the Q-Former's maximum length, not at ``max_txt_len``.
             mode: ``image``: ``image_embeds`` (B, Q, D), which is Z', and ``image_embeds_proj`` (B, Q, E), normalised;
                 ``text``: ``text_embeds`` (B, T, D) and ``text_embeds_proj`` (B, T, E), normalised, the first token
                 standing for the text; ``multimodal``: ``multimodal_embeds`` (B, Q, D).
 
         Raises:
-            UserError: an unknown mode, or an input that the mode needs is not there.
+            UserError: an unknown mode, or an input that the mode needs is missing.
         """
         if mode not in MODES:
             raise UserError(f"mode: no mode '{mode}'; {nearest(mode, MODES)}")
         if mode == "image":
             z = self.encode_queries(take(samples, "image"))
             return BlipOutputFeatures(image_embeds=z, image_embeds_proj=F.normalize(self.vision_proj(z), dim=-1))
-        most = self.Qformer.config.max_position_embeddings  # LAVIS cuts nothing, and fails on longer texts
+        most = self.Qformer.config.max_position_embeddings  # LAVIS truncates nothing, and fails on longer texts
         text = self.tokenizer(
             take(samples, "text_input"), return_tensors="pt", padding=True, truncation=True, max_length=most
         ).to(self.device)
@@ -210,6 +210,6 @@ class FeatureModel(XFormerBase):
         if not self.fusion.needs_mae:
             return joined, None
         clip, mae = self.split_tokens(joined, dim=1)
-        if self.mae is None:  # C once more, so both are of one width
+        if self.mae is None:  # M is CLIP's too, so both have one width
             return clip, mae
         return clip[..., : self.ln_vision.normalized_shape[0]], mae[..., : self.mae.width]

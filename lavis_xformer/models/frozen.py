@@ -1,4 +1,4 @@
-"""Freeze a part of a model, and the precision that it computes in."""
+"""Freeze parts of a model, and set the precision they compute in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def freeze(module: M) -> M:
-    """Stop all gradients to the module's parameters, not those through it to its input; return the same module.
+    """Freeze the module's parameters and return it; gradients still flow through it to its input.
 
     ``XFormerBase.train`` keeps it in eval mode.
     """
@@ -34,7 +34,7 @@ def train_only(model: nn.Module, parts: Sequence[str] | None) -> None:
 
     Args:
         model: changed in place.
-        parts: names of its children; None or none at all changes nothing.
+        parts: names of its children; None or an empty list changes nothing.
 
     Raises:
         UserError: there is no such part, or nothing in it could be trained.
@@ -54,18 +54,18 @@ def train_only(model: nn.Module, parts: Sequence[str] | None) -> None:
 
 
 def compute_dtype(device: torch.device, precision: Precision) -> torch.dtype:
-    """What the weights of a frozen part are kept in: its precision on a GPU, fp32 anywhere else."""
+    """Dtype of a frozen part's weights: that of its precision on a GPU, fp32 on any other device."""
     return DTYPES[precision] if device.type == "cuda" else torch.float32
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """Bring weights to a precision for good, under inference_mode too, whose own tensors could bear no training."""
+    """Cast weights permanently, outside any inference_mode, whose tensors could not be trained later."""
     with torch.inference_mode(False):
         module.to(dtype)
 
 
 def computing(module: nn.Module, device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
-    """Bring a frozen encoder to its precision on this device and run it there under autocast."""
+    """Cast a frozen encoder's weights to its precision on this device; return the autocast context to run it in."""
     dtype = compute_dtype(device, precision)
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d) and part.weight.dtype != dtype:
@@ -74,30 +74,30 @@ def computing(module: nn.Module, device: torch.device, precision: Precision) -> 
 
 
 def own_autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Compute in the precision of a frozen part's weights, whatever is on outside; on a CPU, in that of the run."""
+    """Autocast to the dtype of a frozen part's weights, whatever the outer autocast; on a CPU keep the outer one."""
     if dtype == torch.float32 and device.type == "cpu":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def compact(tokens: torch.Tensor) -> torch.Tensor:
-    """Under autocast, tokens in its precision: one copy for all layers, each of which would keep one of its own."""
+    """Under autocast, cast tokens to its dtype once; otherwise every layer would keep a copy of its own."""
     device = tokens.device.type
     return tokens.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tokens
 
 
 def unscaled_half(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether gradients through a part of this precision need help: where the run is in fp16 too, it has a scaler."""
+    """Whether gradients through a part of this dtype need scaling: in fp16, unless the run is too and has a scaler."""
     scaled = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
     return dtype == torch.float16 and not scaled
 
 
 def enlarge_gradients(start: torch.Tensor, end: torch.Tensor, factor: torch.Tensor) -> None:
-    """Make gradients ``factor`` times as large between two fp32 tensors, and only there.
+    """Multiply gradients by ``factor`` between two fp32 tensors, and only there.
 
     Args:
-        start: what a part in fp16 reads.
-        end: what it gives.
+        start: the input of an fp16 part.
+        end: its output.
         factor: a scalar.
     """
     if end.requires_grad:

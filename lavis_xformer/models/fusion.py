@@ -4,7 +4,7 @@ A fusion has two hooks, the identity by default: :meth:`Fusion.visual_tokens` ch
 :meth:`Fusion.refine` changes what it returns (:meth:`Fusion.align` is the half of it that changes M). With
 :class:`NoFusion` the model is BLIP-2.
 
-B: batch, Q: queries, D: width of Q-Former, Nc / Dc: number and width of CLIP's tokens C,
+B: batch, Q: queries, D: width of the Q-Former, Nc / Dc: number and width of CLIP's tokens C,
 Nm / Dm: number and width of MAE's tokens M, L: queries of an attention, S: its keys.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lavis_xformer.errors import UserError
 
 Init = Literal["identity", "normal"]
-BERT_STD = 0.02  # of the weights that BERT starts from
+BERT_STD = 0.02  # standard deviation of BERT's initial weights
 
 
 class Attention(nn.Module):
@@ -35,11 +35,11 @@ class Attention(nn.Module):
             heads: must divide ``width``.
 
         Raises:
-            UserError: they don't.
+            UserError: ``heads`` doesn't divide ``width``.
         """
         super().__init__()
         if width % heads:
-            raise UserError(f"model.fusion_heads: {heads} heads don't divide the width {width} of what attends")
+            raise UserError(f"model.fusion_heads: {heads} heads don't divide the attention width {width}")
         self.heads = heads
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(context_width, width)
@@ -52,7 +52,7 @@ class Attention(nn.Module):
         return self._join(F.scaled_dot_product_attention(query, key, value))
 
     def with_map(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """The same, and the attention map (B, heads, L, S) on the way there; each of its rows sums to 1."""
+        """Like :meth:`forward`, but also returns the attention map (B, heads, L, S), each row of which sums to 1."""
         query, key, value = self._heads(x, context)
         weights = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
         return self._join(weights @ value), weights
@@ -83,12 +83,12 @@ class CrossAttentionBlock(nn.Module):
         """Make the layer.
 
         Args:
-            width: of the stream that is changed.
+            width: of the stream that is updated.
             context_width: of the stream that is read.
             heads: attention heads.
             self_attention: whether the stream attends to itself first.
             init: ``identity`` starts every output projection at zero, so that the layer returns its input.
-            std: standard deviation of the weights at the start.
+            std: standard deviation of the initial weights.
         """
         super().__init__()
         self.self_norm = nn.LayerNorm(width) if self_attention else None
@@ -106,7 +106,7 @@ class CrossAttentionBlock(nn.Module):
             _zero(self.feed_forward[-1])
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        """Change x (B, L, width) by what context (B, S, context_width) says; returns (B, L, width)."""
+        """Update x (B, L, width) from context (B, S, context_width); returns (B, L, width)."""
         if self.self_attention is not None and self.self_norm is not None:
             normed = self.self_norm(x)
             x = x + self.self_attention(normed, normed)
@@ -115,10 +115,10 @@ class CrossAttentionBlock(nn.Module):
 
 
 class Fusion(nn.Module):
-    """What every fusion offers; the base class is the identity."""
+    """Interface of every fusion; the base class is the identity."""
 
     needs_mae: bool = True
-    #: whether ``align`` changes M, so that reconstructing the masked patches teaches anything
+    #: whether ``align`` changes M; only then does reconstructing the masked patches train anything
     aligns_mae: bool = False
 
     def visual_tokens(self, clip: Tensor, mae: Tensor | None) -> Tensor:
@@ -140,7 +140,7 @@ class NoFusion(Fusion):
     needs_mae = False
 
     def __init__(self, **sizes: object) -> None:
-        """Take the same arguments as the other fusions and need none of them."""
+        """Take the same arguments as the other fusions and ignore them."""
         super().__init__()
 
 
@@ -163,7 +163,7 @@ class DualCrossAttention(Fusion):
     ) -> None:
         """Make the two blocks.
 
-        M is brought to the Q-Former's width for the first block and back for MAE's decoder.
+        M is projected to the Q-Former's width for the first block and back for MAE's decoder.
 
         Args:
             query_width: D.
@@ -172,8 +172,8 @@ class DualCrossAttention(Fusion):
             depth: layers in each of the two blocks.
             self_attention: whether each layer begins with self-attention.
             init: ``identity``: M' = M and Z' = Zq exactly at the start; or ``normal``.
-            std: standard deviation of the weights at the start, as of the Q-Former's.
-            sizes: what other fusions need.
+            std: standard deviation of the initial weights, as in the Q-Former.
+            sizes: arguments of other fusions, ignored.
         """
         super().__init__()
 
@@ -200,7 +200,7 @@ class DualCrossAttention(Fusion):
             _zero(self.mae_out)
 
     def align(self, mae: Tensor | None, queries: Tensor) -> Tensor:
-        """The first cross-attention: M (B, Nm, Dm) asks Zq (B, Q, D); returns M' (B, Nm, Dm)."""
+        """The first cross-attention: M (B, Nm, Dm) attends to Zq (B, Q, D); returns M' (B, Nm, Dm)."""
         assert mae is not None
         x = self.mae_in(mae)  # (B, Nm, D)
         for block in self.align_blocks:
@@ -208,7 +208,7 @@ class DualCrossAttention(Fusion):
         return mae + self.mae_out(x)
 
     def enrich(self, queries: Tensor, aligned: Tensor) -> Tensor:
-        """The second cross-attention: Zq (B, Q, D) asks M' (B, Nm, Dm); returns Z' (B, Q, D)."""
+        """The second cross-attention: Zq (B, Q, D) attends to M' (B, Nm, Dm); returns Z' (B, Q, D)."""
         for block in self.enrich_blocks:
             queries = block(queries, aligned)
         return queries
@@ -235,7 +235,7 @@ class Concat(Fusion):
 
 
 class EarlyCrossAttention(Fusion):
-    """The paper's ablation "early cross-attention": C asks M before the Q-Former reads it."""
+    """The paper's ablation "early cross-attention": C attends to M before the Q-Former reads C."""
 
     def __init__(
         self,

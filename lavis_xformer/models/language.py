@@ -1,6 +1,6 @@
-"""What stage 2 asks of its frozen language model: one small interface, for OPT (``opt.py``) and FlanT5 (``t5.py``).
+"""Stage 2's interface to its frozen language model, implemented by OPT (``opt.py``) and FlanT5 (``t5.py``).
 
-Each reads an image as a prefix of embeddings, then a prompt, and says a target. The weights come from the hub, a local
+Each reads an image as a prefix of embeddings, then a prompt, and writes text. The weights come from the hub, a local
 folder in its format, or a shipped one (``assets://mini/opt``).
 
 B: texts, Q: queries, L: width of the language model, T: tokens, V: vocabulary.
@@ -39,14 +39,14 @@ L = TypeVar("L", bound="LanguageModel")
 class LanguageModel(ABC):
     """A frozen language model that continues an image.
 
-    It is no module itself, so that the model which owns it can register the weights under LAVIS's names.
+    It is not an ``nn.Module`` itself, so that the model that owns it can register the weights under LAVIS's names.
     """
 
     #: "opt" or "t5": the hub's model type, and the stem of the configuration key and of the weights' names
     kind: ClassVar[str]
-    #: what LAVIS runs it in on a GPU
+    #: LAVIS's precision for it on a GPU
     DEFAULT_PRECISION: ClassVar[Precision]
-    #: what VQA generates with, as LAVIS's ``predict_answers``
+    #: length penalty for VQA, as in LAVIS's ``predict_answers``
     DEFAULT_LENGTH_PENALTY: ClassVar[float]
 
     def __init__(
@@ -57,8 +57,8 @@ class LanguageModel(ABC):
         Args:
             model: transformers' or LAVIS's.
             tokenizer: the model's.
-            precision: on a GPU; the model's own default where it is None. Anywhere else it runs in fp32.
-            max_txt_len: longest target in tokens; prompts are never cut.
+            precision: on a GPU; the model's own default if None. On other devices it runs in fp32.
+            max_txt_len: longest target in tokens; prompts are never truncated.
         """
         self.model: Any = freeze(model)
         self.tokenizer = tokenizer
@@ -99,7 +99,7 @@ class LanguageModel(ABC):
     @staticmethod
     @abstractmethod
     def load(path: str) -> tuple[Any, dict[str, Any]]:
-        """Load the model in the precision of its file, and transformers' report."""
+        """Load the model in the precision of its file; also returns transformers' loading report."""
 
     @staticmethod
     @abstractmethod
@@ -115,7 +115,7 @@ class LanguageModel(ABC):
             dialogues: B of them, each of one or more prompts ("" for none) with their targets.
 
         Returns:
-            Logits (B, T, V) and tokens (B, T), :data:`NO_TARGET` where a token is none of a target's.
+            Logits (B, T, V) and tokens (B, T), :data:`NO_TARGET` where a token belongs to no target.
         """
 
     @abstractmethod
@@ -128,10 +128,10 @@ class LanguageModel(ABC):
         Args:
             visual: (B, Q, L).
             prompts: B strings.
-            options: of transformers' ``generate``, ``do_sample``, ``num_beams`` and ``num_return_sequences`` included.
+            options: of transformers' ``generate``, including ``do_sample``, ``num_beams``, ``num_return_sequences``.
 
         Returns:
-            B * ``num_return_sequences`` texts, those of an image side by side; what one is depends on no other.
+            B * ``num_return_sequences`` texts, those of an image side by side; no text depends on another.
 
         Raises:
             UserError: more tokens than the model reads, or a ``min_length`` that can't be reached.
@@ -141,14 +141,14 @@ class LanguageModel(ABC):
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def answer(self, visual: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
-        """Continue as :meth:`generate` does, without counting the prompt, whichever the model."""
+        """Continue as :meth:`generate` does, but never counting the prompt, for any model."""
         return self.generate(visual, prompts, **options)
 
     def loss(self, visual: Tensor, dialogues: Sequence[Dialogue], weights: Tensor | None = None) -> Tensor:
-        """Loss of the targets after image and prompt, for :meth:`predict`'s arguments and :func:`language_modelling`'s.
+        """Loss of the targets after image and prompt; arguments of :meth:`predict` and :func:`language_modelling`.
 
-        The mean over a batch's tokens has gradients of about 1e-8, which are zero in fp16: there it passes that of the
-        sum.
+        Gradients of the mean over a batch's tokens are about 1e-8, which underflows in fp16: within an fp16 model they
+        are scaled up to those of the sum.
         """
         prefix = visual.float().view_as(visual)
         logits, labels = self.predict(prefix, dialogues)
@@ -165,10 +165,10 @@ class LanguageModel(ABC):
             visual: (B, Q, L).
             prompts: B strings, none of them empty.
             answers: to choose from, the same for all prompts.
-            candidates: how many of them, those with the likeliest first tokens, are read to their ends.
+            candidates: how many of them, those with the likeliest first tokens, are scored in full.
 
         Returns:
-            B answers, each the one whose tokens have the greatest likelihood together.
+            B answers, each the one with the greatest total log-likelihood.
         """
         starts = [self.tokenizer(answer, add_special_tokens=False).input_ids[0] for answer in answers]
         logits, labels = self.predict(visual, [[(prompt, answers[0])] for prompt in prompts])
@@ -190,9 +190,9 @@ class LanguageModel(ABC):
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Bring the weights to their precision on this device, and run under autocast there.
+        """Cast the weights to their precision on this device, and run under the matching autocast.
 
-        Whatever autocast is on outside, the model computes in its own precision on a GPU.
+        On a GPU, the model computes in its own precision whatever the outer autocast.
         """
         device = self.model.device
         dtype = compute_dtype(device, self.precision)
@@ -202,7 +202,7 @@ class LanguageModel(ABC):
             yield
 
     def embed(self, visual: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Image (B, Q, L), then text (B, T): embeddings (B, Q + T, L) and, of a mask (B, S), attention (B, Q + S)."""
+        """Image (B, Q, L), then text (B, T) -> embeddings (B, Q + T, L); mask (B, S) -> attention mask (B, Q + S)."""
         words = self.model.get_input_embeddings()(ids)  # (B, T, L)
         return torch.cat([visual.to(words.dtype), words], dim=1), prefix_mask(visual, mask)
 
@@ -213,7 +213,7 @@ def prefix_mask(visual: Tensor, mask: Tensor) -> Tensor:
 
 
 def check_fewest(options: dict[str, Any], counted: int) -> None:
-    """Refuse a ``min_length`` that ``counted`` tokens and all that may follow them don't reach."""
+    """Refuse a ``min_length`` that ``counted`` tokens plus ``max_new_tokens`` can't reach."""
     most = counted + options["max_new_tokens"]
     if (fewest := options.get("min_length", 0)) > most:
-        raise UserError(f"min_length is {fewest}, but at most {most} tokens count; take less, or a larger max_length")
+        raise UserError(f"min_length is {fewest}, but at most {most} tokens count; lower it or raise max_length")

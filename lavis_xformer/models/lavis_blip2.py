@@ -1,11 +1,11 @@
-"""``lavis_blip2``, ``lavis_blip2_opt``: LAVIS's own BLIP-2 classes, to stand beside ``fusion: none`` in a comparison.
+"""``lavis_blip2``, ``lavis_blip2_opt``: LAVIS's own BLIP-2 classes, to compare with ``fusion: none``.
 
-Every computation is LAVIS's. What is put in its place is what keeps these classes from being trained here: LAVIS 1.0.2
-fetches encoder and BERT by fixed names, loads released weights even where none are wanted, and wants a process group
-of a single process too. Checkpoints have the names of ``fusion: none``, which reads and evaluates them.
+Every computation is LAVIS's. Only what keeps these classes from being trained here is replaced: LAVIS 1.0.2 downloads
+encoder and BERT by fixed names, loads released weights even if none are wanted, and needs a process group even for a
+single process. Checkpoints use the weight names of ``fusion: none``, which reads and evaluates them.
 
-With a process group, the ITC of LAVIS passes no gradient to the features that it has gathered, unlike ours: losses are
-equal, gradients are not quite.
+With a process group, LAVIS's ITC passes no gradient to the features that it gathers, unlike ours: losses are equal,
+gradients not exactly.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Samples = dict[str, Any]
 
 
 class OwnParts(CheckpointLoading):
-    """Before a class of LAVIS: parts by any name that our models take, and images of our processors."""
+    """Mixin before a LAVIS class: takes parts by any name that our models take, and images from our processors."""
 
     CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset(
         "vit_model vit_weights image_size drop_path_rate use_grad_checkpoint vit_precision freeze_vit bert "
@@ -48,7 +48,7 @@ class OwnParts(CheckpointLoading):
         """The YAML of a model type.
 
         Raises:
-            UserError: there is no such type; an exported folder is none here.
+            UserError: there is no such type; exported folders are not supported here.
         """
         return type_path(cls, model_type)
 
@@ -59,19 +59,19 @@ class OwnParts(CheckpointLoading):
         Raises:
             UserError: a name, folder or file in the configuration is wrong.
         """
-        if not dist.is_initialized():  # LAVIS asks for its rank unguarded
+        if not dist.is_initialized():  # LAVIS reads the rank unconditionally
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        built = type(cls.__name__, (cls,), {"config": cfg})  # LAVIS builds by class methods without a configuration
+        built = type(cls.__name__, (cls,), {"config": cfg})  # LAVIS's class methods get no configuration
         model = super(OwnParts, built).from_config(cfg)  # type: ignore[misc]
-        model.__class__ = cls  # one that unpickling finds
+        model.__class__ = cls  # a class that unpickling can find
         model.visual_encoder.register_forward_pre_hook(partial(_clip_view, size=cfg.image_size))
         model.fusion = NoFusion()
         model.load_report = load_pretrained(model, cfg)
         return model
 
     def load_checkpoint_from_config(self, cfg: DictConfig, **unused: Any) -> None:
-        """Leave it to :meth:`from_config`: LAVIS would load a file where none is named."""
+        """Do nothing; :meth:`from_config` loads. LAVIS would load a file even if none is named."""
 
     @classmethod
     def init_tokenizer(cls) -> Any:
@@ -82,7 +82,7 @@ class OwnParts(CheckpointLoading):
     def init_Qformer(cls, num_query_token: int, vision_width: int, cross_attention_freq: int = 2) -> Any:
         """LAVIS's Q-Former from ``model.bert``, and its queries (1, Q, D).
 
-        ``cross_attention_freq`` is the configuration's, which ``Blip2OPT`` doesn't pass on.
+        ``cross_attention_freq`` is read from the configuration, because ``Blip2OPT`` doesn't pass it on.
         """
         qformer = towers.build_qformer(
             cls.config.bert,
@@ -95,7 +95,7 @@ class OwnParts(CheckpointLoading):
 
     @classmethod
     def init_vision_encoder(cls, name: str, img_size: int, *rest: Any) -> Any:
-        """CLIP by any name, else LAVIS's own; and the norm of its output."""
+        """CLIP by any name that our models take, and the layer norm of its output."""
         drop_path_rate, use_grad_checkpoint, precision = rest
         encoder = towers.build_clip(
             name,
@@ -112,7 +112,7 @@ class OwnParts(CheckpointLoading):
 
 
 def _clip_view(encoder: nn.Module, inputs: tuple[Tensor, ...], *, size: int) -> Tensor:
-    """Before the encoder: (B, 3 or 6, S, S), as our processors pack it -> what CLIP sees of it, (B, 3, S, S)."""
+    """Encoder pre-hook: image (B, 3 or 6, S, S) as packed by our processors -> CLIP's view (B, 3, S, S)."""
     return unpack(inputs[0], clip_size=size, mae_size=size)[0]
 
 
@@ -139,7 +139,7 @@ class LavisBlip2(OwnParts, Blip2Qformer):
 
 @registry.register_model("lavis_blip2_opt")
 class LavisBlip2OPT(OwnParts, Blip2OPT):
-    """LAVIS's ``Blip2OPT``, stage 2 on captions; questions are asked of its checkpoints by ``fusion: none``."""
+    """LAVIS's ``Blip2OPT``, stage 2 on captions; to ask questions, load its checkpoints into ``fusion: none``."""
 
     CONFIG_KEYS = OwnParts.CONFIG_KEYS | {"opt_model", "prompt"}
     STAGE1_WEIGHTS = XFormerStage2.STAGE1_WEIGHTS

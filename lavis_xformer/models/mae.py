@@ -1,7 +1,7 @@
 """The frozen masked autoencoder: features M, masking, and the decoder that must still work on M'.
 
-Around transformers' ``ViTMAEForPreTraining`` (MAE, arXiv 2111.06377). The hub's model shuffles its tokens even where
-nothing is masked and draws masks in eval mode too; here the mask is an argument and without one the tokens keep
+Wraps transformers' ``ViTMAEForPreTraining`` (MAE, arXiv 2111.06377). The hub's model shuffles its tokens even if
+nothing is masked and draws masks in eval mode too; here the mask is an argument, and without one the tokens keep
 the order of the image.
 
 B: batch, N: patches, Nv: visible patches, Nm = 1 + Nv: tokens with CLS, Dm: width, P = 3 * patch size ** 2.
@@ -24,14 +24,14 @@ from lavis_xformer.models.frozen import freeze
 
 
 class MaeFeatures(NamedTuple):
-    """What the encoder saw and said."""
+    """The encoder's output, and what was masked."""
 
     tokens: Tensor  #: M (B, Nm, Dm), CLS first
     mask: Tensor  #: (B, N), 0 is keep, 1 is remove
     ids_restore: Tensor  #: (B, N), from the shuffled order back to the image's
 
     def positions(self) -> Tensor:
-        """MAE's sine-cosine embeddings of where the tokens lie, (B, Nm, Dm), of a square image; 0 for CLS."""
+        """MAE's sine-cosine embeddings of the tokens' positions in a square image, (B, Nm, Dm); 0 for CLS."""
         batch, count, width = self.tokens.shape
         kept = self.ids_restore.argsort(dim=1)[:, : count - 1]  # (B, Nv)
         rows = torch.cat([kept.new_zeros(batch, 1), kept + 1], dim=1)  # (B, Nm)
@@ -46,8 +46,8 @@ class MaskedAutoencoder(nn.Module):
 
         Args:
             model: with its decoder.
-            norm_pix_loss: whether the decoder predicts pixels normalised per patch; the model's own configuration
-                decides where this is None.
+            norm_pix_loss: whether the decoder predicts pixels normalised per patch; None takes the model's own
+                configuration.
         """
         super().__init__()
         self.model = freeze(model)
@@ -79,10 +79,10 @@ class MaskedAutoencoder(nn.Module):
         Args:
             pixels: (B, 3, S, S), normalised as ImageNet.
             mask_ratio: share of the patches that are hidden from the encoder; 0 keeps all, in order.
-            noise: (B, N) random numbers; the patches with the smallest are kept. Drawn where it is None.
+            noise: (B, N) random numbers; the patches with the smallest are kept. Drawn if None.
 
         Returns:
-            The tokens, the mask and the way back to the image's order.
+            The tokens, the mask and the permutation back to the image's order.
         """
         vit = self.model.vit
         patches = vit.embeddings.patch_embeddings(pixels) + vit.embeddings.position_embeddings[:, 1:]
@@ -93,7 +93,7 @@ class MaskedAutoencoder(nn.Module):
         return MaeFeatures(tokens=tokens, mask=mask, ids_restore=ids_restore)
 
     def decode(self, tokens: Tensor, ids_restore: Tensor) -> Tensor:
-        """Predict all patches (B, N, P) from M or M' (B, Nm, Dm); what is between is computed again on the way back."""
+        """Predict all patches (B, N, P) from M or M' (B, Nm, Dm); activations are recomputed in the backward pass."""
         return checkpoint(self.model.decoder, tokens, ids_restore, use_reentrant=False).logits
 
     def target(self, pixels: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class MaskedAutoencoder(nn.Module):
 
 
 class KernelAttention(ViTMAESelfAttention):
-    """Attends by torch's kernel in the place of transformers' own steps, which keep every map."""
+    """Attends with torch's kernel instead of transformers' own code, which stores every attention map."""
 
     def forward(self, hidden: Tensor, *unused: object) -> tuple[Tensor]:
         """(B, N, D) -> the same."""
@@ -118,10 +118,10 @@ class KernelAttention(ViTMAESelfAttention):
 
 
 class MaeTower(nn.Module):
-    """MAE's encoder where BLIP-2 has CLIP's: the Q-Former reads M alone (the ablation "MAE only")."""
+    """MAE's encoder in place of CLIP's: the Q-Former reads M alone (the ablation "MAE only")."""
 
     def __init__(self, *, mae: MaskedAutoencoder) -> None:
-        """Take the encoder; its decoder is left aside."""
+        """Take the encoder; its decoder is not used."""
         super().__init__()
         self.mae = mae
         self.num_features = mae.width
@@ -138,12 +138,12 @@ def sincos(width: int, patches: int) -> Tensor:
 
 
 def random_mask(patches: Tensor, *, mask_ratio: float, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Keep a random subset of the patches, each sample its own (MAE, section 3, "Masking").
+    """Keep a random subset of each sample's patches (MAE, section 3, "Masking").
 
     Args:
         patches: (B, N, Dm).
         mask_ratio: share that is removed, in [0, 1).
-        noise: (B, N); the patches with the smallest are kept. Drawn where it is None.
+        noise: (B, N); the patches with the smallest are kept. Drawn if None.
 
     Returns:
         The visible patches (B, Nv, Dm), the mask (B, N) with 0 keep and 1 remove, and ids_restore (B, N).
@@ -164,6 +164,6 @@ def random_mask(patches: Tensor, *, mask_ratio: float, noise: Tensor | None = No
 
 
 def unmasked(tokens: Tensor) -> MaeFeatures:
-    """Tokens (B, 1 + N, D), CLS first, in the place of M; no gradient goes into them."""
+    """Tokens (B, 1 + N, D), CLS first, in place of M, unmasked and detached."""
     _, mask, ids_restore = random_mask(tokens[:, 1:], mask_ratio=0)
     return MaeFeatures(tokens.detach(), mask, ids_restore)

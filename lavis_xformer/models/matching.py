@@ -30,7 +30,7 @@ class XFormerITM(XFormer):
             samples: ``image`` (B, 3 or 6, S, S) and ``text_input``, B strings.
             match_head: ``itm``: logits (B, 2), column 1 says "they match"; ``itc``: cosine similarity (B, 1) of the
                 best query.
-            unused: keywords of stage 1's ``forward``.
+            unused: keywords of stage 1's ``forward``, ignored.
 
         Raises:
             UserError: an unknown head.

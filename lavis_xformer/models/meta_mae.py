@@ -49,12 +49,12 @@ def from_meta(
 
     Args:
         content: of the file.
-        path: ``mae_pretrain_vit_*_full.pth``, ``mae_visualize_vit_*.pth``, or what Meta's code has trained.
-        norm_pix_loss: needed where the file's name doesn't tell its kind.
+        path: ``mae_pretrain_vit_*_full.pth``, ``mae_visualize_vit_*.pth``, or a checkpoint trained with Meta's code.
+        norm_pix_loss: needed if the file's name doesn't show its kind.
         key: the configuration key that named it, for messages.
 
     Raises:
-        UserError: the file holds no decoder, or doesn't tell whether it predicts normalised pixels.
+        UserError: the file holds no decoder, or doesn't show whether it predicts normalised pixels.
     """
     state = content.get("model", content)
     if "decoder_embed.weight" not in state:

@@ -1,4 +1,4 @@
-"""OPT as stage 2's frozen language model: a decoder that reads image and prompt, and goes on.
+"""OPT as stage 2's frozen language model: a decoder that continues image and prompt.
 
 B: texts, Q: queries, L: width of the language model, T: tokens.
 """
@@ -21,12 +21,12 @@ from lavis_xformer.models.language import Dialogue, LanguageModel, check_fewest
 
 
 class CachedOPT(OPTForCausalLM):
-    """LAVIS's OPT, whose key/value cache is lost under transformers >= 4.26, which has renamed it."""
+    """LAVIS's OPT, keeping its key/value cache under transformers >= 4.26, which renamed the argument."""
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Any = None, past: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Take the cache under its new name too."""
+        """Accept the cache under its new name too."""
         cache = past if past_key_values is None else past_key_values
         return super().prepare_inputs_for_generation(input_ids, past=cache, **kwargs)
 
@@ -41,7 +41,7 @@ class OptLanguage(LanguageModel):
     def __init__(self, **parts: Any) -> None:
         """Take what :class:`LanguageModel` takes."""
         super().__init__(**parts)
-        self.tokenizer.padding_side = "left"  # prompts of several lengths must all end where the answer begins
+        self.tokenizer.padding_side = "left"  # prompts of different lengths must all end where the answer begins
         self.end_id = self.tokenizer("\n", add_special_tokens=False).input_ids[0]
 
     @staticmethod
@@ -84,9 +84,9 @@ class OptLanguage(LanguageModel):
     def generate(self, visual: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
         """See :class:`LanguageModel`.
 
-        As in LAVIS a text's own prompt, ``</s>`` included, counts in ``min_length``, ``length_penalty`` and
-        ``repetition_penalty``, not in ``min_new_tokens`` and ``max_new_tokens``. Padding would count too: only
-        prompts of as many tokens go together.
+        As in LAVIS, a text's own prompt, including ``</s>``, counts in ``min_length``, ``length_penalty`` and
+        ``repetition_penalty``, but not in ``min_new_tokens`` and ``max_new_tokens``. Padding would count too, so only
+        prompts of equal length are batched together.
         """
         lengths = [len(ids) for ids in self.tokenizer(list(prompts)).input_ids]
         copies = options["num_return_sequences"]
@@ -98,14 +98,14 @@ class OptLanguage(LanguageModel):
         return [text for row in range(len(prompts)) for text in texts[row]]
 
     def answer(self, visual: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
-        """See :class:`LanguageModel`; the prompt's last token alone counts, as LAVIS's main branch has it."""
+        """See :class:`LanguageModel`; only the prompt's last token counts, as in LAVIS's main branch."""
         return super().generate(visual, prompts, counted=1, **options)
 
     def continue_(self, visual: Tensor, prompts: Sequence[str], *, counted: int = 1, **options: Any) -> Tensor:
         """See :class:`LanguageModel`.
 
-        transformers' lengths and penalties count the ids that it is given: the ``counted`` last tokens of every
-        prompt. What is before them, padding included, goes with the image as embeddings.
+        transformers applies its lengths and penalties to the ids it is given: the last ``counted`` tokens of every
+        prompt. Earlier tokens, including padding, are passed as embeddings together with the image.
         """
         text = self.tokenizer(list(prompts), padding=True, return_tensors="pt").to(visual.device)
         self._check_length(visual.shape[1] + text.input_ids.shape[1] + options["max_new_tokens"])

@@ -1,4 +1,4 @@
-"""Build what both stages' models are made of, from the ``model`` part of a configuration."""
+"""Build the parts of both stages' models from the ``model`` section of a configuration."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lavis_xformer.models.fusion import FUSIONS, Init
 from lavis_xformer.models.mae import MaskedAutoencoder
 
 ENCODERS = ("clip", "mae")
-MAE_SOURCES = ("mae", "random", "clip")  # what M is: MAE's tokens; those of an untrained MAE; CLIP's
+MAE_SOURCES = ("mae", "random", "clip")  # source of M: MAE's tokens, those of an untrained MAE, or CLIP's
 
 
 def build_parts(cfg: DictConfig) -> dict[str, Any]:
-    """Build from a ``model`` configuration what ``XFormerBase`` takes.
+    """Build the arguments of ``XFormerBase`` from a ``model`` configuration.
 
     Raises:
         UserError: a name, folder or file in the configuration is wrong.
@@ -66,15 +66,15 @@ def build_parts(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _heads(fusion: str, visual_encoder: Any, qformer: Any) -> int:
-    """As many heads as what attends has of its own: CLIP in early cross-attention, otherwise the Q-Former."""
+    """Number of heads of the attending module: CLIP in early cross-attention, otherwise the Q-Former."""
     return towers.heads_of(visual_encoder) if fusion == "early" else qformer.config.num_attention_heads
 
 
 def _check_names(cfg: DictConfig) -> None:
-    """Look at the names in a ``model`` configuration before anything is built.
+    """Check the names in a ``model`` configuration before anything is built.
 
     Raises:
-        UserError: there is no such fusion, start, depth, precision or encoder.
+        UserError: there is no such fusion, initialisation, depth, precision or encoder.
     """
     if (name := cfg.get("fusion", "dual")) not in FUSIONS:
         raise UserError(f"model.fusion: no fusion '{name}'; {nearest(name, FUSIONS)}")
@@ -90,12 +90,12 @@ def _check_names(cfg: DictConfig) -> None:
 
 
 def _build_mae(cfg: DictConfig, visual_encoder: Any, *, fusion: str) -> MaskedAutoencoder | None:
-    """What gives M; None where the fusion needs no M, or gets CLIP's tokens for it."""
+    """The model that computes M; None if the fusion needs no M, or gets CLIP's tokens instead."""
     if (source := cfg.get("mae_source", "mae")) not in MAE_SOURCES or (source, fusion) == ("clip", "concat"):
         raise UserError(f"model.mae_source: '{source}' with fusion '{fusion}'; {nearest(str(source), MAE_SOURCES)}")
     if (layer := cfg.get("clip_layer")) is not None:
         if source != "clip":
-            raise UserError(f"model.clip_layer: {layer} is read where model.mae_source is clip, not {source}")
+            raise UserError(f"model.clip_layer: {layer} needs model.mae_source: clip, not {source}")
         towers.block_of(visual_encoder, layer)
     if source == "clip" or not FUSIONS[fusion].needs_mae:
         return None

@@ -1,4 +1,4 @@
-"""What a caller gives a model: a dict of images and texts, checked where it is used."""
+"""A model's input: a dict of images and texts, checked where it is used."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from lavis_xformer.errors import UserError
 
 
 def take(samples: Any, key: str) -> Any:
-    """What the samples hold under a key.
+    """The value of a key of the samples.
 
     Raises:
-        UserError: they are no dict, or don't hold it.
+        UserError: the samples are not a dict, or lack the key.
     """
     if not isinstance(samples, Mapping):
         raise UserError(f"samples is a {type(samples).__name__}; give a dict such as {{'image': images}}")
     if samples.get(key) is None:
         there = [name for name, value in samples.items() if value is not None]
-        raise UserError(f"samples['{key}'] is missing; there are {there}")
+        raise UserError(f"samples['{key}'] is missing; given: {there}")
     return samples[key]
 
 
@@ -26,7 +26,7 @@ def one_per_image(text: Any, count: int, *, name: str) -> list[str]:
     """One string for all images, or one for each -> a list of ``count`` strings.
 
     Raises:
-        UserError: something else; ``name`` says what it is.
+        UserError: the text is anything else; ``name`` names it in the message.
     """
     texts = [text] * count if isinstance(text, str) else text
     if not isinstance(texts, list | tuple) or not all(isinstance(entry, str) for entry in texts):

@@ -28,7 +28,7 @@ LOSSES = ("itc", "itm", "itg", "rec")
 
 @registry.register_model("xformer")
 class XFormer(FeatureModel):
-    """The first-stage model: queries that know what is there (CLIP) and how it looks (MAE).
+    """The first-stage model: queries that carry both semantics (CLIP) and visual detail (MAE).
 
     Usage:
         >>> from lavis.models import load_model_and_preprocess
@@ -53,11 +53,11 @@ class XFormer(FeatureModel):
 
         Args:
             mask_ratio: share of the patches hidden from MAE in training, whatever the weight of ``rec``: leaving the
-                reconstruction out changes the loss alone. A fusion that aligns no M (``concat``, ``early``) has nothing
-                to reconstruct from, and sees the whole M in training as in use.
+                reconstruction out changes only the loss. A fusion that does not align M (``concat``, ``early``) has
+                nothing to reconstruct from, and sees the whole M in training as in inference.
             mask_vl: whether ITC, ITM and ITG see the masked M too, in one pass; otherwise they see the whole M, and
                 MAE runs a second time for the reconstruction.
-            loss_weights: of ``itc``, ``itm``, ``itg`` and ``rec``; 1 where nothing is said, 0 leaves a loss out.
+            loss_weights: of ``itc``, ``itm``, ``itg`` and ``rec``; 1 by default, 0 leaves a loss out.
             parts: of :class:`FeatureModel`.
 
         Raises:
@@ -76,7 +76,7 @@ class XFormer(FeatureModel):
 
     @property
     def reconstructs(self) -> bool:
-        """Whether there is an M' to reconstruct from, and a weight on doing so."""
+        """Whether there is an M' to reconstruct from, and ``rec`` has a weight."""
         wanted = self.loss_weights["rec"] > 0 and self.mask_ratio > 0
         return self.fusion.aligns_mae and self.mae is not None and wanted
 
@@ -91,8 +91,8 @@ class XFormer(FeatureModel):
 
         Args:
             samples: ``image`` (B, 3 or 6, S, S) and ``text_input``, B strings.
-            noise: (B, N), decides which patches MAE doesn't see; drawn where it is None.
-            generator: draws the hard negatives; torch's own where it is None.
+            noise: (B, N), decides which patches MAE doesn't see; drawn if None.
+            generator: draws the hard negatives; torch's default one if None.
 
         Returns:
             Scalars: ``loss``, the weighted sum; ``loss_itc``, ``loss_itm``, ``loss_itg``, ``loss_rec`` (where M' is
@@ -116,7 +116,7 @@ class XFormer(FeatureModel):
         loss = torch.stack([self.loss_weights[name] * term for name, term in terms.items()]).sum()
         named = {f"loss_{name}": term for name, term in terms.items()}
         if self.reconstructs and not self.training:
-            named["rec_mae"] = self.reconstruction_loss(seen.mae_tokens, seen).detach()  # M as it was: the reference
+            named["rec_mae"] = self.reconstruction_loss(seen.mae_tokens, seen).detach()  # M, not M': the reference
         return {"loss": loss, **named, "itm_accuracy": itm_accuracy}
 
     def _encode_for_training(self, image: Tensor, noise: Tensor | None) -> tuple[Tokens, Tokens]:
@@ -130,7 +130,7 @@ class XFormer(FeatureModel):
         return self.mask_again(whole, image, mask_ratio=self.mask_ratio, noise=noise), whole
 
     def _itc(self, z: Tensor, text: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Z' (B, Q, D) against text, over all processes; also both similarities (B, G)."""
+        """Z' (B, Q, D) against text, over all processes; also returns both similarities (B, G)."""
         image_feats = F.normalize(self.vision_proj(z).float(), dim=-1)  # (B, Q, E)
         hidden = self.encode_text(text.input_ids, text.attention_mask)  # (B, T, D)
         text_feats = F.normalize(self.text_proj(hidden[:, 0]).float(), dim=-1)  # (B, E)
@@ -149,7 +149,7 @@ class XFormer(FeatureModel):
     ) -> tuple[Tensor, Tensor]:
         """Do image and text belong together? B true pairs, B with a hard wrong image, B with a hard wrong text."""
         clip, mae, ids, mask = tokens.clip, tokens.mae_tokens, text.input_ids, text.attention_mask
-        if sim_i2t.shape[1] > 1:  # a single sample in all has no negatives
+        if sim_i2t.shape[1] > 1:  # a global batch of one sample has no negatives
             own = own_rows(len(ids), ids.device)
             image_neg = losses.hard_negatives(sim_t2i, own, generator)  # (B,) a wrong image for each text
             text_neg = losses.hard_negatives(sim_i2t, own, generator)  # (B,) a wrong text for each image
@@ -175,12 +175,12 @@ class XFormer(FeatureModel):
                 return_dict=True,
             ).logits  # (B, T, V)
         loss = losses.itg(logits, ids, self.tokenizer.pad_token_id)
-        tokens = text.attention_mask[:, 1:].sum().float()  # of this process; captions differ in length
+        tokens = text.attention_mask[:, 1:].sum().float()  # on this process; captions differ in length
         return loss * tokens / gather(tokens[None]).mean()  # averaged over processes: the mean over all tokens
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> XFormer:
-        """Build the model of a ``model`` configuration and load what its ``pretrained`` names.
+        """Build the model from a ``model`` configuration and load the checkpoints it names.
 
         Raises:
             UserError: a name, folder or file in the configuration is wrong.

@@ -1,6 +1,6 @@
 """X-Former's stage 2: Z' -> one linear layer -> prefix of a frozen language model (arXiv 2407.13851, section 3).
 
-Only the language-modelling loss, on captions as BLIP-2 or on answers to questions; MAE sees the whole image. The
+The loss is language modelling, on captions as in BLIP-2 or on answers to questions; MAE sees the whole image. The
 paper's ablation "reconstruction in both stages" is ``loss_weights: {rec: 1}``.
 
 B: images, A: texts (as many as images, or several answers for each), Q: queries, D: width of the Q-Former,
@@ -31,11 +31,11 @@ LOSSES = ("lm", "rec")
 
 
 class Texts(NamedTuple):
-    """What the language model is asked and should say: A dialogues, most of them of one turn."""
+    """Prompts and targets of the language model: A dialogues, most of them of one turn."""
 
     dialogues: Sequence[Dialogue]
     weights: Tensor | None = None  #: (A,)
-    images: Tensor | None = None  #: (A,) the image of each text; None where it is one for each
+    images: Tensor | None = None  #: (A,) the image of each text; None if each has its own
 
 
 class XFormerStage2(GenerativeModel):
@@ -61,8 +61,8 @@ class XFormerStage2(GenerativeModel):
         """Add what the losses need.
 
         Args:
-            mask_ratio: share of the patches that a second pass hides from MAE where there is a reconstruction loss.
-            loss_weights: of ``lm``, 1 where nothing is said, and of ``rec``, 0 where nothing is said.
+            mask_ratio: share of the patches that a second pass hides from MAE, if there is a reconstruction loss.
+            loss_weights: of ``lm``, 1 by default, and of ``rec``, 0 by default.
             prefix_lm: in training, put a random beginning of each caption into the prompt, see :func:`split`.
             parts: of :class:`GenerativeModel`.
 
@@ -81,7 +81,7 @@ class XFormerStage2(GenerativeModel):
 
     @property
     def reconstructs(self) -> bool:
-        """Whether there is an M' to reconstruct from, and a weight on doing so."""
+        """Whether there is an M' to reconstruct from, and ``rec`` has a weight."""
         return self.fusion.aligns_mae and self.mae is not None and self.loss_weights["rec"] > 0
 
     def forward(
@@ -93,13 +93,13 @@ class XFormerStage2(GenerativeModel):
             samples: ``image`` (B, 3 or 6, S, S) and one of
 
                 * ``text_input``: B captions;
-                * ``text_input`` and ``text_output``: B prompts and what to say after them, as LAVIS's ``Blip2T5``, with
-                  a space between them where neither brings one;
+                * ``text_input`` and ``text_output``: B prompts and their continuations, as in LAVIS's ``Blip2T5``,
+                  with a space between them if neither has one;
                 * ``text_input``: B questions, with ``answer`` (A strings), ``n_answers`` (B,) and ``weight`` (A,) as
-                  LAVIS's VQA datasets have them; or with ``answer``, B strings. The answer to "" is a caption. Where
-                  a question is a list of several, so is its answer: a dialogue, in which image and earlier turns are
-                  read once.
-            noise: (B, N), decides which patches MAE doesn't see; drawn where it is None.
+                  LAVIS's VQA datasets have them; or with ``answer``, B strings. The answer to "" is a caption. If
+                  a question is a list of several, so is its answer: a dialogue, in which OPT reads image and earlier
+                  turns once, and T5 each turn by itself.
+            noise: (B, N), decides which patches MAE doesn't see; drawn if None.
             generator: decides where ``prefix_lm`` splits captions.
 
         Returns:
@@ -124,7 +124,7 @@ class XFormerStage2(GenerativeModel):
         return {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}}
 
     def _texts(self, samples: dict[str, Any], generator: torch.Generator | None) -> Texts:
-        """Prompts, which bear no loss, and targets of a batch."""
+        """Prompts, which are excluded from the loss, and targets of a batch."""
         if "question_id" in samples and None in samples.get("answer", [None]):
             raise UserError("samples['question_id']: questions without answers, which can't be scored; leave them out")
         if "answer" in samples and "text_output" not in samples:
@@ -137,7 +137,7 @@ class XFormerStage2(GenerativeModel):
         return Texts([[self._caption(text, generator)] for text in texts])
 
     def _caption(self, text: str, generator: torch.Generator | None) -> tuple[str, str]:
-        """A caption's prompt and target; ``prefix_lm`` moves some of it to the prompt in training."""
+        """A caption's prompt and target; in training, ``prefix_lm`` moves part of it to the prompt."""
         caption = continuation(self.prompt, text)
         return split(self.prompt, caption, generator) if self.prefix_lm and self.training else (self.prompt, caption)
 
@@ -180,7 +180,7 @@ class XFormerStage2(GenerativeModel):
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> Self:
-        """Build the model of a ``model`` configuration and load what its ``pretrained`` names.
+        """Build the model from a ``model`` configuration and load the checkpoints it names.
 
         Raises:
             UserError: a name, folder or file in the configuration is wrong.
@@ -229,7 +229,7 @@ class XFormerT5(XFormerStage2):
     """X-Former with FlanT5."""
 
     LANGUAGE = T5Language
-    DEFAULT_MODEL_TYPE = None  # no T5 ships
+    DEFAULT_MODEL_TYPE = None  # no T5 is shipped
     PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {
         "mini_t5": "models/xformer_t5_mini.yaml",
         "pretrain_flant5xl": "models/xformer_t5_pretrain_flant5xl.yaml",
@@ -238,12 +238,12 @@ class XFormerT5(XFormerStage2):
 
 
 def continuation(prompt: str, caption: str) -> str:
-    """What follows the prompt, whether or not the text processor has put it before the caption already."""
+    """The caption as it follows the prompt, which the text processor may already have prepended."""
     return caption[len(prompt) :] if caption.startswith(prompt) else spaced(prompt, caption)
 
 
 def spaced(before: str, after: str) -> str:
-    """``after`` as it follows ``before``: with a space between them where neither brings one."""
+    """``after`` as it follows ``before``: with a space between them if neither has one."""
     joined = not before or before[-1].isspace() or not after or after[0].isspace()
     return after if joined else f" {after}"
 
@@ -251,8 +251,8 @@ def spaced(before: str, after: str) -> str:
 def split(prompt: str, caption: str, generator: torch.Generator | None = None) -> tuple[str, str]:
     """Move a random number of the caption's words, but not all, to the prompt.
 
-    Prefix language modelling, with which BLIP-2 trains encoder-decoder models (arXiv 2301.12597, section 3.3; where it
-    splits, it doesn't say).
+    Prefix language modelling, with which BLIP-2 trains encoder-decoder models (arXiv 2301.12597, section 3.3, which
+    doesn't say where it splits).
     """
     words = caption.split(" ")
     cut = int(torch.randint(len(words), (), generator=generator))

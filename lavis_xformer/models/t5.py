@@ -1,4 +1,4 @@
-"""FlanT5 as stage 2's frozen language model: the encoder reads image and prompt, the decoder says the target.
+"""FlanT5 as stage 2's frozen language model: the encoder reads image and prompt, the decoder writes the target.
 
 B: texts, Q: queries, L: width of the language model, T: tokens.
 """
@@ -18,7 +18,7 @@ from lavis_xformer.models.language import Dialogue, LanguageModel, check_fewest
 
 
 class T5Language(LanguageModel):
-    """FlanT5: the encoder reads image and prompt, the decoder says the target; every turn of a dialogue by itself."""
+    """FlanT5: the encoder reads image and prompt, the decoder writes the target; dialogue turns are independent."""
 
     kind = "t5"
     DEFAULT_PRECISION: ClassVar[Precision] = "bf16"  # FlanT5 overflows in fp16
@@ -26,7 +26,7 @@ class T5Language(LanguageModel):
 
     @staticmethod
     def load(path: str) -> tuple[Any, dict[str, Any]]:
-        """Load transformers' own T5, whose cache works; its activation is exact GELU, as LAVIS has it."""
+        """Load transformers' own T5, whose cache works, with exact GELU as its activation, as in LAVIS."""
         config = T5Config.from_pretrained(path)
         config.dense_act_fn = "gelu"
         return T5ForConditionalGeneration.from_pretrained(
@@ -39,7 +39,7 @@ class T5Language(LanguageModel):
         return T5TokenizerFast.from_pretrained(path)
 
     def predict(self, visual: Tensor, dialogues: Sequence[Dialogue]) -> tuple[Tensor, Tensor]:
-        """See :class:`LanguageModel`; a row for each turn, of all dialogues one after the other."""
+        """See :class:`LanguageModel`; one row per turn, dialogue after dialogue."""
         prompts, targets = zip(*(turn for dialogue in dialogues for turn in dialogue), strict=True)
         turns = torch.tensor([len(dialogue) for dialogue in dialogues], device=visual.device)
         visual = visual.repeat_interleave(turns, dim=0)  # (turns, Q, L)

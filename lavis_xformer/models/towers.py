@@ -1,7 +1,7 @@
 """Build the pre-trained parts from names, folders or files: CLIP, MAE, the Q-Former and its tokenizer.
 
-Every name may be the hub's, a local folder or file, or a shipped one (``assets://mini/clip``); nothing is fetched at
-import. What can't be found or doesn't fit is one clear line that names the key to set.
+Every name may be a hub id, a local folder or file, or a shipped one (``assets://mini/clip``); nothing is fetched at
+import. Whatever can't be found or doesn't fit raises a one-line error that names the key to set.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def build_clip(
             MAE as :func:`build_mae` takes it, for the ablation in which the Q-Former reads M alone.
         image_size: side of the input in pixels; position embeddings are interpolated where it differs.
         weights: a local file for ``eva_clip_g`` instead of the one that LAVIS downloads (key ``vit_weights``).
-        drop_path_rate: stochastic depth, only of use where the encoder is trained.
-        use_grad_checkpoint: save memory where the encoder is trained.
+        drop_path_rate: stochastic depth, only useful if the encoder is trained.
+        use_grad_checkpoint: save memory if the encoder is trained.
 
     Raises:
         UserError: there is no such model, folder or file, or it can't be fetched.
@@ -83,7 +83,7 @@ def build_clip(
     if name == "eva_clip_g":
         model = eva_vit(img_size=image_size, **EVA_CLIP_G, **options)
         whole = load_torch_file(weights or download(EVA_CLIP_G_URL, key="vit_weights"), key="vit_weights")
-        state = {key: whole[key] for key in model.state_dict().keys() & whole.keys()}  # the last block goes unread
+        state = {key: whole[key] for key in model.state_dict().keys() & whole.keys()}  # the last block is not used
     elif name == "clip_L":
         try:
             return create_clip_vit_L(image_size, use_grad_checkpoint, "fp32")
@@ -120,8 +120,8 @@ def block_of(encoder: Any, layer: int) -> Any:
     """
     if isinstance(encoder, MaeTower):
         raise UserError(
-            f"model.clip_layer: {layer}, but model.vit_model is a MAE, of which the last block alone is read; "
-            "set it to null"
+            f"model.clip_layer: {layer}, but model.vit_model is a MAE, of which only the last block is read; "
+            "set clip_layer to null"
         )
     blocks = encoder.blocks if hasattr(encoder, "blocks") else encoder.transformer.resblocks
     if not 1 <= layer <= len(blocks):
@@ -130,7 +130,7 @@ def block_of(encoder: Any, layer: int) -> Any:
 
 
 def heads_of(encoder: Any) -> int:
-    """How many heads the attention of CLIP, or of a MAE in its place, has."""
+    """Number of attention heads of CLIP, or of a MAE in its place."""
     if isinstance(encoder, MaeTower):
         return int(encoder.mae.model.config.num_attention_heads)
     return int(block_of(encoder, 1).attn.num_heads)
@@ -138,7 +138,7 @@ def heads_of(encoder: Any) -> int:
 
 @contextlib.contextmanager
 def tap(encoder: Any, layer: int | None) -> Iterator[list[Tensor]]:
-    """Keep what CLIP's ``layer``-th block gives in the passes within: a list of (B, Nc, Dc), empty where it is None."""
+    """Collect the outputs of CLIP's ``layer``-th block in this context: a list of (B, Nc, Dc), empty if None."""
     found: list[Tensor] = []
     if layer is None:
         yield found
@@ -168,13 +168,13 @@ def build_mae(
     Args:
         name: a hub id such as ``facebook/vit-mae-huge``, a local folder in the hub's format, or one of Meta's files
             ``mae_pretrain_vit_*_full.pth`` and ``mae_visualize_vit_*.pth``.
-        norm_pix_loss: overrides what the checkpoint says of itself.
+        norm_pix_loss: overrides the checkpoint's own setting.
         image_size: side that the configuration expects; only checked against the checkpoint's.
-        trained: False draws all weights anew, always the same ones: a control for what MAE has learned.
+        trained: False reinitialises all weights, with a fixed seed: a control for what MAE has learned.
         key: the configuration key that named it, for messages.
 
     Raises:
-        UserError: there is no such model, it can't be fetched, it has no decoder, or it wants another size.
+        UserError: there is no such model, it can't be fetched, it has no decoder, or another image size.
     """
     path = resolve(name)
     if path.suffix == ".pth":
@@ -188,7 +188,7 @@ def build_mae(
         raise UserError(f"model.{own} is {image_size}, but '{name}' was trained on {model.config.image_size} pixels")
     if not trained:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # frozen weights are in no checkpoint: stage 2 has to draw those of stage 1
+            torch.manual_seed(0)  # frozen weights are in no checkpoint, so stage 2 must draw the same
             model = ViTMAEForPreTraining(model.config)
     return MaskedAutoencoder(model=model, norm_pix_loss=norm_pix_loss)
 
@@ -216,12 +216,12 @@ def build_qformer(
     """LAVIS's Q-Former: BERT with learned queries and cross-attention to C in every n-th layer.
 
     Args:
-        name: ``bert-base-uncased``, or a folder with a BERT ``config.json``; where the folder has no weights they
+        name: ``bert-base-uncased``, or a folder with a BERT ``config.json``; if the folder has no weights, they
             are random.
         num_queries: Q.
         vision_width: Dc.
         cross_attention_freq: cross-attention in every n-th layer.
-        layers: another depth than BERT's; layers that it lacks start at random.
+        layers: depth, if not BERT's; layers that BERT lacks are initialised randomly.
 
     Raises:
         UserError: there is no such model or folder, or it can't be fetched.
@@ -273,11 +273,11 @@ def load_torch_file(path: str | Path, *, key: str) -> dict[str, Any]:
         key: the configuration key that named it, for messages.
 
     Raises:
-        UserError: there is no such file, it is torn, or it holds something else than tensors and plain values by name.
+        UserError: there is no such file, it is truncated, or it holds anything but tensors and plain values by name.
     """
     file = _existing(Path(path), key)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the options that MAE's code, for one, saves too
+        with torch.serialization.safe_globals([argparse.Namespace]):  # training options, as in MAE's files
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
@@ -285,7 +285,7 @@ def load_torch_file(path: str | Path, *, key: str) -> dict[str, Any]:
             f"{str(error).splitlines()[0]}"
         ) from error
     if not isinstance(content, dict):
-        raise UserError(f"model.{key}: '{file}' holds a {type(content).__name__}, not tensors by their names")
+        raise UserError(f"model.{key}: '{file}' holds a {type(content).__name__}, not a dict of tensors")
     return content
 
 
@@ -313,5 +313,5 @@ def offline_error(name: str, key: str, error: OSError) -> UserError:
     if name.startswith(SCHEME) or Path(name).exists():
         return UserError(f"model.{key}: '{name}' can't be read ({reason})")
     return UserError(
-        f"model.{key}: '{name}' is no local path and can't be fetched ({reason}); set model.{key} to a local copy of it"
+        f"model.{key}: '{name}' is not a local path and can't be downloaded ({reason}); set model.{key} to a local copy"
     )

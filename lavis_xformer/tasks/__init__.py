@@ -1,1 +1,1 @@
-"""Tasks of LAVIS's registry, how they ask and how they score."""
+"""Tasks in LAVIS's registry, how they query models and how they score answers."""

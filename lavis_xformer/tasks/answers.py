@@ -1,14 +1,14 @@
-"""Read a number, yes or no, or a choice from what a model said.
+"""Read a number, yes or no, or a choice from a model's answer.
 
-How an answer is read decides a score, so every reader has a name:
+How answers are read affects the score, so every reader has a name:
 
 - ``gvt_official`` reads answers as GVT-bench's authors do (github.com/TencentARC/GVT, ``evaluations/count.py``
-  and ``multiclass.py``), which is loose: number words are replaced wherever they occur, case matters, the
-  first run of digits wins, none counts as 0, and an answer is right if "yes" or "no", whichever is true,
-  occurs anywhere in it ("I do not know" is right where the truth is "No.").
-- ``pope_official`` reads yes or no as POPE's authors do: in the first sentence, the words no, No or not mean
-  no, everything else means yes.
-- ``strict`` takes only an answer that says one thing: one number, or one of yes and no, as whole words.
+  and ``multiclass.py``), which is loose: lower-case number words are replaced wherever they occur, the
+  first run of digits wins, an answer without digits counts as 0, and yes or no is right if the true one
+  occurs anywhere in the answer ("I do not know" is right where the truth is "No.").
+- ``pope_official`` reads yes or no as POPE's authors do: the words no, No or not in the first sentence mean
+  no, anything else means yes.
+- ``strict`` accepts only an unambiguous answer: one number, or either yes or no, as whole words.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lavis_xformer.errors import UserError, nearest
 
 # "nive" is the authors' spelling: their scorer does not know "nine".
 _GVT_WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nive")
-# of a choice: "(b)" or "b)" anywhere, "option b", or "b", "b." and "b:" at the beginning
+# letter of a choice: "(b)" or "b)" anywhere, "option b", or "b", "b." and "b:" at the beginning
 _LETTER = re.compile(r"(?:^|[\s(])([a-z])\)|\boption ([a-z])\b|^([a-z])(?:[.:]|$)")
 _NUMBER_WORDS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
@@ -30,17 +30,17 @@ _NUMBER_WORDS = (
 
 
 def read_count(answer: str, scorer: str = "strict") -> int | None:
-    """Read a number by ``gvt_official`` or ``strict``, which returns None for none and for several different ones."""
+    """Read a number by ``gvt_official`` or ``strict``; the latter returns None for none or several different ones."""
     return _choose(_COUNT_READERS, scorer)(answer)
 
 
 def read_presence(answer: str, scorer: str = "strict") -> bool | None:
-    """Read yes (True) or no (False) by ``pope_official`` or ``strict``, which returns None for neither and for both."""
+    """Read yes (True) or no (False) by ``pope_official`` or ``strict``; the latter returns None for neither or both."""
     return _choose(_PRESENCE_READERS, scorer)(answer)
 
 
 def read_gvt_presence(answer: str, truth: bool) -> bool | None:
-    """Read yes or no as GVT-bench's authors do, for whom an answer that says both is right; None for neither."""
+    """Read yes or no as GVT-bench's authors do: an answer that says both is right; None if it says neither."""
     said = answer.lower()
     if ("yes" if truth else "no") in said:
         return truth
@@ -51,11 +51,11 @@ def read_choice(answer: str, options: str) -> str | None:
     """Read which option of "(a) Open (b) Closed" an answer chooses: by its letter or by its text.
 
     Args:
-        answer: what a model said, as "(b)", "b.", "closed", "(b) Closed" or "the answer is (b)".
+        answer: a model's answer, such as "(b)", "b.", "closed", "(b) Closed" or "the answer is (b)".
         options: the options as the benchmark writes them.
 
     Returns:
-        The letter; None where the answer names none of the options, or several.
+        The letter; None if the answer names none of the options, or several.
     """
     said = answer.strip().lower()
     choices = dict(re.findall(r"\(([a-z])\)\s*(.*?)\s*(?=\([a-z]\)|$)", options.lower()))
@@ -63,7 +63,7 @@ def read_choice(answer: str, options: str) -> str | None:
     if letters:
         return letters.pop() if len(letters) == 1 else None
     named = {key for key, text in choices.items() if text and _has_words(said, text)}
-    # The longer of "yes" and "yes, two" is meant where both occur.
+    # Where the options "yes" and "yes, two" both occur, the longer one is meant.
     named -= {key for key in named for other in named - {key} if _has_words(choices[other], choices[key])}
     return named.pop() if len(named) == 1 else None
 

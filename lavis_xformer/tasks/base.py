@@ -1,4 +1,4 @@
-"""What the tasks of both stages share: named losses, their means over ranks, and batches that know their padding."""
+"""Shared by the tasks of both stages: named losses, their means over ranks, and batches with their padding marked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lavis_xformer.files import write_json
 Samples = dict[str, Any]
 
 NO_CAPTIONS = (
-    "{} gives no captions ('text_input'), which the losses need (LAVIS's caption datasets have them in training only); "
+    "{} has no captions ('text_input'), which the losses need (LAVIS's caption datasets have them for training only); "
     "evaluate a split of image-text pairs, or set run.valid_splits and run.test_splits to []"
 )
 
@@ -31,8 +31,8 @@ class NamedLossTask(BaseTask):
     """A task whose model returns a dict with ``loss`` and named terms; evaluates their means.
 
     Attributes:
-        scores: what the last evaluation scored one by one, for a comparison to pair: ``question_id``, ``image``,
-            ``question``, ``kind``, ``group``, ``correct`` (0 to 1) and ``guess`` (what chance gives).
+        scores: per-item scores of the last evaluation, for paired comparisons: ``question_id``, ``image``,
+            ``question``, ``kind``, ``group``, ``correct`` (0 to 1) and ``guess`` (the chance level).
     """
 
     def __init__(self) -> None:
@@ -40,10 +40,10 @@ class NamedLossTask(BaseTask):
         self.scores: list[Samples] = []
 
     def check_split(self, name: str, dataset: Any) -> None:
-        """Look at the first sample of a split before the training that would end with its evaluation.
+        """Check the first sample of a split before training, so that its evaluation doesn't fail afterwards.
 
         Raises:
-            UserError: it can't be evaluated.
+            UserError: the split can't be evaluated.
         """
         if len(dataset) and "text_input" not in dataset[0]:
             raise UserError(NO_CAPTIONS.format(f"the split '{name}'"))
@@ -53,10 +53,10 @@ class NamedLossTask(BaseTask):
         return model(samples)
 
     def evaluation(self, model: nn.Module, data_loader: DataLoader[Any], cuda_enabled: bool = True) -> dict[str, float]:
-        """Return figures of a split, equal on all ranks.
+        """Return the metrics of a split, equal on all ranks.
 
-        Terms are means weighted by samples. Those that contrast the samples of a batch (ITC, ITM)
-        depend on ``batch_size_eval`` times the number of processes: compare them at one value only.
+        Terms are averaged over samples. Those that contrast the samples of a batch (ITC, ITM) depend on
+        the global batch size (``batch_size_eval`` times the processes): compare them at equal sizes only.
         """
         device = next(model.parameters()).device
         sums = TermSums()
@@ -67,10 +67,10 @@ class NamedLossTask(BaseTask):
         return {**sums.means(), **self.figures()}
 
     def observe(self, model: Any, samples: Samples, fresh: Sequence[bool]) -> None:
-        """Look at a batch of evaluation; ``fresh`` (B,) is False for samples that only pad the last batch of a rank."""
+        """Process an evaluation batch; ``fresh`` (B,) is False for samples that only pad the last batch of a rank."""
 
     def figures(self) -> dict[str, float]:
-        """Return what ``observe`` found, over all ranks."""
+        """Return the metrics of what ``observe`` collected, over all ranks."""
         return {}
 
     def after_evaluation(
@@ -80,25 +80,25 @@ class NamedLossTask(BaseTask):
         return {"agg_metrics": -val_result["loss"], **val_result}
 
     def write_scores(self, split: str, epoch: int | str, figures: Mapping[str, float]) -> None:
-        """Write ``result/<split>_scores.json`` with what was scored one by one: at the end, not while training."""
+        """Write the per-item scores to ``result/<split>_scores.json``, in the final evaluation only."""
         if epoch == "best" and is_main():
             path = Path(registry.get_path("result_dir")) / f"{split}_scores.json"
             write_json(path, {"split": split, "figures": figures, "answers": self.scores})
 
     def table(self, figures: Mapping[str, float]) -> list[tuple[str, str, str]]:
-        """Return rows (name, value, what to compare it with) of ``figures`` for people."""
+        """Return rows (name, value, value to compare it with) of ``figures`` for display."""
         return [(name, f"{value:.4f}", "") for name, value in figures.items() if name.startswith("loss")]
 
 
 class TermSums:
-    """Means of 0-dim terms, weighted by samples, over batches and ranks."""
+    """Sample-weighted means of 0-dim terms over batches and ranks."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._weight = 0.0
 
     def add(self, output: Mapping[str, Any], *, weight: float) -> None:
-        """Take in a batch's output."""
+        """Add a batch's output."""
         self._weight += weight
         for name, value in output.items():
             if isinstance(value, Tensor) and value.dim() == 0:
@@ -114,10 +114,10 @@ class TermSums:
 
 
 def own_batches(loader: DataLoader[Any], device: torch.device) -> Iterator[tuple[Samples, list[bool]]]:
-    """Yield this rank's batches and which of their samples are no repetition.
+    """Yield this rank's batches, and for each of their samples whether it is not a repeat.
 
-    A distributed sampler repeats samples so that all ranks have equally many: rank ``r``'s ``i``-th
-    sample is number ``i * W + r`` of the split, and a repetition where the split has fewer.
+    A distributed sampler repeats samples so that all ``W`` ranks have equally many: rank ``r``'s ``i``-th
+    sample is number ``i * W + r`` of the split, and a repeat if that number is beyond the split's end.
 
     Raises:
         UserError: the split has no captions, or no samples.
@@ -138,7 +138,7 @@ def own_batches(loader: DataLoader[Any], device: torch.device) -> Iterator[tuple
 
 
 def select(samples: Samples, rows: Sequence[int]) -> Samples:
-    """Return some rows of a batch: of tensors and lists as long as the batch; the rest as it is."""
+    """Select rows of a batch in its tensors and lists of batch length; other values are kept as they are."""
     size = count_samples(samples)
 
     def _pick(value: Any) -> Any:

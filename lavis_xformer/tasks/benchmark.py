@@ -1,7 +1,7 @@
-"""``xformer_benchmark``: what a model answers to a benchmark's questions, scored, with all that a reader must know.
+"""``xformer_benchmark``: score a model's answers to a benchmark's questions, and record how they were obtained.
 
-Every figure is written together with how the model was asked (the protocol), how its answers were read (the scorer),
-which questions these were (sha256) and what always giving the most frequent answer would score (the majority).
+Every metric is written together with how the model was asked (the protocol), how its answers were read (the scorer),
+which questions were used (sha256) and the accuracy of always giving the most frequent answer (the majority).
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from lavis_xformer.tasks.protocols import PROTOCOL_KEYS, Protocol, Row, protocol
 
 logger = logging.getLogger(__name__)
 
-#: what each scorer reads; strict reads every kind
+#: the kinds of question that each scorer reads; None: every kind
 SCORERS = {"strict": None, "gvt_official": {"count", "count_group", "presence"}, "pope_official": {"presence"}}
-SHOWN = ("mae", "rmse", "f1", "yes_ratio", "pair_accuracy")  # what some scores have beside accuracy
+SHOWN = ("mae", "rmse", "f1", "yes_ratio", "pair_accuracy")  # metrics that some scores have besides accuracy
 
 
 class Item(NamedTuple):
-    """One question and what was said."""
+    """One question and the model's answer."""
 
     question_id: int
     image: str
-    kind: str  #: decides the score: count, count_group, presence, pairs, or anything for exact answers
-    group: str  #: what is scored apart: the kind of a scene's question, the subset of a benchmark
+    kind: str  #: selects the metric: count, count_group, presence or pairs; any other is scored by exact match
+    group: str  #: what is scored separately: the benchmark's subset if there is one, otherwise the kind
     question: str
     truth: str
     answer: str
@@ -55,17 +55,17 @@ class BenchmarkTask(BaseTask):
     CONFIG_KEYS = frozenset({"protocol", "scorer", "blind", *PROTOCOL_KEYS})
 
     def __init__(self, *, protocol: Protocol, config: Row, scorer: str = "strict", blind: bool = False) -> None:
-        """Say how a question is put, how counts and yes or no are read, and whether no image is shown."""
+        """Set how questions are asked, how counts and yes or no are read, and whether the image is withheld."""
         super().__init__()
         self.protocol, self.scorer, self.blind, self.config = protocol, scorer, blind, config
         self._dataset: Any = None
 
     @classmethod
     def setup_task(cls, cfg: Any) -> BenchmarkTask:
-        """Read ``run.protocol``, ``run.scorer``, ``run.blind``, and what the run changes of the protocol.
+        """Read ``run.protocol``, ``run.scorer``, ``run.blind``, and the run's overrides of the protocol.
 
         Raises:
-            UserError: there is no such protocol or scorer, or several datasets.
+            UserError: there is no such protocol or scorer, or there are several datasets.
         """
         run = cfg.run_cfg
         scorer = run.get("scorer", "strict")
@@ -76,16 +76,16 @@ class BenchmarkTask(BaseTask):
         return cls(protocol=protocol_of(run), scorer=scorer, blind=bool(run.get("blind", False)), config=cfg.to_dict())
 
     def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
-        """Keep the dataset: it knows the truths.
+        """Keep the dataset, which holds the true answers.
 
         Raises:
-            UserError: the scorer doesn't read answers to such questions.
+            UserError: the scorer doesn't support this kind of question.
         """
         super().before_evaluation(model, dataset, **kwargs)
         reads, kinds = SCORERS[self.scorer], {row.get("kind") or dataset.kind for row in dataset.annotation}
         if reads is not None and not kinds <= reads:
             unread = ", ".join(sorted(kinds - reads))
-            raise UserError(f"run.scorer: '{self.scorer}' reads no answers of the kind {unread}; strict does")
+            raise UserError(f"run.scorer: '{self.scorer}' can't score answers of kind {unread}; use strict")
         self._dataset = dataset
 
     def evaluation(self, model: Any, data_loader: DataLoader[Any], cuda_enabled: bool = True) -> dict[int, str]:
@@ -103,8 +103,8 @@ class BenchmarkTask(BaseTask):
     ) -> dict[str, float]:
         """Score the answers, write ``result/<split>_<dataset>.json`` and return the figures in percent.
 
-        A question without an answer, as of an image that could not be read, counts as answered by "". The answers
-        are written before they are scored, so that they are kept whatever scoring says.
+        A question without an answer, e.g. because its image could not be read, counts as answered with "". The
+        answers are written before they are scored, so that they are kept even if scoring fails.
         """
         found = items(self._dataset, val_result)
         self.write(split_name, found, {})
@@ -113,7 +113,7 @@ class BenchmarkTask(BaseTask):
         return figures(scores)
 
     def write(self, split: str, found: Sequence[Item], scores: Mapping[str, scoring.Score]) -> None:
-        """Write the result file on the main rank; without scores, say where the answers are."""
+        """Write the result file on the main rank; without scores, log where the answers are."""
         if not is_main():
             return
         right = {
@@ -138,7 +138,7 @@ class BenchmarkTask(BaseTask):
             logger.info("result  %s", path)
 
     def table(self, values: Mapping[str, float]) -> list[tuple[str, str, str]]:
-        """Return accuracies beside the majority's, then what else there is."""
+        """Return rows of accuracies, each beside the majority baseline, and of the other metrics."""
         rows = [(f"protocol {self.protocol.name}, scorer {self.scorer}", "", "majority")]
         for name, value in values.items():
             if name.startswith("accuracy"):
@@ -149,7 +149,7 @@ class BenchmarkTask(BaseTask):
 
 
 def items(dataset: Any, answers: Mapping[int, str]) -> list[Item]:
-    """Join a dataset's questions with what was said."""
+    """Join a dataset's questions with the model's answers."""
     found = []
     for row in dataset.annotation:
         kind = row.get("kind") or dataset.kind
@@ -162,7 +162,7 @@ def items(dataset: Any, answers: Mapping[int, str]) -> list[Item]:
 
 
 def grouped(found: Sequence[Item]) -> dict[str, list[Item]]:
-    """Return the items of every group, in the order of their names."""
+    """Return the items by group, sorted by the groups' names."""
     groups: dict[str, list[Item]] = defaultdict(list)
     for item in found:
         groups[item.group].append(item)
@@ -170,7 +170,7 @@ def grouped(found: Sequence[Item]) -> dict[str, list[Item]]:
 
 
 def score(found: Sequence[Item], scorer: str) -> dict[str, scoring.Score]:
-    """Score every group of questions by what it asks for.
+    """Score every group of questions by its kind.
 
     Raises:
         UserError: there are no questions, or the scorer reads no answers of this kind.
@@ -181,7 +181,7 @@ def score(found: Sequence[Item], scorer: str) -> dict[str, scoring.Score]:
 
 
 def score_kind(kind: str, found: Sequence[Item], scorer: str) -> scoring.Score:
-    """Score questions of one kind; objects in the image are GVT-bench's bins for yes or no."""
+    """Score questions of one kind; yes or no is binned by the number of objects in the image, as in GVT-bench."""
     said, truths = [item.answer for item in found], [item.truth for item in found]
     if kind in ("count", "count_group"):
         return scoring.score_counts(said, truths, scorer=scorer)
@@ -195,7 +195,7 @@ def score_kind(kind: str, found: Sequence[Item], scorer: str) -> scoring.Score:
 
 
 def figures(scores: Mapping[str, scoring.Score]) -> dict[str, float]:
-    """Return flat figures: accuracy and majority in percent over all questions and of every group, and the errors."""
+    """Return flat metrics: accuracy and majority in percent, overall and per group; unread; and :data:`SHOWN`."""
     total = sum(entry.n for entry in scores.values())
     values = {
         name: 100 * sum(getattr(entry, name) * entry.n for entry in scores.values()) / total
@@ -209,6 +209,6 @@ def figures(scores: Mapping[str, scoring.Score]) -> dict[str, float]:
 
 
 def fingerprint(found: Sequence[Item]) -> str:
-    """Return the sha256 of questions that stand in no file: image, question and truth, a JSON line each."""
+    """Return the sha256 of questions that are in no file: a JSON line of image, question and truth for each."""
     lines = [json.dumps([item.image, item.question, item.truth]) for item in found]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Scores of captions by pycocoevalcap, as LAVIS has them: against COCO's truths or those of a file."""
+"""Caption metrics by pycocoevalcap, as in LAVIS: against COCO's reference captions or those of a file."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from lavis_xformer.tasks.protocols import Row
 
 logger = logging.getLogger(__name__)
 
-#: where LAVIS has the captions of COCO's Karpathy splits, val and test
+#: LAVIS's download of the reference captions of COCO's Karpathy splits, val and test
 TRUTHS_URL = "https://storage.googleapis.com/sfr-vision-language-research/datasets/coco_karpathy_{}_gt.json"
 
 
 class Truths(NamedTuple):
-    """What people said of images, and the domain of those that have one, both by the image's id."""
+    """Reference captions, and the domains of images that have one, both by image id."""
 
     captions: dict[int, list[str]]
     domains: dict[int, str]
 
 
 def check_scoring(truths: str | None, datasets: Sequence[str]) -> None:
-    """Check before anything is captioned what scoring needs and no network gives.
+    """Check, before anything is captioned, what scoring needs besides downloads.
 
     Raises:
-        UserError: there are no truths, they are not in COCO's format, or there is no Java.
+        UserError: there are no reference captions, they are not in COCO's format, or there is no Java.
     """
     if not truths and "coco_caption" not in datasets:
         raise UserError(
-            f"run.report_metric: LAVIS has truths of coco_caption alone, none of {', '.join(datasets)}; "
+            f"run.report_metric: LAVIS has reference captions for coco_caption only, not for {', '.join(datasets)}; "
             "set run.caption_truths to a file in COCO's format, or run.report_metric to False"
         )
     if truths:
@@ -48,22 +48,22 @@ def check_scoring(truths: str | None, datasets: Sequence[str]) -> None:
         read_truths(Path(truths))
     if which("java") is None:
         raise UserError(
-            "run.report_metric: pycocoevalcap scores captions by Java, and there is no `java` on the PATH; install a "
+            "run.report_metric: pycocoevalcap scores captions with Java, and there is no `java` on the PATH; install a "
             "Java runtime (8 or newer), or set run.report_metric to False, which keeps the captions unscored"
         )
 
 
 def fetch_truths(split: str) -> Path:
-    """Return the file of COCO's captions of a Karpathy split, in LAVIS's cache, where it is fetched to if need be.
+    """Return the file of COCO's captions of a Karpathy split, downloaded into LAVIS's cache if needed.
 
     Raises:
-        OSError: it can't be fetched.
+        OSError: it can't be downloaded.
     """
     url, folder = TRUTHS_URL.format(split), Path(registry.get_path("cache_root")) / "coco_gt"
     try:
         download_url(url, str(folder))
     except OSError as error:
-        raise OSError(f"{url} can't be had ({first_line(error)}), nor does run.caption_truths name a copy") from error
+        raise OSError(f"{url} can't be downloaded ({first_line(error)}); set run.caption_truths to a copy") from error
     return folder / Path(url).name
 
 
@@ -81,7 +81,7 @@ def read_truths(file: Path) -> Truths:
         domains = {image["id"]: image["domain"] for image in content["images"] if "domain" in image}
     except (KeyError, TypeError, ValueError) as error:
         wanted = '{"images": [{"id"}], "annotations": [{"image_id", "caption"}]}'
-        raise UserError(f"truths of captions: {file} is not in COCO's format, {wanted}: {error!r}") from error
+        raise UserError(f"reference captions: {file} is not in COCO's format, {wanted}: {error!r}") from error
     return Truths(dict(captions), domains)
 
 
@@ -89,21 +89,21 @@ def scored(truths: str | Path, saved: str | Path) -> tuple[dict[str, float], lis
     """Score captions by pycocoevalcap, as LAVIS does.
 
     Args:
-        truths: a file that :func:`read_truths` reads; it may know more images.
+        truths: a file that :func:`read_truths` reads; it may hold more images.
         saved: a file of ``[{"image_id", "caption"}]``, as LAVIS writes it.
 
     Returns:
-        BLEU, METEOR, ROUGE-L, CIDEr, SPICE where it can be had, and CIDEr of every domain by itself; and the captions,
-        each with its own CIDEr (``correct``), in the form of :mod:`lavis_xformer.compare`'s answers.
+        BLEU, METEOR, ROUGE-L, CIDEr, SPICE where available, and CIDEr of every domain; and the captions, each with its
+        own CIDEr (``correct``), in the form of :mod:`lavis_xformer.compare`'s answers.
 
     Raises:
-        UserError: an image has no truths.
+        UserError: an image has no reference captions.
     """
     known, said = read_truths(Path(truths)), {row["image_id"]: row for row in read_json(Path(saved))}
     if unknown := said.keys() - known.captions.keys():
-        raise UserError(f"{truths} has the captions of {len(said) - len(unknown)} of {len(said)} images")
+        raise UserError(f"{truths} has captions for only {len(said) - len(unknown)} of {len(said)} images")
     if len(said) < len(known.captions):
-        logger.warning("%s knows %d images; the %d captioned ones are scored", truths, len(known.captions), len(said))
+        logger.warning("%s has %d images; only the %d captioned are scored", truths, len(known.captions), len(said))
     references = tokens({image: known.captions[image] for image in said})
     candidates = tokens({image: [row["caption"]] for image, row in said.items()})
     bleu, _ = Bleu(4).compute_score(references, candidates, verbose=0)
@@ -130,9 +130,9 @@ def scored(truths: str | Path, saved: str | Path) -> tuple[dict[str, float], lis
 
 
 def tokens(captions: Mapping[int, Sequence[str]]) -> dict[int, list[str]]:
-    """Return captions as the Penn Treebank has them, in lower case, without punctuation.
+    """Return captions tokenised as in the Penn Treebank, in lower case, without punctuation.
 
-    The tokeniser reads a caption a line, so that one with a line's end in it would shift all others.
+    The tokeniser reads one caption per line, so a line break within a caption would shift all others.
     """
     lines = {image: [{"caption": " ".join(text.split())} for text in texts] for image, texts in captions.items()}
     found: dict[int, list[str]] = PTBTokenizer().tokenize(lines)
@@ -140,13 +140,13 @@ def tokens(captions: Mapping[int, Sequence[str]]) -> dict[int, list[str]]:
 
 
 def spice(references: Mapping[int, list[str]], candidates: Mapping[int, list[str]]) -> dict[str, float]:
-    """Return SPICE; nothing where its CoreNLP is not here and can't be fetched, or this Java can't run it."""
+    """Return SPICE; nothing if its CoreNLP is missing and can't be downloaded, or this Java can't run it."""
     try:
         return {"SPICE": Spice().compute_score(references, candidates)[0]}
     except (OSError, CalledProcessError) as error:
         logger.warning(
-            "no SPICE, the other scores stand: it needs Stanford CoreNLP 3.6.0, as `python -m "
-            "pycocoevalcap.spice.get_stanford_models` fetches it, and a Java that runs it (%s)",
+            "SPICE is skipped, the other scores are valid: it needs Stanford CoreNLP 3.6.0, which `python -m "
+            "pycocoevalcap.spice.get_stanford_models` downloads, and a Java that runs it (%s)",
             first_line(error),
         )
         return {}
@@ -155,7 +155,7 @@ def spice(references: Mapping[int, list[str]], candidates: Mapping[int, list[str
 def cider_by_domain(
     references: Mapping[int, list[str]], candidates: Mapping[int, list[str]], domains: Mapping[int, str]
 ) -> dict[str, float]:
-    """Return CIDEr of each domain's images by themselves, the frequency of words included."""
+    """Return CIDEr per domain, with document frequencies from that domain's images only."""
     groups: dict[str, list[int]] = defaultdict(list)
     for image in references:
         if image in domains:

@@ -1,8 +1,8 @@
-"""``xformer_captioning`` and ``xformer_retrieval``: LAVIS's tasks for captions and retrieval, told how they asked.
+"""``xformer_captioning`` and ``xformer_retrieval``: LAVIS's captioning and retrieval tasks, with a named protocol.
 
-Scores are LAVIS's (pycocoevalcap for captions, which needs Java), and so are the files it writes; beside them stands
-``result/<split>_<dataset>.json`` with the protocol and the sha256 of the annotation file. Captions are written before
-they are scored, so that they are kept whatever scoring says.
+Scores are LAVIS's (pycocoevalcap for captions, which needs Java), and so are its result files;
+``result/<split>_<dataset>.json`` adds the protocol and the sha256 of the annotation file. Captions are written before
+they are scored, so that they are kept even if scoring fails.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 class XFormerCaptionTask(WithProtocol, CaptionTask):
     """COCO and NoCaps captions.
 
-    Scored against what LAVIS downloads for COCO, or ``run.caption_truths``, a file in COCO's format, for any dataset.
+    Scored against LAVIS's download for COCO or, for any dataset, ``run.caption_truths``, a file in COCO's format.
     """
 
     CONFIG_KEYS = WithProtocol.CONFIG_KEYS | {"report_metric", "caption_truths"}
@@ -51,10 +51,10 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
 
     @classmethod
     def setup_task(cls, cfg: Any) -> XFormerCaptionTask:
-        """Read what LAVIS reads, the protocol, and ``run.caption_truths``, which asks for scores by itself.
+        """Read LAVIS's settings, the protocol, and ``run.caption_truths``, which turns scoring on.
 
         Raises:
-            UserError: there is no such protocol, or scoring will lack the truths or Java.
+            UserError: there is no such protocol, or the reference captions or Java needed for scoring are missing.
         """
         task: XFormerCaptionTask = super().setup_task(cfg)
         run, file = cfg.run_cfg, cfg.run_cfg.get("caption_truths")
@@ -68,18 +68,18 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
         """Build the model as LAVIS does.
 
         Raises:
-            UserError: it can't be asked by a protocol.
+            UserError: its ``generate`` takes no length penalty, which the protocol sets.
         """
         arch = cfg.model_cfg.arch
         if "length_penalty" not in signature(registry.get_model_class(arch).generate).parameters:
             raise UserError(
-                f"run.task: xformer_captioning asks with a prompt and a length penalty, and model.arch {arch} takes "
-                "none, as no model of stage 1 does; it captions under LAVIS's own run.task: captioning"
+                f"run.task: xformer_captioning needs a prompt and a length penalty, which model.arch {arch} does not "
+                "take (no stage-1 model does); use LAVIS's own run.task: captioning"
             )
         return super().build_model(cfg)
 
     def valid_step(self, model: Any, samples: Row) -> list[Row]:
-        """Caption a batch by the protocol, its prompt and length penalty included."""
+        """Caption a batch by the protocol, including its prompt and length penalty."""
         captions = model.generate(
             {**samples, "prompt": self.protocol.prompt},
             num_beams=self.protocol.num_beams,
@@ -93,7 +93,7 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
     def after_evaluation(
         self, val_result: Sequence[Row], split_name: str, epoch: int | str, **unused: object
     ) -> dict[str, float] | None:
-        """Keep every caption, then score as LAVIS."""
+        """Save every caption, then score as LAVIS does."""
         result_dir = registry.get_path("result_dir")
         saved = Path(self.save_result(val_result, result_dir, f"{split_name}_epoch{epoch}", "image_id"))  # of all ranks
         if not is_main():
@@ -102,18 +102,18 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
         return self._score(split_name, saved) if self.report_metric else {"agg_metrics": 0.0}
 
     def _score(self, split: str, saved: Path) -> dict[str, float]:
-        """Score, and write the captions again, with the figures."""
+        """Score, and write the captions again, with the metrics."""
         try:
             truths = self.truths or fetch_truths(split)
             figures, rows = scored(truths, saved)
         except (OSError, UserError) as error:
             raise UserError(
-                f"the captions are not scored: {first_line(error)}. They lie in {saved}; later, "
+                f"the captions are not scored: {first_line(error)}. They are saved in {saved}; score them with "
                 '`python -c "from lavis_xformer.tasks.captions import scored; '
-                f"print(scored('TRUTHS.json', '{saved}')[0])\"` scores them"
+                f"print(scored('TRUTHS.json', '{saved}')[0])\"`"
             ) from error
         with open(Path(registry.get_path("output_dir")) / "evaluate.txt", "a", encoding="utf-8") as file:
-            file.write(json.dumps({split: figures}) + "\n")  # as LAVIS
+            file.write(json.dumps({split: figures}) + "\n")  # as LAVIS does
         figures["agg_metrics"] = figures["CIDEr"] + figures["Bleu_4"]
         self.write(split, figures, scorer="pycocoevalcap", said=rows, truth_sha256={str(truths): sha256(truths)})
         return figures
@@ -121,19 +121,19 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
 
 @registry.register_task("xformer_retrieval")
 class XFormerRetrievalTask(RetrievalTask):
-    """COCO and Flickr retrieval, by stage 1."""
+    """COCO and Flickr retrieval, with a stage-1 model."""
 
     CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset({"protocol", "k_test"})
 
     @classmethod
     def setup_task(cls, cfg: Any) -> XFormerRetrievalTask:
-        """Read what LAVIS reads, and ``run.protocol``; ``run.k_test`` may change how many are ranked anew.
+        """Read LAVIS's settings and ``run.protocol``; ``run.k_test`` overrides how many candidates are re-ranked.
 
         Raises:
             UserError: there is no such protocol.
         """
         protocol = named(cfg.run_cfg, RETRIEVAL_PROTOCOLS)
-        cfg.run_cfg.use_dist_eval_sampler = False  # LAVIS itself shares out the ranking of a whole split
+        cfg.run_cfg.use_dist_eval_sampler = False  # LAVIS itself divides the ranking of a split among ranks
         cfg.run_cfg.k_test = cfg.run_cfg.get("k_test", protocol["k_test"])  # LAVIS has no default
         task: XFormerRetrievalTask = super().setup_task(cfg)
         task.config = cfg.to_dict()
@@ -142,7 +142,7 @@ class XFormerRetrievalTask(RetrievalTask):
         return task
 
     def evaluation(self, model: Any, data_loader: Any, **unused: object) -> Row | None:
-        """Rank as LAVIS; beside its recalls (``txt_r1``: from image to text) stands what chance gives."""
+        """Rank as LAVIS does, and add the chance level of its recalls (``txt_r1``: from image to text)."""
         figures: Row | None = super().evaluation(model, data_loader)
         if figures is None:
             return None
@@ -152,7 +152,7 @@ class XFormerRetrievalTask(RetrievalTask):
         return {**figures, **{f"chance_{names[key[:3]]}{key[3:]}": value for key, value in chance.items()}}
 
     def _report_metrics(self, scores_i2t: Any, scores_t2i: Any, txt2img: dict[int, int], img2txt: Any) -> Row:
-        """Rank as LAVIS; keep whether each image and each caption found a right one first."""
+        """Rank as LAVIS does; keep whether the top candidate of each image and each caption is correct."""
         owners = torch.tensor([txt2img[text] for text in range(len(txt2img))])  # (T,)
         captions, images = (torch.tensor([int(row.argsort()[-1]) for row in of]) for of in (scores_i2t, scores_t2i))
         wrong = {"i2t": owners[captions] != torch.arange(len(captions)), "t2i": images != owners}
@@ -160,7 +160,7 @@ class XFormerRetrievalTask(RetrievalTask):
         return super()._report_metrics(scores_i2t, scores_t2i, txt2img, img2txt)
 
     def after_evaluation(self, val_result: Row | None, split_name: str, **unused: object) -> Row | None:
-        """Write recalls at 1, 5 and 10, in percent, with how they were ranked and what came first."""
+        """Write recalls at 1, 5 and 10, in percent, with the protocol and the per-item scores."""
         if is_main() and val_result is not None:
             write_result(self.config, split_name, self.protocol, val_result, scorer="lavis", answers=self.scores)
         return val_result

@@ -1,4 +1,4 @@
-"""Retrieval figures of a similarity matrix. I: images, T: captions, N: queries, E: width."""
+"""Retrieval metrics of a similarity matrix. I: images, T: captions, N: queries, E: width."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ KS = (1, 5, 10)
 
 
 def best_query_similarity(images: Tensor, texts: Tensor, *, chunk: int = 256) -> Tensor:
-    """Return the similarity of images and captions: the best query's (BLIP-2, arXiv 2301.12597).
+    """Return the similarity of images and captions: the maximum over an image's queries (BLIP-2, arXiv 2301.12597).
 
     Args:
         images: (I, N, E) features of each image's queries.
@@ -28,34 +28,34 @@ def best_query_similarity(images: Tensor, texts: Tensor, *, chunk: int = 256) ->
 
 
 def ranks(similarity: Tensor, owners: Tensor) -> dict[str, Tensor]:
-    """Return how many wrong ones come before the first right one, both ways; an image may have several captions.
+    """Return how many wrong candidates precede the best correct one, both ways; an image may have several captions.
 
-    Of equal scores the wrong one counts as better, and so does one that is not a number: a collapsed model scores
-    nothing, not luck.
+    A wrong candidate with an equal or a NaN score counts as better, so that a collapsed model scores zero instead of
+    chance.
 
     Args:
         similarity: (I, T).
         owners: (T,) row of the image that each caption belongs to.
 
     Returns:
-        ``i2t`` (I,): captions that are none of the image's; ``t2i`` (T,): images that are not the caption's.
+        ``i2t`` (I,): number of other images' captions; ``t2i`` (T,): number of images that are not the caption's.
     """
     own = owners[None, :] == torch.arange(len(similarity))[:, None]  # (I, T)
     return {"i2t": _ranks(similarity, own), "t2i": _ranks(similarity.T, own.T)}
 
 
 def recalls(found: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return R@1/5/10 both ways, in percent, of :func:`ranks`: how often a right one is among the best k."""
+    """Return R@1/5/10 both ways, in percent, from :func:`ranks`: how often a correct candidate is in the top k."""
     return {f"{way}_r{k}": 100.0 * (of < k).double().mean().item() for way, of in found.items() for k in KS}
 
 
 def hits(ranks: Mapping[str, Tensor], owners: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Return a row for every image and every caption: whether a right one came first, beside what chance gives.
+    """Return a row per image and per caption: whether a correct candidate ranks first, and the chance level.
 
     Args:
-        ranks: how many wrong ones came before, or whether any did: ``i2t`` (I,) and ``t2i`` (T,).
+        ranks: how many wrong candidates rank above, or whether any does: ``i2t`` (I,) and ``t2i`` (T,).
         owners: (T,) row of the image that each caption belongs to.
-        names: (I,) of the images.
+        names: (I,) the images' names.
     """
     captions = torch.bincount(owners, minlength=len(names)) / len(owners)  # (I,)
     asked = {"i2t": (range(len(names)), captions.tolist()), "t2i": (owners.tolist(), len(owners) * [1 / len(names)])}
@@ -75,7 +75,7 @@ def hits(ranks: Mapping[str, Tensor], owners: Tensor, names: Sequence[str]) -> l
 
 
 def chance_recalls(owners: Tensor) -> dict[str, float]:
-    """Return what ``recalls`` gives on average for random similarities, in percent."""
+    """Return the expected value of ``recalls`` for random similarities, in percent."""
     captions = torch.bincount(owners).tolist()  # per image
     images, texts = len(captions), len(owners)
     figures = {}
@@ -88,6 +88,6 @@ def chance_recalls(owners: Tensor) -> dict[str, float]:
 
 
 def _ranks(similarity: Tensor, own: Tensor) -> Tensor:
-    """Return (rows,) the number of wrong columns that are not below a row's best right one."""
+    """Return (rows,) the number of wrong columns that do not score below the row's best correct one."""
     best = similarity.masked_fill(~own, float("-inf")).amax(dim=1, keepdim=True)
     return (~(similarity < best) & ~own).sum(dim=1)

@@ -1,4 +1,4 @@
-"""Protocols: how a model is asked for answers and captions, by name, and how that stands in every result file."""
+"""Named protocols: how a model is asked for answers and captions, as recorded in every result file."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a question is put, or a caption asked for.
+    """How a question is asked, or a caption requested.
 
     Attributes:
         name: of the protocol.
         prompt: ``{}`` stands for the question.
         num_beams: 1 means greedy.
         length_penalty: of beam search; None leaves it to the model (``model.vqa_length_penalty``).
-        max_len: most tokens of an answer or caption.
-        min_len: fewest.
+        max_len: maximum tokens of an answer or caption.
+        min_len: minimum tokens.
     """
 
     name: str
@@ -37,23 +37,23 @@ class Protocol:
     min_len: int = 1
 
 
-#: BLIP-2's paper (arXiv 2301.12597, appendix), and what LAVIS's YAMLs and tasks do, who never pass a length penalty
+#: BLIP-2's paper (arXiv 2301.12597, appendix), and LAVIS's YAMLs and tasks, which never pass a length penalty
 PROTOCOLS = {
     "paper": Protocol("paper", "Question: {} Answer:", length_penalty=-1.0),
     "lavis": Protocol("lavis", "Question: {} Short answer:"),
 }
-#: the same of captions, where both agree; the paper says prompt and beams, LAVIS's YAMLs the lengths
+#: the same for captions, where both agree: prompt and beams are the paper's, the lengths from LAVIS's YAMLs
 CAPTION_PROTOCOLS = {
     name: Protocol(name, "a photo of", length_penalty=1.0, max_len=30, min_len=8) for name in ("paper", "lavis")
 }
-#: stage 1 ranks by ITC, and so many of the best anew by ITM
+#: stage 1 ranks by ITC, then re-ranks the best ``k_test`` by ITM
 RETRIEVAL_PROTOCOLS = {name: {"name": name, "k_test": 128} for name in ("paper", "lavis")}
 
-PROTOCOL_KEYS = ("prompt", "num_beams", "max_len", "min_len")  # of ``run:``, which may change a protocol
+PROTOCOL_KEYS = ("prompt", "num_beams", "max_len", "min_len")  # keys of ``run:`` that override the protocol's
 
 
 def named(run: Any, protocols: Mapping[str, Any]) -> Any:
-    """Return the protocol that ``run.protocol`` names, ``paper`` where it says nothing.
+    """Return the protocol that ``run.protocol`` names, ``paper`` by default.
 
     Raises:
         UserError: there is no such protocol.
@@ -65,7 +65,7 @@ def named(run: Any, protocols: Mapping[str, Any]) -> Any:
 
 
 def protocol_of(run: Any, protocols: Mapping[str, Protocol] = PROTOCOLS) -> Protocol:
-    """Return the protocol that ``run.protocol`` names, with what else the run says of it.
+    """Return the protocol that ``run.protocol`` names, with the run's overrides.
 
     Raises:
         UserError: there is no such protocol.
@@ -75,7 +75,7 @@ def protocol_of(run: Any, protocols: Mapping[str, Protocol] = PROTOCOLS) -> Prot
 
 
 class WithProtocol:
-    """Before a task of LAVIS: asks by ``run.protocol`` and writes down how."""
+    """Mixin before a LAVIS task: asks by ``run.protocol`` and records it."""
 
     CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset({"protocol", *PROTOCOL_KEYS})
     PROTOCOLS: ClassVar[Mapping[str, Protocol]] = PROTOCOLS
@@ -84,7 +84,7 @@ class WithProtocol:
 
     @classmethod
     def setup_task(cls, cfg: Any) -> Any:
-        """Read what LAVIS reads, then ``run.protocol`` and what the run changes of it.
+        """Read LAVIS's settings, then ``run.protocol`` and the run's overrides of it.
 
         Raises:
             UserError: there is no such protocol.

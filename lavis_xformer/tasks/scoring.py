@@ -1,8 +1,8 @@
-"""Scores of answers: counting, yes or no, pairs.
+"""Scores of answers: counting, yes or no, pairs, exact match.
 
-Pure functions of predictions, which are what a model said, and truths; lists that differ in length or are empty raise
-a :class:`UserError`. A scorer's name belongs beside every number it gives; what the names mean is told in
-:mod:`lavis_xformer.tasks.answers`. Accuracies, ratios and shares are between 0 and 1.
+Pure functions of predictions (the model's answers) and truths; lists that are empty or differ in length raise a
+:class:`UserError`. Report every number with its scorer's name; :mod:`lavis_xformer.tasks.answers` explains the names.
+Accuracies, ratios and shares are between 0 and 1.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import numpy as np
 from lavis_xformer.errors import UserError
 from lavis_xformer.tasks.answers import read_choice, read_count, read_gvt_presence, read_presence
 
-_COUNT_EDGES = (3, 6, 9)  # the authors' bins of the true count: 0-2, 3-5, 6-8, 9 and more
+_COUNT_EDGES = (3, 6, 9)  # GVT-bench's bins of the true count: 0-2, 3-5, 6-8, 9 and more
 _PRESENCE_EDGES = (10, 20)  # and of the number of objects in the image: 0-9, 10-19, 20 and more
 
 
 @dataclass(frozen=True)
 class Bin:
-    """Scores of the n items whose value lies in [low, high); the last bin has no high, and only counts have errors."""
+    """Scores of the n items whose value lies in [low, high); the last bin has no high; only counts have errors."""
 
     low: int
     high: int | None
@@ -36,15 +36,15 @@ class Bin:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What every score has.
+    """Fields of every score.
 
     Attributes:
-        scorer: the name of what read the answers.
+        scorer: name of the scorer that read the answers.
         n: number of items.
         accuracy: share of right answers.
         majority: accuracy of always giving the most frequent truth.
         majority_answer: that truth.
-        unread: share of answers that the scorer could not read; they are wrong.
+        unread: share of answers that the scorer could not read; they count as wrong.
         correct: right or wrong, item by item, for :func:`.bootstrap.paired_bootstrap`.
         bins: accuracy by the number of objects.
     """
@@ -59,7 +59,7 @@ class Score:
     bins: tuple[Bin, ...] = ()
 
     def summary(self) -> dict[str, Any]:
-        """Return everything but the single items, ready for JSON."""
+        """Return everything except the per-item results, ready for JSON."""
         return {key: value for key, value in asdict(self).items() if key != "correct"}
 
 
@@ -68,8 +68,8 @@ class CountScore(Score):
     """Score of counting.
 
     Attributes:
-        mae: mean absolute error; an answer that could not be read counts as 0, as the authors have it.
-        rmse: root of the mean squared error, likewise.
+        mae: mean absolute error; an answer that could not be read counts as 0, as in GVT-bench.
+        rmse: root mean squared error, likewise.
     """
 
     mae: float
@@ -81,8 +81,8 @@ class PresenceScore(Score):
     """Score of yes or no; "yes" is the positive class, as in POPE (arXiv 2305.10355).
 
     Attributes:
-        precision: share of the answers "yes" that are right; 0 where there is none.
-        recall: share of the true "yes" that were found; 0 where there is none.
+        precision: share of the answers "yes" that are right; 0 if there are none.
+        recall: share of the true "yes" that were found; 0 if there are none.
         f1: harmonic mean of the two.
         yes_ratio: share of answers "yes" among all.
     """
@@ -95,11 +95,11 @@ class PresenceScore(Score):
 
 @dataclass(frozen=True, kw_only=True)
 class PairScore(Score):
-    """Score of pairs of which both must be right, as in MMVP (arXiv 2401.06209).
+    """Score of pairs, in which both answers must be right, as in MMVP (arXiv 2401.06209).
 
     Attributes:
         pairs: number of pairs.
-        pair_accuracy: share of pairs with two right answers; a guess has 0.25.
+        pair_accuracy: share of pairs with two right answers; guessing gives 0.25.
     """
 
     pairs: int
@@ -130,8 +130,8 @@ def score_presence(
         predictions: what the model said.
         truths: "yes" or "no", in any case, with or without a full stop.
         scorer: ``gvt_official``, ``pope_official`` or ``strict``. The first accepts an answer that says both;
-            its precision, recall and yes-ratio take such an answer for what is true.
-        sizes: the number of objects in the image of every item, to bin by; None: no bins.
+            its precision, recall and yes-ratio count such an answer as the true one.
+        sizes: number of objects in each item's image, to bin by; None: no bins.
     """
     _check(predictions, truths, sizes)
     true = [_truth(truth) for truth in truths]
@@ -159,8 +159,8 @@ def score_pairs(
 
     Args:
         predictions: what the model said.
-        truths: the right letters, as "(a)" or "a".
-        options: the options of every item, as "(a) Open (b) Closed".
+        truths: the right letters, such as "(a)" or "a".
+        options: the options of every item, such as "(a) Open (b) Closed".
         pairs: which pair every item belongs to.
     """
     _check(predictions, truths, options, pairs)
@@ -178,7 +178,7 @@ def score_pairs(
 
 
 def score_exact(predictions: Sequence[str], truths: Sequence[str]) -> Score:
-    """Score answers of a word or two: right is what equals the truth but for case and a full stop."""
+    """Score answers of a word or two by exact match, ignoring case and full stops at the end."""
     _check(predictions, truths)
     said, true = ([text.strip().rstrip(".").lower() for text in texts] for texts in (predictions, truths))
     correct = np.array([answer == truth for answer, truth in zip(said, true, strict=True)])
@@ -195,7 +195,7 @@ def _truth(truth: str) -> bool:
 def _check(first: Sequence[Any], *others: Sequence[Any] | None) -> None:
     lengths = [len(first), *(len(other) for other in others if other is not None)]
     if len(set(lengths)) > 1 or not lengths[0]:
-        raise UserError(f"scores need lists of one length, not empty; these have {lengths}")
+        raise UserError(f"scores need non-empty lists of equal length; these have {lengths}")
 
 
 def _common(scorer: str, correct: np.ndarray, truths: Sequence[str], read: Sequence[Any]) -> dict[str, Any]:

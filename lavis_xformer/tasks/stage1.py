@@ -1,4 +1,4 @@
-"""``xformer_stage1``: pre-training, judged by its losses, matching and retrieval.
+"""``xformer_stage1``: pre-training, evaluated by its losses, matching and retrieval.
 
 B: samples of a batch, I: images, T: captions, N: queries, E: width of the contrastive space.
 """
@@ -23,11 +23,11 @@ from lavis_xformer.tasks.base import NamedLossTask, Samples, select
 
 @registry.register_task("xformer_stage1")
 class Stage1Task(NamedLossTask):
-    """Pre-training with ITC, ITM, ITG and reconstruction; judged by them and by retrieval.
+    """Pre-training with ITC, ITM, ITG and reconstruction; evaluated by them and by retrieval.
 
-    Retrieval compares captions with the best of an image's queries, from ``extract_features`` as
-    LAVIS's BLIP-2 has it, over the whole split. ``agg_metrics`` is the mean of image-to-text and
-    text-to-image R@1.
+    Retrieval compares captions with the best of an image's queries over the whole split, by the
+    features of ``extract_features`` as in LAVIS's BLIP-2. ``agg_metrics`` is the mean of image-to-text
+    and text-to-image R@1.
     """
 
     def __init__(self) -> None:
@@ -35,12 +35,12 @@ class Stage1Task(NamedLossTask):
         self._forget()
 
     def before_evaluation(self, model: nn.Module, dataset: Any, **kwargs: object) -> None:
-        """Forget the features of an earlier split."""
+        """Clear the features of an earlier split."""
         super().before_evaluation(model, dataset, **kwargs)
         self._forget()
 
     def evaluation(self, model: nn.Module, data_loader: DataLoader[Any], cuda_enabled: bool = True) -> dict[str, float]:
-        """Return figures of a split, which ranks may share or, without a distributed sampler, each have as a whole."""
+        """Return the metrics of a split, divided among ranks or, without a distributed sampler, whole on each."""
         self._shared = hasattr(data_loader.sampler, "num_replicas")
         return super().evaluation(model, data_loader, cuda_enabled)
 
@@ -58,7 +58,7 @@ class Stage1Task(NamedLossTask):
             self._seen |= dict.fromkeys(ids[i] for i in new)
 
     def figures(self) -> dict[str, float]:
-        """Return R@1/5/10 both ways in percent, and what chance gives."""
+        """Return R@1/5/10 both ways and their chance levels, in percent."""
         parts = launch.collect((list(self._seen), torch.cat(self._images), self._owners, torch.cat(self._texts)))
         parts = parts if self._shared else parts[:1]
         self._forget()
@@ -79,17 +79,17 @@ class Stage1Task(NamedLossTask):
     def after_evaluation(
         self, val_result: dict[str, float], split_name: str, epoch: int | str, **unused: object
     ) -> dict[str, float]:
-        """Add ``agg_metrics``: the mean of both R@1, in percent; write what each image and caption found."""
+        """Add ``agg_metrics``: the mean of both R@1, in percent; write the per-item scores."""
         agg = (val_result["i2t_r1"] + val_result["t2i_r1"]) / 2
         figures = {"agg_metrics": agg, **val_result}
         self.write_scores(split_name, epoch, figures)
         return figures
 
     def table(self, figures: Mapping[str, float]) -> list[tuple[str, str, str]]:
-        """Return losses (``loss_rec`` beside the frozen MAE's own), ITM accuracy and R@k beside what chance gives."""
+        """Return losses (``loss_rec`` beside the frozen MAE's), ITM accuracy and R@k beside their baselines."""
         references = {"loss_rec": f"{figures['rec_mae']:.4f}"} if "rec_mae" in figures else {}
         rows = [(name, value, references.get(name, "")) for name, value, _ in super().table(figures)]
-        if "itm_accuracy" in figures:  # two mismatched pairs for each matched one
+        if "itm_accuracy" in figures:  # two mismatched pairs for each matched one: 66.7 % by always rejecting
             accuracy = 100 * figures["itm_accuracy"]
             rows.append(("ITM accuracy %", f"{accuracy:.1f}", "66.7"))
         for way, title in (("i2t", "image to text"), ("t2i", "text to image")):

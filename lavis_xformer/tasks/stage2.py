@@ -1,4 +1,4 @@
-"""``xformer_stage2``: what a model with a language model says of held-out images, captions and answers alike.
+"""``xformer_stage2``: training with a language model, evaluated by captions and answers on held-out images.
 
 Captions and questions may be trained on together: list both datasets. B: samples of a batch, A: answers of a batch.
 """
@@ -22,11 +22,11 @@ from lavis_xformer.tasks.base import NamedLossTask, Samples
 logger = logging.getLogger(__name__)
 
 CAPTION = "caption"
-SHOWN = 4  # how many texts of an evaluation are logged
+SHOWN = 4  # how many of the first and of the last texts of an evaluation are logged
 
 
 class Said(NamedTuple):
-    """One text of the model."""
+    """One generated text."""
 
     kind: str  #: "caption", or the kind of the question
     text: str
@@ -35,16 +35,16 @@ class Said(NamedTuple):
 
 @registry.register_task("xformer_stage2")
 class Stage2Task(NamedLossTask):
-    """Language modelling on captions, on answers, or on both; judged by what the model then says.
+    """Language modelling on captions, on answers, or on both; evaluated by the generated texts.
 
-    Captions by the overlap of their words with the reference's (F1), beside that with another image's; answers by
-    exact match, beside the most frequent answer to questions of the kind. ``agg_metrics`` is the mean of both.
+    Captions are scored by word overlap with their references (F1), against the baseline of another image's caption;
+    answers by exact match, against the most frequent answer of their kind. ``agg_metrics`` is the mean of both.
     """
 
     CONFIG_KEYS = frozenset({"num_beams", "max_len", "max_answer_len"})
 
     def __init__(self, *, num_beams: int = 1, max_len: int = 30, max_answer_len: int = 10) -> None:
-        """Say how texts are generated: beams, 1 being greedy, and most tokens of a caption and of an answer."""
+        """Set the number of beams (1 is greedy) and the maximum tokens of a caption and of an answer."""
         super().__init__()
         self.num_beams = num_beams
         self.max_len = max_len
@@ -57,10 +57,10 @@ class Stage2Task(NamedLossTask):
         return cls(**{key: cfg.run_cfg[key] for key in cls.CONFIG_KEYS if cfg.run_cfg.get(key) is not None})
 
     def build_datasets(self, cfg: Any) -> dict[str, Any]:
-        """Build the datasets; where some ask questions and some don't, join those of a split.
+        """Build the datasets; if some have questions and some don't, join them per split.
 
         Raises:
-            UserError: a dataset is empty, or one that would have to be joined is a stream.
+            UserError: a dataset is empty, or one that would have to be joined is a stream of shards.
         """
         datasets = super().build_datasets(cfg)
         splits: dict[str, list[Any]] = defaultdict(list)
@@ -70,16 +70,16 @@ class Stage2Task(NamedLossTask):
         if all(len({asks(part) for part in parts}) == 1 for parts in splits.values()):
             return datasets
         if any(isinstance(part, IterableDataset) for parts in splits.values() for part in parts):
-            raise UserError(f"{' and '.join(datasets)}: shards can't be joined with questions; train on either")
+            raise UserError(f"{' and '.join(datasets)}: shards can't be joined with questions; train on one of them")
         return {"captions_and_questions": {split: CaptionsAndQuestions(parts) for split, parts in splits.items()}}
 
     def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
-        """Forget what was said of an earlier split."""
+        """Clear the texts of an earlier split."""
         super().before_evaluation(model, dataset, **kwargs)
         self._said = []
 
     def observe(self, model: Any, samples: Samples, fresh: Sequence[bool]) -> None:
-        """Let the model caption images, say what follows the prompts of ``text_output``, and answer questions."""
+        """Generate captions, continuations of prompts (where there is ``text_output``) and answers."""
         questions, references = samples["text_input"], references_of(samples)
         continued = "text_output" in samples
         asked = [i for i, new in enumerate(fresh) if new and "answer" in samples and questions[i] and not continued]
@@ -103,7 +103,7 @@ class Stage2Task(NamedLossTask):
             self._said.append(Said(kinds[i] if i in asked else CAPTION, text, references[i]))
 
     def figures(self) -> dict[str, float]:
-        """Return the scores of what was said, over all ranks."""
+        """Return the scores of the generated texts, over all ranks."""
         said = [entry for part in launch.collect(self._said) for entry in part]
         self._said = []
         for entry in said[:SHOWN] + said[-SHOWN:]:
@@ -118,14 +118,14 @@ class Stage2Task(NamedLossTask):
     def after_evaluation(
         self, val_result: dict[str, float], split_name: str, epoch: int | str, **unused: object
     ) -> dict[str, float]:
-        """Add ``agg_metrics``: the mean of the captions' F1 and the answers' accuracy, in percent; write each F1."""
+        """Add ``agg_metrics``: the mean of the captions' F1 and the answers' accuracy, in percent; write every F1."""
         agg = fmean(val_result[name] for name in ("caption_f1", "answers") if name in val_result)
         figures = {"agg_metrics": agg, **val_result}
         self.write_scores(split_name, epoch, figures)
         return figures
 
     def table(self, figures: Mapping[str, float]) -> list[tuple[str, str, str]]:
-        """Return the loss, and each score beside what needs no image."""
+        """Return the loss, and each score beside its baseline."""
         rows = super().table(figures)
         if "caption_f1" in figures:
             rows.append(("caption words F1 %", f"{figures['caption_f1']:.1f}", f"{figures['chance_caption_f1']:.1f}"))
@@ -137,7 +137,7 @@ class Stage2Task(NamedLossTask):
 
 
 class CaptionsAndQuestions(ConcatDataset[Samples]):
-    """Datasets of captions and of questions as one of questions: a caption answers the empty one."""
+    """Caption and question datasets joined as questions: a caption is the answer to an empty question."""
 
     def __getitem__(self, index: int) -> Samples:
         """Return image, text_input (the question or ""), answers, weights and kind.
@@ -146,12 +146,12 @@ class CaptionsAndQuestions(ConcatDataset[Samples]):
             UserError: a question without an answer.
         """
         sample = super().__getitem__(index)
-        answer = sample.get("answer")  # datasets for evaluation give one, those for training ``answers``
+        answer = sample.get("answer")  # evaluation datasets give one, training datasets ``answers``
         if answers := sample.get("answers", [answer] if answer else None):
             asked = {"answers": answers, "weights": sample.get("weights", [1.0]), "kind": sample.get("kind", "answer")}
             return {"image": sample["image"], "text_input": sample["text_input"], **asked}
         if "question_id" in sample:
-            raise UserError("a dataset gives questions without answers, which can't be scored; leave its split out")
+            raise UserError("a dataset has questions without answers, which can't be scored; leave its split out")
         caption = [sample["text_input"]]
         return {"image": sample["image"], "text_input": "", "answers": caption, "weights": [1.0], "kind": CAPTION}
 
@@ -168,12 +168,12 @@ class CaptionsAndQuestions(ConcatDataset[Samples]):
 
 
 def asks(dataset: Any) -> bool:
-    """Whether a dataset gives questions with answers, by its first annotation; no image is opened.
+    """Whether a dataset has questions with answers, judged by its first annotation, without opening an image.
 
-    A stream of shards, which has no annotations, gives captions.
+    A stream of shards has no annotations and counts as captions.
 
     Raises:
-        UserError: it is empty.
+        UserError: the dataset is empty.
     """
     if isinstance(dataset, IterableDataset):
         return False
@@ -184,7 +184,7 @@ def asks(dataset: Any) -> bool:
 
 
 def references_of(samples: Samples) -> list[list[str]]:
-    """Captions, answers, or what ``text_output`` wants said after the prompts of a batch, a list for each image."""
+    """Reference captions, answers, or continuations (``text_output``) of a batch, a list for each image."""
     if "text_output" in samples or "answer" not in samples:
         return [[text] for text in samples.get("text_output") or samples["text_input"]]
     counts = samples.get("n_answers")
@@ -194,7 +194,7 @@ def references_of(samples: Samples) -> list[list[str]]:
 
 
 def score_captions(said: Sequence[Said]) -> list[Samples]:
-    """Return a row for every caption: the F1 of its words with its best reference's; the next image's as a guess."""
+    """Return a row per caption: its word F1 with the best reference; as ``guess``, that of the next image's caption."""
     rows = []
     for number, (entry, other) in enumerate(zip(said, [*said[1:], *said[:1]], strict=True)):
         own, wrong = (max(word_f1(one.text, text) for text in entry.references) for one in (entry, other))
@@ -204,7 +204,7 @@ def score_captions(said: Sequence[Said]) -> list[Samples]:
 
 
 def score_answers(said: Sequence[Said]) -> dict[str, float]:
-    """Return ``answers``, ``answers_<kind>`` where there are several, and ``majority_`` of each, in percent."""
+    """Return ``answers``, ``answers_<kind>`` if there are several kinds, and ``majority_`` of each, in percent."""
     kinds: dict[str, list[Said]] = defaultdict(list)
     for entry in said:
         kinds[entry.kind].append(entry)
@@ -223,7 +223,7 @@ def score_answers(said: Sequence[Said]) -> dict[str, float]:
 
 
 def word_f1(text: str, reference: str) -> float:
-    """Harmonic mean of precision and recall of the words, each counted as often as it occurs, in [0, 1]."""
+    """Harmonic mean of word precision and recall, with repeated words counted, in [0, 1]."""
     words, wanted = (Counter(part.lower().replace(",", " ").split()) for part in (text, reference))
     common = (words & wanted).total()
     return 2 * common / max(1, words.total() + wanted.total())

@@ -1,9 +1,8 @@
-"""``xformer_vqa`` and ``xformer_gqa``: LAVIS's tasks for VQAv2, OK-VQA and GQA, told how they asked.
+"""``xformer_vqa`` and ``xformer_gqa``: LAVIS's tasks for VQAv2, OK-VQA and GQA, with a named protocol.
 
-Questions, answers' normalisation and accuracies are LAVIS's (``run.scorer: official`` has VQA's own), and so are the
-files it writes; beside them stands
-``result/<split>_<dataset>.json`` with the protocol, the sha256 of the question file, the majority's accuracy and, for
-GQA, the accuracy of every structural and semantic type (arXiv 1902.09506, section 3.2).
+Questions, answer normalisation and accuracies are LAVIS's (``run.scorer: official`` uses VQA's own), and so are its
+result files; ``result/<split>_<dataset>.json`` adds the protocol, the sha256 of the question file, the accuracy of the
+majority answer and, for GQA, the accuracy of every structural and semantic type (arXiv 1902.09506, section 3.2).
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ TYPES = ("structural", "semantic")
 
 
 class AsksByProtocol(WithProtocol):
-    """The protocol of questions, and ``run.blind``: no image, the language model alone."""
+    """Asks questions by protocol; ``run.blind`` asks the language model alone, without the image."""
 
     CONFIG_KEYS = WithProtocol.CONFIG_KEYS | {"blind", "inference_method", "num_ans_candidates"}
     dataset: Any
@@ -39,13 +38,13 @@ class AsksByProtocol(WithProtocol):
 
     @classmethod
     def setup_task(cls, cfg: Any) -> Any:
-        """Read what LAVIS reads, ``run.protocol`` and ``run.blind``."""
+        """Read LAVIS's settings, ``run.protocol`` and ``run.blind``."""
         task = super().setup_task(cfg)
         task.blind = bool(cfg.run_cfg.get("blind", False))
         return task
 
     def valid_step(self, model: Any, samples: Row) -> list[Row]:
-        """Ask as LAVIS, without the image where ``run.blind`` says so."""
+        """Ask as LAVIS does, without the image if ``run.blind`` is set."""
         shown = {key: value for key, value in samples.items() if not (self.blind and key == "image")}
         return super().valid_step(model, shown)  # type: ignore[misc]
 
@@ -55,7 +54,7 @@ class AsksByProtocol(WithProtocol):
         self.dataset = dataset
 
     def evaluation(self, model: Any, data_loader: Any, **options: Any) -> list[Row]:
-        """Ask all questions, the model with the protocol's length penalty meanwhile: LAVIS's tasks never pass one."""
+        """Ask all questions with the protocol's length penalty set on the model: LAVIS's tasks never pass one."""
         own = getattr(model, "vqa_length_penalty", None)  # LAVIS's models have none
         asked = self.protocol.length_penalty
         model.vqa_length_penalty = own if asked is None else asked
@@ -66,15 +65,15 @@ class AsksByProtocol(WithProtocol):
 
 
 class OfficialVQAEval(VQAEval):
-    """Accuracies as VQA's own evaluation has them (github.com/GT-Vision-Lab/VQA).
+    """Accuracies as in VQA's own evaluation (github.com/GT-Vision-Lab/VQA).
 
-    What was said and the ten truths are normalised alike, and only where the ten differ. Where they are all alike, what
-    was said must be the same to the letter, capitals included. LAVIS's, of an older form, always normalises what was
-    said in full, and of the truths that differ the punctuation alone.
+    The answer and the ten truths are normalised alike, but only if the ten differ. If they are all equal, the answer
+    must match exactly, including case. LAVIS's older version always normalises the answer in full, but only the
+    punctuation of truths that differ.
     """
 
     def evaluate(self) -> None:
-        """Set ``accuracy`` and ``evalQA``; the truths keep their normalised form, as after LAVIS's."""
+        """Set ``accuracy`` and ``evalQA``; the truths keep their normalised form, as in LAVIS."""
         types: dict[str, dict[str, list[float]]] = {
             "question_type": defaultdict(list),
             "answer_type": defaultdict(list),
@@ -95,20 +94,20 @@ class OfficialVQAEval(VQAEval):
         self.setAccuracy(every, *types.values())
 
 
-#: of VQA's answers, by ``run.scorer``
+#: evaluations of VQA's answers, by ``run.scorer``
 SCORERS = {"lavis": VQAEval, "official": OfficialVQAEval}
 
 
 @registry.register_task("xformer_vqa")
 class XFormerVQATask(AsksByProtocol, VQATask):
-    """VQAv2 and OK-VQA: overall and by type of answer (``number``!), by ``run.scorer``."""
+    """VQAv2 and OK-VQA: accuracy overall and by answer type (such as ``number``), by ``run.scorer``."""
 
     CONFIG_KEYS = AsksByProtocol.CONFIG_KEYS | {"scorer"}
     scorer: str
 
     @classmethod
     def setup_task(cls, cfg: Any) -> XFormerVQATask:
-        """Read what LAVIS reads, the protocol and ``run.scorer``.
+        """Read LAVIS's settings, the protocol and ``run.scorer``.
 
         Raises:
             UserError: there is no such protocol or scorer.
@@ -121,7 +120,7 @@ class XFormerVQATask(AsksByProtocol, VQATask):
         return task
 
     def _report_metrics(self, result_file: str, split: str) -> dict[str, float]:
-        """Score by LAVIS's VQA tools, and keep every question's accuracy."""
+        """Score with LAVIS's VQA tools, and keep every question's accuracy."""
         if not is_main() or split not in self.ques_files:
             return {}
         questions = VQA(self.anno_files[split], self.ques_files[split])
@@ -151,7 +150,7 @@ class XFormerVQATask(AsksByProtocol, VQATask):
             "question": questions.qqa[number]["question"],
             "truth": Counter(_given(annotation)).most_common(1)[0][0],
             "answer": said.qa[number]["answer"],
-            "correct": scorer.evalQA[number] / 100,  # as many as agree, a third each
+            "correct": scorer.evalQA[number] / 100,  # 0 to 1, see :func:`agreement`
         }
 
 
@@ -159,14 +158,14 @@ class XFormerVQATask(AsksByProtocol, VQATask):
 class XFormerGQATask(AsksByProtocol, GQATask):
     """GQA: overall, by structural type (query, verify, choose, logical, compare) and by semantic type.
 
-    The types stand in GQA's own question files; where the file that LAVIS reads lacks them, ``run.question_types``
+    The types are in GQA's own question files; if the file that LAVIS reads lacks them, ``run.question_types``
     names one that has them (``testdev_balanced_questions.json``: ``{question id: {"types": {...}}}``).
     """
 
     CONFIG_KEYS = AsksByProtocol.CONFIG_KEYS | {"question_types"}
 
     def _report_metrics(self, result_file: str, split: str) -> dict[str, float] | None:
-        """Score as LAVIS, and by type."""
+        """Score as LAVIS does, and by type."""
         if not is_main():
             return {}
         results = read_json(Path(result_file))
@@ -212,16 +211,16 @@ class XFormerGQATask(AsksByProtocol, GQATask):
         known = read_json(Path(file))
         found = {number: known[number]["types"] for number in rows if number in known}
         if len(found) < len(rows):
-            raise UserError(f"run.question_types: {file} has the types of {len(found)} of {len(rows)} questions")
+            raise UserError(f"run.question_types: {file} has types for only {len(found)} of {len(rows)} questions")
         return found
 
 
 def vqa_majority(annotations: Sequence[Row], guesses: Sequence[float]) -> dict[str, float]:
-    """Return what the most frequent answer to each type of question scores, in percent: over all, and by type.
+    """Return the accuracy of the most frequent answer of each answer type, in percent: overall and by type.
 
     Args:
         annotations: of VQAv2.
-        guesses: what :func:`vqa_guesses` gives of them.
+        guesses: from :func:`vqa_guesses`.
     """
     scores: dict[str, list[float]] = defaultdict(list)
     for annotation, guess in zip(annotations, guesses, strict=True):
@@ -231,7 +230,7 @@ def vqa_majority(annotations: Sequence[Row], guesses: Sequence[float]) -> dict[s
 
 
 def vqa_guesses(annotations: Sequence[Row]) -> list[float]:
-    """Return what the most frequent answer to questions of its type scores on every question, from 0 to 1.
+    """Return, for every question, the accuracy (0 to 1) of the most frequent answer of its answer type.
 
     Args:
         annotations: of VQAv2, ten answers each, normalised by the scorer.
@@ -244,9 +243,9 @@ def vqa_guesses(annotations: Sequence[Row]) -> list[float]:
 
 
 def agreement(said: str, given: Sequence[str]) -> float:
-    """Return how right an answer is: as it agrees with any nine of the ten given ones.
+    """Return an answer's VQA accuracy: the mean over all sets of nine of the ten given answers.
 
-    A third for each of the nine that says the same, and no more than 1 (arXiv 1505.00468, section 3).
+    Each of the nine that is equal counts a third, up to 1 in total (arXiv 1505.00468, section 3).
     """
     return fmean(min(1, (given.count(said) - (left_out == said)) / 3) for left_out in given)
 
@@ -260,7 +259,7 @@ def _plain(text: str) -> str:
 
 
 def gqa_figures(answers: Iterable[Row]) -> dict[str, float]:
-    """Return accuracy and majority in percent and the number of questions: over all, and by type."""
+    """Return accuracy and majority in percent and the number of questions: overall and by type."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for answer in answers:
         groups[""].append(answer)
