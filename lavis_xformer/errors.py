@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one clear line, never a traceback."""
+"""Errors that a user can fix: one clear line, never a traceback."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from typing import TypeVar
 
 Found = TypeVar("Found")
 
-_SHOWN = 8  # of more names than half as many again, only so many are shown
+_SHOWN = 8  # names shown if there are more than 1.5 times as many
 
-# How torch's loader says that a worker died or is overdue.
+# How torch's loader says that a worker died or timed out.
 _LOST_WORKER = re.compile(r"DataLoader (worker \(pid|timed out)")
 
 
 class UserError(ValueError):
-    """A mistake in the configuration, the data or the environment, with its remedy in the message."""
+    """A mistake in the configuration, the data or the environment; the message says how to fix it."""
 
 
-def nearest(name: str, options: Iterable[str]) -> str:
+def nearest(name: object, options: Iterable[str]) -> str:
     """Describe what exists when ``name`` does not, the most similar names first.
 
     Returns:
-        ``"did you mean 'a'? There is: a, b, c"``; ``"there is: a, b, c"`` where nothing is similar. Of many names only
-        the most similar are shown, and how many others there are.
+        ``"did you mean 'a'? There is: a, b, c"``; ``"there is: a, b, c"`` where nothing is similar. Of many names
+        only the most similar are shown, and the number of the others.
     """
-    known = sorted(options)
+    known, name = sorted(options), str(name)
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     ordered = close + [option for option in known if option not in close]
     there_is = f"did you mean '{close[0]}'? There is" if close else "there is"
@@ -37,7 +37,7 @@ def nearest(name: str, options: Iterable[str]) -> str:
 
 
 def named(options: Mapping[str, Found], name: str, what: str) -> Found:
-    """Return what has a name among the options, of which ``what`` says what they are.
+    """Return the option with this name; ``what`` says in the error message what the options are.
 
     Raises:
         UserError: there is no such name.
@@ -48,20 +48,20 @@ def named(options: Mapping[str, Found], name: str, what: str) -> Found:
 
 
 def lost_worker(error: BaseException) -> str | None:
-    """Say what a user can do about an error of torch's loader whose worker died or is overdue; None for others."""
+    """Say what a user can do if ``error`` is torch's for a loader worker that died or timed out; else None."""
     if not isinstance(error, RuntimeError) or not _LOST_WORKER.match(str(error)):
         return None
     return worker_is_gone(error)
 
 
 def worker_is_gone(error: BaseException) -> str:
-    """Say what a user can do about a data worker that died, as this error tells."""
+    """Say what a user can do about the data worker that ``error`` reports as lost."""
     return (
-        f"a data worker is gone, killed perhaps for want of memory or shared memory ({first_line(error)}). "
-        "Fewer run.num_workers need less; run.resume=auto goes on from the last checkpoint"
+        f"a data worker died or timed out, perhaps for lack of memory or shared memory ({first_line(error)}). "
+        "A lower run.num_workers needs less; run.resume=auto resumes from the last checkpoint"
     )
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or what kind of error it is."""
+    """Return the first line of an error's message, or its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -54,7 +54,7 @@ def test_gvt_coco_counts(tmp_path: Path) -> None:
     assert (samples["answer"], samples["question_id"].tolist()) == (["2"], [0])
     assert samples["image"].shape == (1, 6, 16, 16)
     assert (dataset.kind, dataset.truths, dataset.column("n_objects")) == ("count", ["2"], [3])
-    assert dataset.question_sha256 == [sha256(file)]
+    assert dataset.question_sha256 == {str(file): sha256(file)}
 
 
 @pytest.mark.parametrize(("template", "words"), [("raw", {"exist", "exis"}), ("repaired", {"exist"})])

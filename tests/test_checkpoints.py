@@ -160,10 +160,10 @@ def test_pickled_code_torn_and_missing_files_are_refused(tmp_path: Path) -> None
     assert not (tmp_path / "owned").exists()
     torch.save({"model": {"w": torch.zeros(1000)}}, tmp_path / "torn.pth")
     (tmp_path / "torn.pth").write_bytes((tmp_path / "torn.pth").read_bytes()[:500])
-    with pytest.raises(UserError, match=r"model\.pretrained: '.*torn\.pth' is no intact file"):
+    with pytest.raises(UserError, match=r"model\.pretrained: '.*torn\.pth' is not an intact tensor file"):
         read_checkpoint(str(tmp_path / "torn.pth"), key="pretrained")
     (tmp_path / "torn.safetensors").write_bytes(b"torn")
-    with pytest.raises(UserError, match="is no intact file of tensors"):
+    with pytest.raises(UserError, match="is not an intact tensor file"):
         read_checkpoint(str(tmp_path / "torn.safetensors"), key="pretrained")
     with pytest.raises(UserError, match="there is no file"):
         read_checkpoint(str(tmp_path / "none.pth"), key="pretrained")

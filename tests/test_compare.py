@@ -326,7 +326,7 @@ def pretend(plan: Plan) -> None:
             result = {
                 "figures": {"accuracy": 0, "f1": 0.5}, "answers": rows, "blind": cell.variant == "blind",
                 "benchmark": "toys", "split": "test", "scorer": "strict", "template": "raw",
-                "protocol": {"name": "paper", "num_beams": 5}, "question_sha256": ["0123456789abcdef"],
+                "protocol": {"name": "paper", "num_beams": 5}, "question_sha256": {"q.json": "0123456789abcdef"},
             }  # fmt: skip
             (cell.folder / "result").mkdir()
             (cell.folder / "result" / "test.json").write_text(json.dumps(result))

@@ -112,6 +112,10 @@ def test_files_as_image_encoders_are_named_by_their_key(configured: Any, toy: An
         configured(toy, fusion="none", vit_model=str(tmp_path / "eva_vit_g.pth"))
     with pytest.raises(UserError, match=r"model\.vit_model: .*_full\.pth' holds MAE's encoder only"):
         configured(toy, fusion="none", vit_model=str(tmp_path / "mae_pretrain_vit_x_full.pth"))
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/config.json").write_text('{"model_type": "clip", "patch_size": 14}')
+    with pytest.raises(UserError, match=r"model\.vit_model: .*hub' is not an EVA ViT: its config\.json lacks img_size"):
+        configured(toy, fusion="none", vit_model=str(tmp_path / "hub"))
     with pytest.raises(UserError, match=r"model\.vit_model: there is no file '.*mae_nothing"):
         configured(toy, fusion="none", vit_model=str(tmp_path / "mae_nothing.pth"))
 
@@ -281,10 +285,17 @@ def test_the_wide_blip2_of_the_mini_world_has_x_formers_size() -> None:
 
 
 def test_mistakes_are_named(configured: Any, toy: Any) -> None:
-    with pytest.raises(UserError, match=r"model\.mae_source: 'clipp' .*did you mean 'clip'"):
+    with pytest.raises(UserError, match=r"model\.mae_source: no source 'clipp'; did you mean 'clip'"):
         configured(toy, mae_source="clipp")
-    with pytest.raises(UserError, match="'clip' with fusion 'concat'"):
+    with pytest.raises(UserError, match="'clip' with fusion 'concat' would read C twice"):
         configured(toy, mae_source="clip", fusion="concat")
+    for nothing in (None, False):
+        with pytest.raises(UserError, match=rf"model\.fusion: no fusion '{nothing}'; .*dual"):
+            configured(toy, fusion=nothing)
+    with pytest.raises(UserError, match=r"model\.token_positions: 'clip' is not a list; write \[clip\]"):
+        configured(toy, token_positions="clip")
+    with pytest.raises(UserError, match=r"model\.vit_weights are those of vit_model: eva_clip_g, not of "):
+        configured(toy, vit_weights="eva_vit_g.pth")
     with pytest.raises(UserError, match=r"model\.clip_layer: 3, but this image encoder has blocks 1 to 2"):
         configured(toy, mae_source="clip", clip_layer=3)
     with pytest.raises(UserError, match=r"model\.clip_layer: 1 needs model\.mae_source: clip, not mae"):

@@ -173,3 +173,17 @@ def test_scores() -> None:
         "majority_answers_where": 100,
     }
     assert (score_captions([]), score_answers([])) == ([], {})
+    several = [Said("colour", "red", given) for given in (["red", "crimson"], ["crimson", "red"], ["Red"], ["blue"])]
+    assert score_answers(several) == {"answers": 75, "majority_answers": 75}, "the majority is scored as answers are"
+
+
+def test_texts_of_several_ranks_are_scored_in_the_order_of_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [Said(CAPTION, f"{word} star", [f"a {word} star"]) for word in ("red", "blue", "green", "pink", "cyan")]
+    scores = []
+    for parts in ([texts], [texts[::2], texts[1::2]], [texts[rank::3] for rank in range(3)]):
+        task = Stage2Task()
+        monkeypatch.setattr("lavis_xformer.launch.collect", lambda said, parts=parts: parts)
+        task.figures()
+        scores.append(task.scores)
+    assert scores[0] == scores[1] == scores[2]
+    assert [row["answer"] for row in scores[0]] == [entry.text for entry in texts]

@@ -1,4 +1,4 @@
-"""The Markdown of a comparison: every score beside its number of questions, the majority's and the blind model's."""
+"""The Markdown of a comparison: scores beside the number of questions and the majority and blind baselines."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def markdown(found: Json) -> str:
     parts = [
         f"# {found['name']}: {found['finished']} of {found['planned']} runs",
         "Mean ± spread (sample standard deviation) over seeds, on held-out data; accuracies in percent. An interval is "
-        "a 95 % paired bootstrap over images and over the seeds that both have; ¹: over images alone, since these are "
-        "fewer than two, so it knows nothing of a training's luck. Intervals are not corrected for their number.",
+        "a 95 % paired bootstrap over images and over the seeds that both have; ¹: over images only, since these are "
+        "fewer than two, so it ignores variation between trainings. There is no correction for multiple comparisons.",
     ]
     for stage in dict.fromkeys(name.split(".")[0] for name in found["tasks"]):
         names = [name for name in found["tasks"] if name.split(".")[0] == stage]
@@ -26,7 +26,7 @@ def markdown(found: Json) -> str:
         ):
             rows = [[name, *(_gap(of.get(group)) for group in names)] for name, of in gaps.items() if of]
             if rows:
-                parts += [f"### {stage}: {title}, percent points", _table(["", *_short(names)], rows)]
+                parts += [f"### {stage}: {title}, percentage points", _table(["", *_short(names)], rows)]
     counts = list(dict.fromkeys(count for of in variants.values() for count in of["by_count"]))
     if counts:
         parts += ["## Counting: accuracy by true count", counting(variants, sorted(counts, key=int))]
@@ -47,20 +47,20 @@ def markdown(found: Json) -> str:
 
 
 def asked(ways: Sequence[Json]) -> str:
-    """Say how a stage's questions were asked and read, and which they were."""
+    """Describe how a stage's questions were asked and scored, and which they were."""
     lines = []
     for way in ways:
-        protocol, files = way.get("protocol", {}), way.get("question_sha256", [])
+        protocol, files = way.get("protocol", {}), way.get("question_sha256", {})
         terms = [f"{key} {value}" for key, value in protocol.items() if key != "name" and value is not None]
         told = [f"protocol {protocol.get('name')} ({', '.join(terms)})"]
         told += [f"{key} {way[key]}" for key in ("scorer", "template") if key in way]
-        told += [f"questions {sha[:12]}" for sha in (files.values() if isinstance(files, dict) else files)]
+        told += [f"questions {sha[:12]}" for sha in files.values()]
         lines.append(f"{way.get('benchmark')} {way.get('split')}: {', '.join(told)}.")
     return " ".join(lines)
 
 
 def accuracy(found: Json, variants: Mapping[str, Json], names: Sequence[str]) -> str:
-    """Return a stage's accuracies: a row for every variant, then the majority's and the number of questions."""
+    """Return a stage's accuracies: a row for every variant, then the majority baseline and the number of questions."""
     rows = []
     for name, of in variants.items():
         given = [of["accuracy"].get(key) for key in names]
@@ -74,7 +74,7 @@ def accuracy(found: Json, variants: Mapping[str, Json], names: Sequence[str]) ->
 
 
 def counting(variants: Mapping[str, Json], counts: Sequence[str]) -> str:
-    """Return accuracy by true count, and how many questions have it."""
+    """Return the accuracy by true count, and the number of questions with that count."""
     asked = next(of["by_count"] for of in variants.values() if of["by_count"])
     rows = [
         [name, *(_cell(of["by_count"].get(count)) for count in counts)]
@@ -94,13 +94,13 @@ def figures(variants: Mapping[str, Json], stage: str) -> str:
 
 
 def provenance(variants: Mapping[str, Json]) -> str:
-    """Say by which commits and code, on which machines, and in which time all of it was computed."""
+    """Say with which commits and code, and on which machines, the runs were computed."""
     runs = {run["folder"]: run for of in variants.values() for run in of["runs"]}
     told = [
         f"{title}: {', '.join(sorted({str(run[key]) for run in runs.values() if run.get(key)})) or 'unknown'}"
         for title, key in (("Commit", "commit"), ("code", "code"), ("machine", "machine"))
     ]
-    warning = "" if len({run.get("code") for run in runs.values()}) < 2 else " **The runs are of different code.**"
+    warning = "" if len({run.get("code") for run in runs.values()}) < 2 else " **The runs used different code.**"
     return f"{len(runs)} runs. {'; '.join(told)}.{warning}"
 
 

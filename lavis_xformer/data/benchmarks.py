@@ -1,9 +1,9 @@
-"""Benchmarks of fine-grained vision that LAVIS lacks, in its form of VQA evaluation.
+"""Benchmarks of fine-grained vision that LAVIS lacks, in the form of its VQA evaluation.
 
 GVT-bench (github.com/TencentARC/GVT, arXiv 2305.12223): ``gvt_coco_oc``, ``gvt_coco_mci``, ``gvt_vcr_oc``,
 ``gvt_vcr_mci``; POPE (arXiv 2305.10355): ``pope``; MMVP (arXiv 2401.06209): ``mmvp``. Question files and images
-are the user's: paths stand in the YAML, nothing is downloaded. Two files of GVT-bench are called coco_oc.json,
-with different questions, so every dataset tells the sha256 of its files. Scores: :mod:`lavis_xformer.tasks.scoring`.
+are the user's: the YAML gives their paths, nothing is downloaded. GVT-bench has two files named coco_oc.json, with
+different questions, so every dataset reports the sha256 of its files. Scores: :mod:`lavis_xformer.tasks.scoring`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ GVT_SHA256 = {
     "0445315cc4f3c69a3005727ee44437a7652cf56196b9b96d805e7bf232c1d8de": "gvt_vcr_mci",
 }
 TEMPLATES = ("raw", "repaired")
-# What the truths of each kind look like, and how to say so: answers can't be scored against any other.
+# The form of the true answers of each kind, as a pattern and in words: no others can be scored.
 TRUTHS = {
     "count": (r"\d+", "a whole number"),
     "presence": ("yes|no", "yes or no"),
@@ -49,18 +49,16 @@ class BenchmarkDataset(QuestionEvalDataset):
     Attributes:
         annotation: one dict per question: image, question, answers (one: the truth), question_id, and what
             the benchmark adds for its scores: n_objects, image_id, subset, options, pair.
-        kind: which score fits: ``count``, ``presence`` or ``pairs``.
+        kind: which score applies: ``count``, ``presence`` or ``pairs``.
         question_files: paths of the question files.
-        question_sha256: their sha256, in the same order.
+        question_sha256: the sha256 of each.
         template: of the questions, where the builder offers a choice; else ``raw``.
     """
 
-    def __init__(
-        self, *, kind: str, question_files: list[str], question_sha256: list[str], template: str, **shared: Any
-    ) -> None:
+    def __init__(self, *, kind: str, question_sha256: dict[str, str], template: str, **shared: Any) -> None:
         super().__init__(**shared)
         self.kind, self.template = kind, template
-        self.question_files, self.question_sha256 = question_files, question_sha256
+        self.question_sha256 = question_sha256
 
     def column(self, key: str) -> list[Any]:
         """Return one value of every question, by question_id: ``column("n_objects")``."""
@@ -84,7 +82,7 @@ def _text(row: Row, key: str) -> str:
 def _whole(row: Row, key: str) -> int:
     text = _text(row, key).strip()
     if not text.isdecimal():
-        raise ValueError(f"'{key}': '{text}' is no whole number")
+        raise ValueError(f"'{key}': '{text}' is not a whole number")
     return int(text)
 
 
@@ -95,13 +93,13 @@ def _word(row: Row, key: str) -> str:
 def parse_gvt(row: Row, config: DictConfig) -> Sample:
     """Read ``{image_id, text_in, text_out, n_obj_exist}``.
 
-    In vcr_mci.json the questions tell their answer: "Does X exist in the image?" where it is yes, "Does X exis
-    in the image?" where it is no. ``template: repaired`` writes "exist" in both.
+    In vcr_mci.json the questions give away their answer: "Does X exist in the image?" if it is yes, "Does X exis
+    in the image?" if it is no. ``template: repaired`` writes "exist" in both.
     """
     question = _text(row, "text_in")
     if config.get("template") == "repaired":
         question = question.replace(" exis in ", " exist in ")
-    numbered = "{image_id:" in config.image_name  # with zeros before it
+    numbered = "{image_id:" in config.image_name  # zero-padded
     return {
         "image": config.image_name.format(image_id=(_whole if numbered else _text)(row, "image_id")),
         "question": question,
@@ -131,7 +129,7 @@ def parse_mmvp(row: Row, config: DictConfig) -> Sample:
     }
 
 
-# The builder's name to which score fits (see TRUTHS), and to what reads a row by the builder's configuration.
+# By builder name: which score applies (see TRUTHS), and the function that reads a row by the builder's configuration.
 BENCHMARKS: dict[str, tuple[str, Callable[[Row, DictConfig], Sample]]] = {
     "gvt_coco_oc": ("count", parse_gvt),
     "gvt_coco_mci": ("presence", parse_gvt),
@@ -159,14 +157,13 @@ class BenchmarkBuilder(LocalFilesBuilder):
             raise UserError(f"datasets.{self.name}.template: '{template}': {nearest(template, TEMPLATES)}")
         files = self.files(split)
         tables = [read_rows(file, rows_key=self.config.get("rows_key")) for file in files]
-        digests = [self.fingerprint(file) for file in files]  # another benchmark's rows are not wrong one by one
+        digests = {file: self.fingerprint(file) for file in files}  # first: another benchmark's file is rejected whole
         root = self.image_root(split)
         annotation = [s for file, rows in zip(files, tables, strict=True) for s in self.samples(file, rows, root)]
         for number, sample in enumerate(annotation):
             sample["question_id"] = number
         return BenchmarkDataset(
             kind=BENCHMARKS[self.name][0],
-            question_files=files,
             question_sha256=digests,
             template=template,
             annotation=annotation,
@@ -174,7 +171,7 @@ class BenchmarkBuilder(LocalFilesBuilder):
         )
 
     def fingerprint(self, file: str) -> str:
-        """Return a question file's sha256 and log it; refuse another benchmark's published file."""
+        """Return a question file's sha256 and log it; reject another benchmark's published file."""
         digest = sha256(expand(file))
         published = GVT_SHA256.get(digest)
         if published not in (None, self.name):
@@ -200,7 +197,7 @@ class BenchmarkBuilder(LocalFilesBuilder):
         """Return our annotation of a row, or what is wrong with it.
 
         Raises:
-            UserError: ``image_name`` has another place than that of the image's id.
+            UserError: ``image_name`` has a placeholder other than that of the image's id.
         """
         kind, parse = BENCHMARKS[self.name]
         try:
@@ -209,7 +206,7 @@ class BenchmarkBuilder(LocalFilesBuilder):
             return str(error)
         except LookupError as error:
             key = f"datasets.{self.name}.image_name"
-            raise UserError(f"{key}: '{self.config.image_name}' must name the image by {{image_id}} alone") from error
+            raise UserError(f"{key}: '{self.config.image_name}' must have no placeholder but {{image_id}}") from error
         (truth,), (pattern, expected) = sample["answers"], TRUTHS[kind]
         return sample if re.fullmatch(pattern, truth) else f"the answer '{truth}' is not {expected}"
 

@@ -12,12 +12,13 @@ AMP_MODES = {"False": "no", "no": "no", "True": "fp16", "fp16": "fp16", "bf16": 
 RESUME_MODES = {"False": "no", "no": "no", "auto": "auto"}
 NEEDED = ("num_workers", "batch_size_train", "batch_size_eval")
 NEEDED_TO_TRAIN = ("lr_sched", "init_lr", "min_lr", "weight_decay", "max_epoch")
-#: LAVIS's own numbers: of what kind, and the least that makes sense
+#: LAVIS's own numbers: their type and the smallest sensible value
 NUMBERS: dict[str, tuple[type, float]] = {
     **dict.fromkeys(("batch_size_train", "batch_size_eval", "accum_grad_iters", "max_epoch", "max_iters"), (int, 1)),
-    **dict.fromkeys(("num_workers", "warmup_steps", "log_freq"), (int, 0)),
+    **dict.fromkeys(("num_workers", "warmup_steps", "log_freq", "min_len"), (int, 0)),
+    **dict.fromkeys(("num_beams", "max_len", "max_answer_len", "k_test", "num_ans_candidates"), (int, 1)),
     **dict.fromkeys(("init_lr", "min_lr", "weight_decay"), (float, 0)),
-    "warmup_lr": (float, -1),  # LAVIS's word for none
+    "warmup_lr": (float, -1),  # LAVIS's value for "not set"
 }
 LISTS = ("train_splits", "valid_splits", "test_splits", "train_dataset_ratios")
 ON_CORRUPT = {"": "", "skip": "skip", "raise": "raise"}
@@ -27,32 +28,32 @@ ON_CORRUPT = {"": "", "skip": "skip", "raise": "raise"}
 class RunOptions:
     """Typed and checked values of the runner's own keys; LAVIS's keys are read by ``RunnerBase``.
 
-    What each means is told at length in docs/engine.md.
+    docs/engine.md explains each of them in full.
     """
 
-    amp: str = "no"  # bf16; on a GPU fp16 (True, as in LAVIS); no; auto: bf16 where the hardware computes it itself
-    muon: float = 0.0  # so many times the learning rate for matrices, no embeddings, by Muon; 0: AdamW for all
-    max_grad_norm: float = 0.0  # 2-norm to clip to; 0 does not clip
-    skip_nonfinite: int = 0  # steps that may be skipped in the whole run; the next one stops it
-    save_every_steps: int = 0  # optimiser steps; 0 saves after epochs only
-    save_every_minutes: float = 0.0  # since the last save; 0 never
-    keep_last: int = 3  # checkpoints besides the best; 0 keeps all
-    resume: str = "no"  # auto: go on with the newest run of the same configuration
-    job_id: str = ""  # name of the run folder; empty: the time of the start
-    seed: int = 42  # of the weights, of the order of the data and of all augmentation
+    amp: str = "no"  # bf16; fp16 (True, as in LAVIS; on a GPU only); no; auto: bf16 where the hardware has it natively
+    muon: float = 0.0  # Muon for matrices other than embeddings, at this times the learning rate; 0: AdamW for all
+    max_grad_norm: float = 0.0  # 2-norm to clip to; 0: no clipping
+    skip_nonfinite: int = 0  # non-finite steps that may be skipped in the whole run; one more stops it
+    save_every_steps: int = 0  # optimiser steps; 0: save after epochs only
+    save_every_minutes: float = 0.0  # since the last save; 0: never
+    keep_last: int = 3  # checkpoints to keep besides the best; 0: all
+    resume: str = "no"  # auto: resume the newest run of the same configuration
+    job_id: str = ""  # name of the run folder; empty: the start time
+    seed: int = 42  # for the weights, the data order and all augmentation
     tensorboard: bool = True
     wandb: bool = False
-    on_corrupt: str = ""  # skip or raise; empty: training skips, evaluation, where a replacement counts twice, raises
-    iters_per_epoch: int = 0  # batches of each process; 0: as many as the data fill, once
-    loader_timeout: float = 0.0  # seconds to wait for a batch before a data worker is taken for dead; 0 waits
-    next_command: str = ""  # to suggest at the end; {checkpoint} stands for the best one's path
+    on_corrupt: str = ""  # skip or raise; empty: training skips; evaluation raises (a replacement would count twice)
+    iters_per_epoch: int = 0  # batches per process; 0: as many as one pass over the data fills
+    loader_timeout: float = 0.0  # seconds to wait for a batch before a data worker is taken for dead; 0: wait forever
+    next_command: str = ""  # command to suggest at the end; {checkpoint} stands for the best one's path
 
     @classmethod
     def from_config(cls, run_cfg: Mapping[str, Any]) -> RunOptions:
         """Read the keys of the ``run:`` section.
 
         Raises:
-            UserError: a value is of the wrong kind, negative, or not among the choices.
+            UserError: a value is of the wrong type, negative, or not among the choices.
         """
         given = {f.name: run_cfg.get(f.name) for f in fields(cls)}
         if given["iters_per_epoch"] is None:
@@ -67,14 +68,14 @@ class RunOptions:
 
 
 def check_lavis_keys(run_cfg: Mapping[str, Any]) -> None:
-    """Refuse a ``run:`` section that lacks a key of LAVIS's without a default, or gives one that makes no sense.
+    """Reject a ``run:`` section in which a LAVIS key without a default is missing, or one has an invalid value.
 
     Raises:
-        UserError: keys are missing, a number is none or too small, or splits are no list.
+        UserError: keys are missing, a number is invalid or too small, or splits or ratios are not a list.
     """
     needed = NEEDED if run_cfg.get("evaluate") else (*NEEDED, *NEEDED_TO_TRAIN)
     given = {name for name in needed if run_cfg.get(name) is not None}
-    if run_cfg.get("max_iters"):  # LAVIS's runner_iter has it in place of max_epoch
+    if run_cfg.get("max_iters"):  # LAVIS's runner_iter takes it in place of max_epoch
         given.add("max_epoch")
     missing = [f"run.{name}" for name in needed if name not in given]
     if missing:
@@ -91,7 +92,7 @@ def _checked(name: str, value: object, kind: type) -> object:
     choices = {"amp": AMP_MODES, "resume": RESUME_MODES, "on_corrupt": ON_CORRUPT}.get(name)
     if choices is not None:
         if str(value) not in choices:
-            raise UserError(f"run.{name} is {value!r}; it can be {', '.join(filter(None, choices))}")
+            raise UserError(f"run.{name} is {value!r}; it must be one of {', '.join(filter(None, choices))}")
         return choices[str(value)]
     if kind is str and not isinstance(value, str):
         raise UserError(f"run.{name} is {value!r}; it must be text: quote it")

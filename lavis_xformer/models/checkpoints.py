@@ -247,7 +247,7 @@ def _read(source: str, *, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         try:
             return load_file(path), config.get("model", {})
         except SafetensorError as error:
-            raise UserError(f"model.{key}: '{path}' is no intact file of tensors: {error}") from error
+            raise UserError(f"model.{key}: '{path}' is not an intact tensor file: {error}") from error
     content = load_torch_file(path, key=key)
     state, config = content.get("model", content), content.get("config")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

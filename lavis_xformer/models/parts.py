@@ -79,20 +79,24 @@ def _check_names(cfg: DictConfig) -> None:
     if (name := cfg.get("fusion", "dual")) not in FUSIONS:
         raise UserError(f"model.fusion: no fusion '{name}'; {nearest(name, FUSIONS)}")
     if (init := cfg.get("fusion_init", "identity")) not in get_args(Init):
-        raise UserError(f"model.fusion_init: '{init}'; {nearest(str(init), get_args(Init))}")
+        raise UserError(f"model.fusion_init: '{init}'; {nearest(init, get_args(Init))}")
     if not isinstance(depth := cfg.get("fusion_depth", 1), int) or depth < 1:
         raise UserError(f"model.fusion_depth is {depth}; it must be a whole number above 0")
     if (precision := cfg.get("vit_precision", "fp16")) not in DTYPES:
-        raise UserError(f"model.vit_precision: '{precision}'; {nearest(str(precision), DTYPES)}")
-    for encoder in cfg.get("token_positions") or []:
+        raise UserError(f"model.vit_precision: '{precision}'; {nearest(precision, DTYPES)}")
+    if isinstance(placed := cfg.get("token_positions") or [], str):
+        raise UserError(f"model.token_positions: '{placed}' is not a list; write [{placed}]")
+    for encoder in placed:
         if encoder not in ENCODERS:
-            raise UserError(f"model.token_positions: no encoder '{encoder}'; {nearest(str(encoder), ENCODERS)}")
+            raise UserError(f"model.token_positions: no encoder '{encoder}'; {nearest(encoder, ENCODERS)}")
 
 
 def _build_mae(cfg: DictConfig, visual_encoder: Any, *, fusion: str) -> MaskedAutoencoder | None:
     """The model that computes M; None if the fusion needs no M, or gets CLIP's tokens instead."""
-    if (source := cfg.get("mae_source", "mae")) not in MAE_SOURCES or (source, fusion) == ("clip", "concat"):
-        raise UserError(f"model.mae_source: '{source}' with fusion '{fusion}'; {nearest(str(source), MAE_SOURCES)}")
+    if (source := cfg.get("mae_source", "mae")) not in MAE_SOURCES:
+        raise UserError(f"model.mae_source: no source '{source}'; {nearest(source, MAE_SOURCES)}")
+    if (source, fusion) == ("clip", "concat"):
+        raise UserError("model.mae_source: 'clip' with fusion 'concat' would read C twice; choose 'mae' or 'random'")
     if (layer := cfg.get("clip_layer")) is not None:
         if source != "clip":
             raise UserError(f"model.clip_layer: {layer} needs model.mae_source: clip, not {source}")

@@ -70,7 +70,7 @@ def build_clip(
             MAE as :func:`build_mae` takes it, for the ablation in which the Q-Former reads M alone.
         image_size: side of the input in pixels; position embeddings are interpolated where it differs.
         weights: a local file for ``eva_clip_g`` instead of the one that LAVIS downloads (key ``vit_weights``).
-        drop_path_rate: stochastic depth, only useful if the encoder is trained.
+        drop_path_rate: stochastic depth of an EVA ViT, only useful if the encoder is trained.
         use_grad_checkpoint: save memory if the encoder is trained.
 
     Raises:
@@ -78,6 +78,8 @@ def build_clip(
     """
     path = resolve(name)
     options: dict[str, Any] = {"drop_path_rate": drop_path_rate, "use_grad_checkpoint": use_grad_checkpoint}
+    if weights is not None and name != "eva_clip_g":
+        raise UserError(f"model.vit_weights are those of vit_model: eva_clip_g, not of '{name}'; set it to null")
     if _is_mae(path):
         return MaeTower(mae=build_mae(name, image_size=image_size, key="vit_model"))
     if name == "eva_clip_g":
@@ -91,6 +93,8 @@ def build_clip(
             raise offline_error(name, "vit_model", error) from error
     elif (folder := Path(path)).is_dir():
         config = json.loads(_existing(folder / "config.json", "vit_model").read_text())
+        if missing := [key for key in EVA_KEYS if key not in config]:
+            raise UserError(f"model.vit_model: '{name}' is not an EVA ViT: its config.json lacks {', '.join(missing)}")
         sizes = {key: config[key] for key in EVA_KEYS}
         model = eva_vit(**{**sizes, "img_size": image_size}, **options)
         state = load_file(_existing(folder / "model.safetensors", "vit_model"))
@@ -281,7 +285,7 @@ def load_torch_file(path: str | Path, *, key: str) -> dict[str, Any]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise UserError(
-            f"model.{key}: '{file}' is no intact file of tensors (files with pickled code are refused): "
+            f"model.{key}: '{file}' is not an intact tensor file (files with pickled code are refused): "
             f"{str(error).splitlines()[0]}"
         ) from error
     if not isinstance(content, dict):

@@ -97,26 +97,37 @@ class WithProtocol:
         return task
 
     def write(
-        self, split: str, figures: Mapping[str, float], *, scorer: str, said: Sequence[Row], **more: object
+        self, split: str, figures: Mapping[str, float], *, scorer: str, said: Sequence[Row], **more: Any
     ) -> None:
         """Write ``result/<split>_<dataset>.json``, see :func:`write_result`."""
         write_result(self.config, split, asdict(self.protocol), figures, scorer=scorer, answers=list(said), **more)
 
 
-def write_result(config: Row, split: str, protocol: Row, figures: Mapping[str, float], **more: Any) -> Path:
+def write_result(
+    config: Row,
+    split: str,
+    protocol: Row,
+    figures: Mapping[str, float],
+    *,
+    question_sha256: Mapping[str, str] | None = None,
+    **more: Any,
+) -> Path:
     """Write ``result/<split>_<dataset>.json`` and return its path.
 
-    It holds figures, protocol, sha256 of the question files, ``more``, configuration and versions.
+    It holds figures, protocol, sha256 of each question file (by default LAVIS's annotation files of the split),
+    ``more``, configuration and versions.
     """
     name = next(iter(config["datasets"]))
     files = config["datasets"][name].get("build_info", {}).get("annotations", {}).get(split) or {}
     storage = files.get("storage") or []
     paths = [storage] if isinstance(storage, str) else storage
+    if question_sha256 is None:
+        question_sha256 = {file: sha256(Path(file)) for file in paths if Path(file).is_file()}
     report = {
         "benchmark": name,
         "split": split,
         "protocol": protocol,
-        "question_sha256": {file: sha256(Path(file)) for file in paths if Path(file).is_file()},
+        "question_sha256": dict(question_sha256),
         "figures": dict(figures),
         **more,
         "config": config,

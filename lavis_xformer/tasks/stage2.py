@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -99,12 +100,13 @@ class Stage2Task(NamedLossTask):
             )
             texts |= zip(asked, answers, strict=True)
         kinds = samples.get("kind", ["answer"] * len(questions))
-        for i, text in texts.items():
+        for i, text in sorted(texts.items()):  # in the split's order, which figures() restores over all ranks
             self._said.append(Said(kinds[i] if i in asked else CAPTION, text, references[i]))
 
     def figures(self) -> dict[str, float]:
         """Return the scores of the generated texts, over all ranks."""
-        said = [entry for part in launch.collect(self._said) for entry in part]
+        turns = zip_longest(*launch.collect(self._said))  # rank r's i-th text is number i * ranks + r
+        said = [entry for turn in turns for entry in turn if entry is not None]
         self._said = []
         for entry in said[:SHOWN] + said[-SHOWN:]:
             logger.info("%s: said '%s', reference '%s'", entry.kind, entry.text, entry.references[0])
@@ -211,8 +213,9 @@ def score_answers(said: Sequence[Said]) -> dict[str, float]:
     figures: dict[str, float] = {}
     right = best = 0
     for kind, entries in sorted(kinds.items()):
-        hits = sum(entry.text.strip().lower() in map(str.lower, entry.references) for entry in entries)
-        majority = Counter(entry.references[0] for entry in entries).most_common(1)[0][1]
+        accepted = [{reference.strip().lower() for reference in entry.references} for entry in entries]
+        hits = sum(entry.text.strip().lower() in texts for entry, texts in zip(entries, accepted, strict=True))
+        majority = Counter(text for texts in accepted for text in texts).most_common(1)[0][1]
         right, best = right + hits, best + majority
         if len(kinds) > 1:
             figures[f"answers_{kind}"] = 100 * hits / len(entries)
