@@ -21,7 +21,7 @@ class BuildWithConfigs(build_py):
     def run(self) -> None:
         """Copy them after the modules; an editable install reads them where they are.
 
-        It needs the data files all the same, which setuptools leaves out of its editable wheels.
+        It still needs the data files, which setuptools leaves out of editable wheels.
         """
         super().run()
         if self.editable_mode:
@@ -47,7 +47,7 @@ def version() -> str:
     text = (ROOT / "lavis_xformer" / "__init__.py").read_text(encoding="utf-8")
     found = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
     if found is None:
-        raise RuntimeError("lavis_xformer/__init__.py names no __version__")
+        raise RuntimeError("lavis_xformer/__init__.py defines no __version__")
     return found.group(1)
 
 

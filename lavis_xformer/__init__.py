@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["__version__", "from_folder", "load_model_and_preprocess", "register"]
 
-# What registers names with LAVIS, in the order in which it does.
+# The modules that register names with LAVIS, in the order of their import.
 _REGISTERING = (
     "lavis.common.optims",  # its schedules; nothing else imports them
     "lavis.runners",
@@ -35,8 +35,8 @@ _REGISTERING = (
 def register() -> None:
     """Add the models, data, tasks, schedules and runner of this package to LAVIS's registry.
 
-    May be called any number of times. LAVIS's hard-wired cache folder gives way to
-    :func:`lavis_xformer.paths.cache_folder`; its lists of models and datasets, snapshots, are taken anew.
+    May be called any number of times. LAVIS's hard-coded cache folder is replaced by
+    :func:`lavis_xformer.paths.cache_folder`; its lists of models and datasets, which are snapshots, are refreshed.
     """
     from importlib import import_module
 
@@ -58,12 +58,12 @@ def register() -> None:
 def load_model_and_preprocess(
     name: str, model_type: str | None = None, is_eval: bool = False, device: str = "cpu"
 ) -> tuple[nn.Module, dict[str, Any], dict[str, Any]]:
-    """Load a model and its processors, as LAVIS's function of this name; the type may be left out.
+    """Load a model and its processors, like LAVIS's function of this name; the type may be left out.
 
     Args:
-        name: a model of LAVIS's registry, as ``xformer``.
-        model_type: one of its types; left out, the class's ``DEFAULT_MODEL_TYPE`` (``mini``, which runs
-            offline, for the models of this package but T5's, which has none), or its only type.
+        name: a model of LAVIS's registry, such as ``xformer``.
+        model_type: one of its types; if left out, the class's ``DEFAULT_MODEL_TYPE`` (``mini``, which runs
+            offline, for this package's models except T5's, which has none), or its only type.
         is_eval: whether to put the model in eval mode.
         device: where to put it.
 
@@ -82,7 +82,7 @@ def load_model_and_preprocess(
 
 
 def from_folder(folder: str | Path, *, is_eval: bool = True, device: str = "cpu") -> tuple[nn.Module, Any, Any]:
-    """Load a model that ``lavis-xformer export`` has written; see :func:`lavis_xformer.export.from_folder`."""
+    """Load a model that ``lavis-xformer export`` wrote; see :func:`lavis_xformer.export.from_folder`."""
     from lavis_xformer import export
 
     return export.from_folder(folder, is_eval=is_eval, device=device)

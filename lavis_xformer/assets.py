@@ -2,7 +2,7 @@
 
 A reference ``assets://mini/clip`` in a YAML stands for a folder of weights beside this module, wherever the package
 is installed. ``SHA256SUMS.json`` of its set lists every file that is read; one that is missing or has changed
-is refused, because a result computed with it could not be repeated.
+is rejected, because a result computed with it could not be reproduced.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def resolve(ref: str, *, root: Path = ROOT) -> Path:
 
 
 def write_sums(folder: Path, parts: Iterable[str]) -> dict[str, str]:
-    """Record the checksum of every file of some parts of a set, model cards left out; of other parts they stay.
+    """Record the checksums of all files in some parts of a set, except model cards; other parts keep theirs.
 
     Returns:
         ``{"clip/model.safetensors": "9f..."}``, as written to ``SHA256SUMS.json``.
@@ -66,11 +66,11 @@ def _verify(folder: Path, part: str) -> None:
     names = [name for name in sums if name.startswith(f"{part}/")]
     if not names:
         parts = {name.split("/")[0] for name in sums}
-        own = "; one of your own is named by its path (lavis-xformer build-mini --only t5 --out DIR makes DIR/t5)"
-        raise UserError(f"{SCHEME}{folder.name}/{part} does not ship; {nearest(part, parts)}{own}")
+        own = "; give your own by its path (lavis-xformer build-mini --only t5 --out DIR makes DIR/t5)"
+        raise UserError(f"{SCHEME}{folder.name}/{part} is not shipped; {nearest(part, parts)}{own}")
     for name in names:
         path = folder / name
         if not path.is_file():
             raise UserError(f"{path} is missing; reinstall the package")
         if sha256(path) != sums[name]:
-            raise UserError(f"{path} is not the file that {SUMS} names; reinstall the package")
+            raise UserError(f"{path} does not match its checksum in {SUMS}; reinstall the package")

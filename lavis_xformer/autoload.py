@@ -1,11 +1,11 @@
-"""Registration without being named: what ``lavis_xformer.pth`` installs at the start of Python.
+"""Automatic registration: what ``lavis_xformer.pth`` installs when Python starts.
 
 A finder in front of ``sys.meta_path`` waits for two things:
 
-- ``import lavis``: LAVIS is loaded as always; afterwards :func:`lavis_xformer.register` runs;
-- ``lavis.train`` and ``lavis.evaluate``, which LAVIS's wheel lacks: this package's modules answer for them.
+- ``import lavis``: LAVIS is loaded as usual; afterwards :func:`lavis_xformer.register` runs;
+- ``lavis.train`` and ``lavis.evaluate``, which LAVIS's wheel lacks: this package's modules take their place.
 
-An interpreter that never imports lavis pays a millisecond. ``LAVIS_XFORMER_AUTOREGISTER=0`` switches it off.
+An interpreter that never imports lavis pays a millisecond. ``LAVIS_XFORMER_AUTOREGISTER=0`` disables it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ENTRY_POINTS = {"lavis.train": "train.py", "lavis.evaluate": "evaluate.py"}
 
 
 class AnnouncingLoader(SourceFileLoader):
-    """Loads a module from its file and says when it has run."""
+    """Loads a module from its file and reports when it has run."""
 
     def __init__(self, name: str, path: str, loaded: Callable[[str], None]) -> None:
         super().__init__(name, path)
@@ -41,7 +41,7 @@ class LavisFinder:
     """A meta path finder that registers this package once LAVIS is loaded."""
 
     def __init__(self) -> None:
-        self.pending = False  # LAVIS is loaded, this package is not registered
+        self.pending = False  # LAVIS is loaded, this package is not registered yet
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -56,7 +56,7 @@ class LavisFinder:
             file = __file__.replace("autoload.py", ENTRY_POINTS[name])
             return spec_from_file_location(name, file)
         if name == "lavis":
-            # Nobody can mend these two lines of the fairscale that LAVIS pins, at every start.
+            # Two warnings at every start, from the fairscale that LAVIS pins; users can't fix them.
             warnings.filterwarnings("ignore", category=FutureWarning, module=r"fairscale\.")
         if spec is not None and type(spec.loader) is SourceFileLoader:
             spec.loader = AnnouncingLoader(spec.loader.name, spec.loader.path, self._loaded)
@@ -73,7 +73,7 @@ class LavisFinder:
     def _loaded(self, name: str) -> None:
         """Register once LAVIS is loaded and no module of this package is half imported.
 
-        The second condition matters where one of our modules is what imports LAVIS: registering imports all
+        The second condition matters when it is one of our modules that imports LAVIS: registering imports all
         of them, and would find that one without its classes.
         """
         if name == "lavis":
@@ -105,6 +105,6 @@ def _register() -> None:
 
 
 def install() -> None:
-    """Start waiting for LAVIS; once is enough."""
+    """Install the finder, unless it is installed already."""
     if not any(type(finder) is LavisFinder for finder in sys.meta_path):
         sys.meta_path.insert(0, LavisFinder())

@@ -1,6 +1,6 @@
 """The `lavis-xformer` command, and how every entry point of this package reports an error.
 
-Subcommands are imported when they are called, so that ``doctor`` works where nothing else does.
+Subcommands are imported only when they are called, so that ``doctor`` works where nothing else does.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ TRACEBACK_VARIABLE = "LAVIS_XFORMER_TRACEBACK"
 
 #: name -> (module whose ``main(argv) -> int`` runs it, one line of help)
 COMMANDS = {
-    "doctor": ("lavis_xformer.doctor", "check this environment, and a run's YAML, and say how to mend it"),
+    "doctor": ("lavis_xformer.doctor", "check this environment, and a run's YAML, and say how to fix it"),
     "scenes": ("lavis_xformer.data.scenes.sheet", "draw a contact sheet of the synthetic scenes"),
     "validate": ("lavis_xformer.data.image_text", "check a JSON, JSONL or CSV of images and texts"),
     "report": ("lavis_xformer.analysis.report", "draw the curves and write the report of a run's folder"),
-    "export": ("lavis_xformer.export", "write a checkpoint as a folder of safetensors, settings and a card"),
+    "export": ("lavis_xformer.export", "export a checkpoint as a folder: safetensors, config and model card"),
     "build-mini": ("lavis_xformer.mini.build", "train the mini encoders and language model from scratch"),
-    "compare": ("lavis_xformer.compare.run", "train and evaluate variants alike, and say how they differ"),
-    "attend": ("lavis_xformer.analysis.attend", "draw where a model looks in an image, and what speaks for a text"),
+    "compare": ("lavis_xformer.compare.run", "train and evaluate variants under equal conditions, and compare them"),
+    "attend": ("lavis_xformer.analysis.attend", "draw where a model looks in an image, and what supports a text"),
     "diagnose": ("lavis_xformer.analysis.diagnose", "say whether a model uses M, where, and what teaches it to"),
-    "probe": ("lavis_xformer.mini.probe", "measure what the mini encoders' tokens tell about scenes"),
+    "probe": ("lavis_xformer.mini.probe", "measure what the mini encoders' tokens reveal about scenes"),
 }
 
 
@@ -59,14 +59,14 @@ def usage() -> str:
 
 
 def run(command: Callable[[list[str]], int | None], argv: Sequence[str]) -> int:
-    """Call ``command(argv)``; a mistake of the user becomes one line on stderr and exit status 2.
+    """Call ``command(argv)``; a user error becomes one line on stderr and exit status 2.
 
-    ``--traceback`` anywhere in ``argv`` is taken out and shows the traceback as well. Errors that no user can
-    mend are raised as they are.
+    ``--traceback`` anywhere in ``argv`` is removed and shows the traceback as well. Errors that a user can't fix
+    are raised unchanged.
 
     Returns:
-        What the command returns (None counts as 0), 2 after a user's mistake, 130 after Ctrl-C, 141 where whoever
-        read our output has left (``| head``).
+        What the command returns (None counts as 0), 2 after a user error, 130 after Ctrl-C, 141 if the reader of
+        our output has closed the pipe (``| head``).
     """
     arguments = [argument for argument in argv if argument != TRACEBACK_FLAG]
     try:
@@ -89,7 +89,7 @@ def run(command: Callable[[list[str]], int | None], argv: Sequence[str]) -> int:
 
 
 def explain(error: BaseException) -> str | None:
-    """Say in one line what a user can do about ``error``; None where that is not known."""
+    """Say in one line what a user can do about ``error``; None if that is not known."""
     if isinstance(error, UserError):
         return " ".join(str(error).split())
     chain: list[BaseException] = [error]
@@ -102,7 +102,7 @@ def explain(error: BaseException) -> str | None:
     if any(_is_unreachable(link) for link in chain):
         said = " ".join(str(error).split())
         return (
-            f"a download failed, the network or the hub can't be reached ({said[:200]}). Set the key in question "
+            f"a download failed: the network or the hub can't be reached ({said[:200]}). Set the key concerned "
             "(model.bert, model.mae_model, model.vit_weights, model.pretrained, annotations.*.url) to a local path"
         )
     return None

@@ -50,8 +50,8 @@ def gather(tensor: Tensor) -> Tensor:
 class _Gather(torch.autograd.Function):
     """``all_gather`` whose backward pass sums over processes.
 
-    torch's own (``torch.distributed.nn``) hands gradients on as they lie in memory, and gloo then mixes up the entries
-    of those that are transposed, such as einsum's (torch 2.11).
+    torch's own (``torch.distributed.nn``) passes gradients on in their memory layout, and gloo then mixes up the
+    entries of transposed ones, such as einsum's (torch 2.11).
     """
 
     @staticmethod
@@ -71,5 +71,5 @@ class _Gather(torch.autograd.Function):
 
 
 def own_rows(batch_size: int, device: torch.device) -> Tensor:
-    """Where this process's samples lie in a gathered batch: (B,) indices."""
+    """Return this process's rows of a gathered batch: (B,) indices."""
     return torch.arange(batch_size, device=device) + rank() * batch_size

@@ -1,7 +1,7 @@
-"""`lavis-xformer doctor`: what is wrong with this environment, or with a run's YAML, and how to mend it.
+"""`lavis-xformer doctor`: what is wrong with this environment, or with a run's YAML, and how to fix it.
 
-Versions are read from the installed packages' metadata, and whatever may crash is imported in a process of its
-own: the doctor works where nothing else does.
+Versions are read from the installed packages' metadata, and whatever may crash is imported in a separate
+process: the doctor works where nothing else does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FREE_BYTES = 1 << 30  # of disk, so that a run's checkpoints fit
 #: why a version outside the range fails, where that is known
 REASONS = {
     "numpy": "the OpenCV that LAVIS pins was built for numpy 1 and fails to import with numpy 2",
-    "transformers": "LAVIS 1.0.2 was written for 4.25 and 4.26; later ones changed what it calls",
+    "transformers": "LAVIS 1.0.2 was written for 4.25 and 4.26; later versions changed what it calls",
     "timm": "LAVIS's vision transformers import names that only this version has",
     LAVIS: "other versions register other names and have another API",
 }
@@ -57,7 +57,7 @@ print(json.dumps({
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check; ``remedy`` says how to mend it, or what follows from it."""
+    """The result of one check; ``remedy`` says how to fix it, or what follows from it."""
 
     subject: str
     verdict: Literal["ok", "note", "WRONG"]
@@ -102,7 +102,7 @@ def render(finding: Finding) -> str:
 
 
 def requirements(name: str) -> list[Requirement]:
-    """Return what an installed package requires here; nothing where it is not installed."""
+    """Return what an installed package requires on this platform; empty if it is not installed."""
     try:
         lines = metadata.requires(name) or []
     except metadata.PackageNotFoundError:
@@ -121,7 +121,7 @@ def check_python(version: tuple[int, ...]) -> Finding:
 
 
 def check_packages(needed: Iterable[Requirement], version_of: Callable[[str], str | None]) -> Iterator[Finding]:
-    """Compare the installed versions, by name, with what is ``needed``; what is right is summed up in one finding."""
+    """Compare the installed versions, by name, with those ``needed``; all in range share one finding."""
     right: set[str] = set()
     wrong: set[str] = set()
     for requirement in needed:
@@ -140,14 +140,14 @@ def check_packages(needed: Iterable[Requirement], version_of: Callable[[str], st
 
 
 def check_torchvision(needed: Iterable[Requirement], torch_version: str | None) -> Finding:
-    """Each torchvision is built for one torch; with another, its operators do not exist."""
+    """Check the pair: each torchvision is built for one torch; with another, its operators do not exist."""
     pin = next((each for each in needed if each.name == "torch"), None)
     if pin is None or torch_version is None:
         return Finding("torch and torchvision", "note", "no pair to compare")
     if pin.specifier.contains(torch_version.partition("+")[0], prereleases=True):
         return Finding("torch and torchvision", "ok", f"a pair (torch {torch_version})")
-    found = f"torchvision wants torch{pin.specifier}, there is {torch_version}"
-    remedy = f"pip install 'torch{pin.specifier}' (else: operator torchvision::nms does not exist)"
+    found = f"torchvision needs torch{pin.specifier}, found {torch_version}"
+    remedy = f"pip install 'torch{pin.specifier}' (otherwise: operator torchvision::nms does not exist)"
     return Finding("torch and torchvision", "WRONG", found, remedy)
 
 
@@ -163,7 +163,7 @@ def check_registration(active: bool) -> Finding:
 
 def check_folder(subject: str, folder: Path, remedy: str) -> Finding:
     """Whether a folder can be written, or made, and its disk has room."""
-    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # none in a locked one
+    existing = next(path for path in (folder, *folder.parents) if os.path.exists(path))  # nothing in a locked one
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         return Finding(subject, "WRONG", f"{folder} cannot be written", remedy)
     free = shutil.disk_usage(existing).free
@@ -172,7 +172,7 @@ def check_folder(subject: str, folder: Path, remedy: str) -> Finding:
 
 
 def run_probe() -> tuple[list[str], str]:
-    """Import everything in a process of its own; return its lines and the last line of its errors."""
+    """Import everything in a separate process; return its output lines and the last line of its errors."""
     environment = {**os.environ, SWITCH: "0"}
     done = subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, env=environment, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -185,7 +185,7 @@ def check_imports(result: tuple[list[str], str]) -> Iterator[Finding]:
     lines, error = result
     last = json.loads(lines[-1]) if lines else {"importing": "Python"}
     if error:
-        remedy = "mend what is wrong above; else: pip install -c constraints.txt ."
+        remedy = "fix what is wrong above; if nothing is: pip install -c constraints.txt ."
         yield Finding(f"import {last['importing']}", "WRONG", error, remedy)
         return
     yield Finding("imports", "ok", "all needed packages can be imported, and registering works")
@@ -198,7 +198,7 @@ def check_imports(result: tuple[list[str], str]) -> Iterator[Finding]:
 
 
 def check_yaml(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
-    """Check a run's names, keys and files, as the run itself would, and its weights besides."""
+    """Check a run's names, keys and files, as the run itself would, and its weights as well."""
     from lavis_xformer import register
     from lavis_xformer.config.keys import nodes
     from lavis_xformer.config.load import load_config
@@ -225,8 +225,8 @@ def check_reference(key: str, value: str) -> Iterator[Finding]:
         try:
             resolve(value)
         except (UserError, OSError) as error:
-            yield Finding(key, "WRONG", str(error), "install this package again")
+            yield Finding(key, "WRONG", str(error), "reinstall this package")
     elif value.startswith(("/", "./", "../", "~")) and not os.path.exists(Path(value).expanduser()):
-        yield Finding(key, "WRONG", f"there is no {value}", f"set {key} to where it is")
+        yield Finding(key, "WRONG", f"there is no {value}", f"set {key} to its path")
     elif key.startswith("model.") and "/" in value and "://" not in value and not os.path.exists(value):
-        yield Finding(key, "note", f"{value}: fetched from the hub unless it is in its cache")
+        yield Finding(key, "note", f"{value}: downloaded from the hub unless it is in its cache")

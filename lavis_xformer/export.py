@@ -1,9 +1,9 @@
-"""``lavis-xformer export CHECKPOINT FOLDER``: a folder that holds all that a training or a file has brought.
+"""``lavis-xformer export CHECKPOINT FOLDER``: write a checkpoint's weights and configuration as one folder.
 
-The folder has ``model.safetensors`` (trained weights, and frozen ones that the checkpoint brings), ``config.yaml`` (the
-model's configuration and its processors) and ``README.md`` (the card). It can be moved, and is read back bit for bit by
-:func:`from_folder` or by its path in place of a model's type; the frozen encoders and the language model come from
-where ``config.yaml`` names them.
+The folder has ``model.safetensors`` (trained weights, and frozen ones from the checkpoint), ``config.yaml`` (the
+configuration of the model and its processors) and ``README.md`` (the model card). It can be moved, and is loaded bit
+for bit by :func:`from_folder`, or by giving its path as the model type; the frozen encoders and the language model are
+loaded from where ``config.yaml`` says.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ logger = logging.getLogger(__name__)
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="lavis-xformer export", description="write a checkpoint as a folder")
-    parser.add_argument("checkpoint", help="of this package's training, or a BLIP-2 file of LAVIS's")
+    parser.add_argument("checkpoint", help="from training with this package, or one of LAVIS's BLIP-2 files")
     parser.add_argument("folder", help="where to write; new or empty")
-    parser.add_argument("--model", help="model of a checkpoint that doesn't say: xformer, xformer_opt, ...")
+    parser.add_argument("--model", help="the model, if the checkpoint doesn't name it: xformer, xformer_opt, ...")
     parser.add_argument("--type", help="its type: mini, pretrain_opt2.7b, ...")
-    parser.add_argument("--half", action="store_true", help="half the size: weights in float16, no longer bit for bit")
+    parser.add_argument("--half", action="store_true", help="half the size: weights in float16, no longer bit-exact")
     args = parser.parse_args(argv)
     export(args.checkpoint, args.folder, arch=args.model, model_type=args.type, half=args.half)
-    print(f"{args.folder}: {WEIGHTS}, {CONFIG}, {CARD}; read it with lavis_xformer.from_folder('{args.folder}')")
+    print(f"{args.folder}: {WEIGHTS}, {CONFIG}, {CARD}; load it with lavis_xformer.from_folder('{args.folder}')")
     return 0
 
 
 def from_folder(folder: str | Path, *, is_eval: bool = True, device: str = "cpu") -> tuple[Any, Any, Any]:
-    """Load what :func:`export` has written, wherever it lies by now.
+    """Load a folder that :func:`export` wrote, wherever it is now.
 
     Returns:
-        The model, the processors of images and those of texts, as LAVIS's ``load_model_and_preprocess``.
+        The model, the processors of images and those of texts, like LAVIS's ``load_model_and_preprocess``.
 
     Raises:
-        UserError: it is no such folder, or something that its ``config.yaml`` names is not there.
+        UserError: it is not such a folder, or something that its ``config.yaml`` names is missing.
     """
     from omegaconf import OmegaConf
 
     import lavis_xformer
 
     if not (path := Path(folder) / CONFIG).is_file():
-        raise UserError(f"{folder} is no exported model: it has no {CONFIG}")
+        raise UserError(f"{folder} is not an exported model: it has no {CONFIG}")
     arch = OmegaConf.load(path).model.arch
     return lavis_xformer.load_model_and_preprocess(arch, str(folder), is_eval=is_eval, device=device)
 
@@ -66,14 +66,14 @@ def export(
     """Write a checkpoint as a folder.
 
     Args:
-        checkpoint: a file of this package's training, which says what model it is of; or one that doesn't.
+        checkpoint: a file from training with this package, which names its model; or one that doesn't.
         folder: where to write; new or empty.
-        arch: model of a checkpoint that doesn't say.
+        arch: the model, if the checkpoint doesn't name it.
         model_type: its type.
         half: whether to round the weights to float16.
 
     Raises:
-        UserError: the checkpoint can't be read, doesn't fit, or doesn't say of what it is; the folder is not empty.
+        UserError: the checkpoint can't be read, doesn't fit, or is of an unknown model; or the folder is not empty.
     """
     import lavis_xformer
 
@@ -87,12 +87,12 @@ def export(
         raise UserError(f"{target} is not empty; name a new folder")
     cfg, facts = _configuration(Path(checkpoint), arch, model_type)
     model = registry.get_model_class(cfg.model.arch).from_config(cfg.model)
-    if str(checkpoint) not in (cfg.model.get("pretrained"), cfg.model.get("blip2_pretrained")):  # but a CLIP's file
+    if str(checkpoint) not in (cfg.model.get("pretrained"), cfg.model.get("blip2_pretrained")):  # else loaded above
         model.load_checkpoint(str(checkpoint))
     weights = {name: tensor.half() if half else tensor for name, tensor in _weights(model).items()}
     if new := sorted({name.partition(".")[0] for name in model.load_report.missing_new}):
-        facts["as at the start"] = f"{', '.join(new)} (not in the checkpoint)"
-        logger.warning("%s has no %s: the folder has it as training starts with it", checkpoint, ", ".join(new))
+        facts["newly initialised"] = f"{', '.join(new)} (not in the checkpoint)"
+        logger.warning("%s has no %s: exported as initialised before training", checkpoint, ", ".join(new))
     cfg.model |= {"pretrained": None, "finetuned": None, "load_finetuned": False}
     cfg.model |= {"blip2_pretrained": None, "train_only": None}
     _fit_processors(cfg, model)
@@ -106,7 +106,7 @@ def export(
 
 
 def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -> tuple[Any, dict[str, Any]]:
-    """Sections ``model`` and ``preprocess``, with the checkpoint to load, and what it says of its training."""
+    """Sections ``model`` and ``preprocess``, with the checkpoint to load, and what it records of its training."""
     from omegaconf import OmegaConf
 
     from lavis_xformer.config.load import choose_model_type, find
@@ -122,8 +122,8 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
     if arch is None and its_arch.startswith("xformer"):
         cfg = OmegaConf.create({name: config[name] for name in ("model", "preprocess")})
     elif arch is None:
-        what = f"is of LAVIS's {its_arch}" if its_arch else "doesn't say of what model it is"
-        raise UserError(f"{checkpoint} {what}; name one of this package by --model and --type")
+        what = f"is of LAVIS's {its_arch}" if its_arch else "doesn't name its model"
+        raise UserError(f"{checkpoint} {what}; choose one of this package's with --model and --type")
     else:
         path = find("model", arch, "--model").default_config_path(choose_model_type(arch, model_type))
         cfg = OmegaConf.load(path)
@@ -133,18 +133,18 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
     blip2 = has_fusion and not parts and is_blip2(state)
     said = _training(content) | _figures(checkpoint, content)
     if BROUGHT_CLIP in state and not cfg.model.get("blip2_pretrained"):
-        return cfg, said  # as the training began: with the file that brought the frozen image encoder
+        return cfg, said  # as training began: from the file with the frozen image encoder
     cfg.model |= {"load_finetuned": False, "load_pretrained": True, "pretrained": None}
     cfg.model |= {"blip2_pretrained" if blip2 else "pretrained": str(checkpoint)}
     if not (blip2 or parts or BROUGHT_CLIP in state):
-        cfg.model.blip2_pretrained = None  # the training began with it and has changed all of it
+        cfg.model.blip2_pretrained = None  # training began from it and has changed all of it
     return cfg, said
 
 
 def _figures(checkpoint: Path, content: dict[str, Any]) -> dict[str, float]:
-    """What the run measured with these weights, from the log beside the checkpoint; nothing where it has no such line.
+    """What the run measured with these weights, from the log beside the checkpoint; empty if it has no such line.
 
-    The checkpoint itself is older than its evaluation.
+    The checkpoint itself was written before its evaluation.
     """
     from lavis_xformer.analysis.report import read_log
 
@@ -157,7 +157,7 @@ def _figures(checkpoint: Path, content: dict[str, Any]) -> dict[str, float]:
 
 
 def _training(content: dict[str, Any]) -> dict[str, Any]:
-    """Data, length, batch, rates and seed of the run that wrote a checkpoint; nothing where it doesn't say."""
+    """Data, length, batch, rates and seed of the run that wrote a checkpoint; empty if it doesn't record them."""
     config = content.get("config") or {}
     run, datasets = config.get("run", {}), config.get("datasets", {})
     if "rng" in content:
@@ -173,7 +173,7 @@ def _training(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _weights(model: Any) -> dict[str, Any]:
-    """What training changed, what files brought of the frozen parts, and what none brought; a tied weight once."""
+    """Weights that were trained, loaded into frozen parts, or found in no file; tied weights once."""
     parameters = dict(model.named_parameters())
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - parameters.keys()
     trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
@@ -182,7 +182,7 @@ def _weights(model: Any) -> dict[str, Any]:
 
 
 def _fit_processors(cfg: Any, model: Any) -> None:
-    """Give the processors the sizes of the model, which a run may have changed."""
+    """Set the processors' image sizes to the model's, which a run may have changed."""
     for processor in cfg.preprocess.vis_processor.values():
         processor.image_size = model.image_size
         if "mae_image_size" in processor and model.mae is not None:

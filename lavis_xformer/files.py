@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all; what is in one, as JSON or as a checksum."""
+"""Atomic file writes, JSON files and checksums."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any, BinaryIO
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Give a file to write that takes the place of ``path``, where at any moment the old or the new one is whole.
+    """Yield a file to write that replaces ``path`` atomically: at any moment it is the whole old or the whole new file.
 
-    Temporary file, flush to disk, rename, flush of the folder's entry. A block that fails leaves ``path`` as it was.
+    Temporary file, flush to disk, rename, flush of the folder's entry. A block that fails leaves ``path`` unchanged.
     """
     temporary = temporary_of(path)
     try:
@@ -30,13 +30,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file atomically."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
@@ -46,7 +46,7 @@ def read_json(path: Path) -> Any:
 
 
 def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of one file, read in parts."""
+    """Hexadecimal SHA-256 of one file, read in chunks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -55,12 +55,12 @@ def sha256(path: Path) -> str:
 
 
 def temporary_of(path: Path) -> Path:
-    """Name the file beside ``path`` that is renamed to it."""
+    """Name the temporary file beside ``path`` that is renamed to it."""
     return path.with_name(f".{path.name}.tmp")
 
 
 def flush_folder(folder: Path) -> None:
-    """Put a folder's entries on the disk."""
+    """Flush a folder's entries to disk."""
     with contextlib.suppress(OSError):  # some file systems can't flush a folder
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -48,7 +48,7 @@ def unpack(image: Tensor, *, clip_size: int, mae_size: int) -> tuple[Tensor, Ten
         CLIP's view (B, 3, Sc, Sc) and MAE's view (B, 3, Sm, Sm), each in its own normalisation.
 
     Raises:
-        UserError: the image has neither 3 nor 6 channels, is empty, or has another size than the model wants.
+        UserError: the image has neither 3 nor 6 channels, is empty, or does not have the model's size.
     """
     if image.ndim != 4 or image.shape[1] not in (3, 6):
         raise UserError(
@@ -76,7 +76,7 @@ def clip_to_mae(image: Tensor) -> Tensor:
 
 
 def resize(image: Tensor, side: int) -> Tensor:
-    """Resize (B, 3, H, W) to (B, 3, side, side), bicubic with antialiasing; the identity where it fits."""
+    """Resize (B, 3, H, W) to (B, 3, side, side), bicubic with antialiasing; the identity if it fits already."""
     if image.shape[-2:] == (side, side):
         return image
     return F.interpolate(image, (side, side), mode="bicubic", antialias=True)

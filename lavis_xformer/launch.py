@@ -1,4 +1,4 @@
-"""Process groups from torchrun's or SLURM's variables; nothing at all for one process."""
+"""Process groups from torchrun's or SLURM's environment variables; none for a single process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lavis_xformer.errors import UserError
 
 T = TypeVar("T")
 
-# Rank 0 may download, render or evaluate alone for long, but a hang must end some day.
+# Rank 0 may download, render or evaluate alone for a long time, but a hang must end eventually.
 TIMEOUT = datetime.timedelta(hours=2)
 
 
@@ -40,7 +40,7 @@ def placement(environ: Mapping[str, str] = os.environ) -> Placement:
     """Read torchrun's variables, or else those of a SLURM step with several tasks.
 
     Raises:
-        UserError: a variable that must be there is missing or no number.
+        UserError: a required variable is missing or not a number.
     """
     try:
         if "RANK" in environ and "WORLD_SIZE" in environ:
@@ -63,7 +63,7 @@ def placement(environ: Mapping[str, str] = os.environ) -> Placement:
     except KeyError as error:
         raise UserError(f"the variable {error} is missing; start with torchrun or srun") from None
     except ValueError as error:
-        raise UserError(f"a variable of torchrun or SLURM is no number: {error}") from None
+        raise UserError(f"a variable of torchrun or SLURM is not a number: {error}") from None
     return Placement()
 
 
@@ -76,21 +76,21 @@ def first_node(nodes: str) -> str:
 
 
 def port_of(job: str) -> int:
-    """Return a port that all tasks of a SLURM job, and seldom two jobs, agree on."""
+    """Return a port that all tasks of a SLURM job share, and two jobs rarely do."""
     digits = re.sub(r"\D", "", job) or "0"
     return 20000 + int(digits) % 20000
 
 
 @contextlib.contextmanager
 def process_group(device: str) -> Iterator[Placement]:
-    """Join the processes for the block: gloo on CPU, nccl beside it on GPUs.
+    """Set up the process group for the block: gloo on CPU, plus nccl on GPUs.
 
-    A block that ends well ends with a barrier and an orderly shutdown. One that fails does not wait
-    for the others: the launcher stops them. With ``cuda``, this process's GPU becomes the current one.
+    A successful block ends with a barrier and an orderly shutdown. One that fails does not wait for
+    the others: the launcher stops them. With ``cuda``, this process's GPU becomes the current one.
     """
     place = placement()
     if device == "cuda":
-        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())  # SLURM may show each task its own alone
+        torch.cuda.set_device(place.local_rank % torch.cuda.device_count())  # SLURM may show each task only its own
     if place.world_size == 1:
         yield place
         return
@@ -111,7 +111,7 @@ def process_group(device: str) -> Iterator[Placement]:
 
 
 def _leave_group() -> None:
-    """Stop torch's threads, which may abort an exit; within seconds, for a peer may hang in a collective."""
+    """Stop torch's threads, which may abort an exit; wait only seconds, since a peer may hang in a collective."""
     leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
     leaving.start()
     leaving.join(timeout=5)
@@ -136,7 +136,7 @@ def collect(value: T) -> list[T]:
 
 
 def total(values: torch.Tensor) -> torch.Tensor:
-    """Return the sum over ranks of a CPU tensor; the tensor itself is left as it was."""
+    """Return the sum over ranks of a CPU tensor; the tensor itself is unchanged."""
     values = values.clone()
     if is_distributed():
         dist.all_reduce(values)
@@ -150,7 +150,7 @@ def barrier() -> None:
 
 
 def new_job_id(output_dir: Path) -> str:
-    """Return the name of a folder that rank 0 makes: the time to the second, and a number where that is taken."""
+    """Return the name of a folder that rank 0 creates: the time to the second, plus a number if that is taken."""
     return share(_new_folder(output_dir) if is_main() else "")
 
 
@@ -161,13 +161,13 @@ def _new_folder(output_dir: Path) -> str:
 
 
 def _is_made(folder: Path) -> bool:
-    """Make a folder; return False where there is one already, perhaps another run's of the same second."""
+    """Create a folder; return False if it exists already, perhaps from another run started in the same second."""
     try:
         folder.mkdir(parents=True)
     except FileExistsError:
         return False
     except OSError:
-        pass  # the runner, which needs it, says why
+        pass  # the runner, which needs the folder, reports why
     return True
 
 
@@ -175,10 +175,10 @@ def device_of(wanted: str) -> str:
     """Resolve ``run.device``: ``auto`` is ``cuda`` where there is a GPU, else ``cpu``.
 
     Raises:
-        UserError: ``cuda`` without a GPU, or another device.
+        UserError: ``cuda`` without a GPU, or an unknown device.
     """
     if wanted not in ("auto", "cpu", "cuda"):
-        raise UserError(f"run.device is {wanted!r}; it can be auto, cpu, cuda")
+        raise UserError(f"run.device is {wanted!r}; it must be auto, cpu or cuda")
     has_gpu = torch.cuda.is_available()
     if wanted == "cuda" and not has_gpu:
         raise UserError("run.device is 'cuda', but torch finds no GPU; set run.device to auto or cpu")

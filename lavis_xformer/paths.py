@@ -12,7 +12,7 @@ from typing import Any
 from lavis_xformer.errors import UserError, nearest
 
 CACHE_VARIABLE = "LAVIS_XFORMER_CACHE"
-LAVIS_CACHE = "/export/home/.cache/lavis"  # what LAVIS 1.0.2 hard-wires
+LAVIS_CACHE = "/export/home/.cache/lavis"  # hard-coded in LAVIS 1.0.2
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -23,9 +23,9 @@ def shipped_folder(name: str) -> Path:
 
 
 def config_path(relative: str) -> str:
-    """Return the absolute path of a default configuration below ``configs/``, as ``models/xformer_mini.yaml``.
+    """Return the absolute path of a default configuration below ``configs/``, such as ``models/xformer_mini.yaml``.
 
-    LAVIS joins the paths of its class attributes to its own folder, which leaves an absolute path as it is.
+    LAVIS joins the paths of its class attributes to its own folder, which leaves absolute paths unchanged.
     """
     return str(shipped_folder("configs") / relative)
 

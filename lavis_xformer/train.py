@@ -41,7 +41,7 @@ def read_config(argv: Sequence[str], doc: str | None) -> Any:
 
 
 def execute(config: Any) -> int:
-    """Train, or evaluate where ``run.evaluate`` says so, and tell what came out; return the exit status."""
+    """Train, or evaluate if ``run.evaluate`` says so, and print the results; return the exit status."""
     from lavis_xformer import launch
 
     with launch.process_group(launch.device_of(str(config.run_cfg.get("device", "auto")))) as place:
@@ -53,10 +53,10 @@ def execute(config: Any) -> int:
 
 
 def build_runner(config: Any, place: Any) -> Any:
-    """Build datasets, model and runner of a configuration, on every rank alike.
+    """Build datasets, model and runner of a configuration, in the same way on every rank.
 
     Raises:
-        UserError: a key is missing or wrong, or a file is.
+        UserError: a key or a file is missing or wrong.
     """
     import torch
     from lavis.common.registry import registry
@@ -98,7 +98,7 @@ def choose_job(config: Any, options: Any) -> str:
 
 
 def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
-    """Draw the curves and say what came out, where everything is, and what to try next."""
+    """Draw the curves and print the results, where everything is, and what to try next."""
     for split, figures in held_out(summary).items():
         print(f"\n{split}:\n{table(runner.task, figures)}")
     if not summary["finished"]:
@@ -123,21 +123,21 @@ def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
 
 
 def print_corrupt(names: Sequence[str], count: int, most: int = 5) -> None:
-    """Say how many samples were skipped because they can't be read, and which: ``names`` are the first of them."""
+    """Say how many samples were skipped because they can't be read; ``names`` are the first of them."""
     if names:
         more = f" and {count - most} more (see summary.json)" if count > most else ""
-        print(f"\n{count} corrupt images skipped: {', '.join(names[:most])}{more}")
+        print(f"\n{count} corrupt samples skipped: {', '.join(names[:most])}{more}")
 
 
 def held_out(summary: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
-    """Return the figures of a summary by the name of what was evaluated."""
+    """Return the metrics of a summary by the name of the evaluated split."""
     best = summary.get("best") or {}
     splits = {f"{best['split']} (best, epoch {best['epoch']})": best} if best else {}
     return splits | {split: figures for split, figures in summary["test"].items() if figures}
 
 
 def table(task: Any, figures: Mapping[str, float]) -> str:
-    """Lay out a task's figures as text, beside what to compare them with."""
+    """Lay out a task's metrics as text, beside their reference values."""
     if hasattr(task, "table"):
         rows = task.table(figures)
     else:
@@ -152,7 +152,7 @@ def show(path: Path | None) -> str:
 
 
 def as_called_here(command: str) -> str:
-    """Name this environment's own program in a command where its name finds another or none, as without activation."""
+    """Give the path of this environment's own program if the shell would find another or none (not activated)."""
     name, _, rest = command.partition(" ")
     own = {"python": Path(sys.executable), "lavis-xformer": Path(sys.executable).with_name("lavis-xformer")}.get(name)
     found = shutil.which(name)

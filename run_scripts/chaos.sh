@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Crash consistency of the training command, judged by ckpt-chaos (pip install ckpt-chaos): kills a small main job at every
-# file event of its run folder, also with the file cut in half, resumes it and compares the weights. Twenty minutes or more.
+# Crash consistency of the training command, tested with ckpt-chaos (pip install ckpt-chaos): kills a small main job at
+# every file event in its run folder, also with the file truncated to half, resumes it and compares the weights.
+# Takes 20 minutes or more.
 #   bash run_scripts/chaos.sh                          one process
 #   bash run_scripts/chaos.sh --ranks 2                two processes; --crash-rank 1 kills the other one
 #   bash run_scripts/chaos.sh --modes term             SIGTERM, then a kill
-# Uses the interpreter PYTHON, or the active one. The exit status is 1 where a kill cost anything.
+# Uses the interpreter PYTHON, or the active one. The exit status is 1 if a kill did any damage.
 set -euo pipefail
 
-unset CDPATH # it would lead cd elsewhere, and cd print where to
+unset CDPATH # it could make cd go elsewhere, and print the folder
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 PYTHON="${PYTHON:-python}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-# What has to be equal in the end: the last weights, and the best.
+# What has to match at the end: the last and the best weights.
 FINGERPRINT="import hashlib, pathlib, sys
 from lavis_xformer.engine import checkpoint
 for name in sys.argv[1:]:
@@ -20,7 +21,7 @@ for name in sys.argv[1:]:
     print(hashlib.sha256(b''.join(weights[key].numpy().tobytes() for key in sorted(weights))).hexdigest())"
 
 exec "$PYTHON" -m ckpt_chaos run --max-points 1000 --timeout 300 \
-  --checkpoint-glob "{out}/run/checkpoint_*_step*.pth" --step-regex 'going on from .* step (\d+)' \
+  --checkpoint-glob "{out}/run/checkpoint_*_step*.pth" --step-regex 'resuming from .* step (\d+)' \
   --result-cmd "$PYTHON -c \"$FINGERPRINT\" {out}/run/checkpoint_0.pth {out}/run/checkpoint_best.pth" \
   --fail-on HARD_FAIL,SILENT_DIVERGENCE,LOST_WORK,CONTROL_FAIL "$@" -- \
   "$PYTHON" -m lavis.train --cfg-path "$ROOT/projects/xformer/pretrain.yaml" --options \

@@ -1,7 +1,7 @@
-"""What the safe training loop costs beside a bare loop over the same model and batches.
+"""What the safe training loop costs compared with a bare loop over the same model and batches.
 
 ``python run_scripts/overhead.py``. Both take turns in one process, a few steps at a time, and CPU time is compared pair
-by pair, so that a busy machine disturbs little. The data are in memory: loading them costs both the same.
+by pair, so that other load on the machine matters little. The data are in memory, since loading costs both the same.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ OPTIONS = (
 
 
 class Fixed:
-    """Batches in memory, again and again."""
+    """Batches in memory, repeated forever."""
 
     def __init__(self, batches: list[Any]) -> None:
         self.batches = batches
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield them without an end."""
+        """Cycle through them endlessly."""
         return itertools.cycle(self.batches)
 
 
 def bare(runner: Any, batches: Fixed, steps: int) -> float:
-    """Return the CPU seconds of a loop without anything around it."""
+    """Return the CPU seconds of a bare training loop."""
     start = time.process_time()
     for samples in itertools.islice(batches, steps):
         runner.model(samples)["loss"].backward()
@@ -75,7 +75,7 @@ def main() -> None:
     """Print the ratio of each pair, and their median."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=12)
-    parser.add_argument("--steps", type=int, default=4, help="of each turn")
+    parser.add_argument("--steps", type=int, default=4, help="per turn")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     lavis_xformer.register()

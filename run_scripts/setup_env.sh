@@ -1,12 +1,12 @@
-# Makes .venv with the tested set and this plugin, or reuses it at once. To be sourced; sets ROOT and PYTHON.
+# Creates .venv with the tested packages and this plugin, or reuses it if up to date. Source it: sets ROOT and PYTHON.
 set -euo pipefail
 
-unset CDPATH # it would lead cd elsewhere, and cd print where to
+unset CDPATH # it could make cd go elsewhere, and print the folder
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
 VENV="$ROOT/.venv"
 PYTHON="$VENV/bin/python"
-STAMP="$VENV/.lavis_xformer_stamp" # what is installed; absent while an install is under way
-MAKING="$VENV/.lavis_xformer_making" # this script makes the environment and has not finished
+STAMP="$VENV/.lavis_xformer_stamp" # fingerprint of the last complete install
+MAKING="$VENV/.lavis_xformer_making" # exists until this script has finished the install
 
 # Nothing of another environment may leak into ours.
 unset PYTHONPATH PYTHONHOME PYTHONSTARTUP VIRTUAL_ENV PIP_TARGET PIP_PREFIX PIP_USER LAVIS_XFORMER_AUTOREGISTER
@@ -14,7 +14,7 @@ export PYTHONNOUSERSITE=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # On a busy machine, threads that spin while they wait make a training step ten times slower.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
-# Prints "3.11" for an interpreter that runs and can make environments, else nothing.
+# Prints "3.11" for an interpreter that runs and can create environments, otherwise nothing.
 python_version() {
     "$1" -c 'import sys, venv, ensurepip; print("%d.%d" % sys.version_info[:2])' 2>/dev/null </dev/null || true
 }
@@ -28,7 +28,7 @@ candidates() {
     ls -d "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.1[10].*/bin/python 2>/dev/null || true
 }
 
-# Prints the path of a Python 3.11 or 3.10; otherwise says what there is instead, and fails.
+# Prints the path of a Python 3.11 or 3.10; otherwise lists what it found instead, and fails.
 find_python() {
     local path version found=""
     while IFS= read -r path; do
@@ -48,12 +48,12 @@ find_python() {
     return 1
 }
 
-# What an environment has to agree with: the requirements, and the folder it was made in.
+# Fingerprint of what an environment depends on: the requirements, and the folder it was made in.
 fingerprint() {
     (cd "$ROOT" && { cat setup.py pyproject.toml constraints.txt lavis_xformer.pth && pwd -P; } | cksum)
 }
 
-# Whether "pip install ." has put a copy in place of the link to this folder: changes here would not be run.
+# Whether "pip install ." has replaced the link to this folder by a copy, which would ignore changes made here.
 holds_copy() {
     compgen -G "$VENV/lib/python3*/site-packages/lavis_xformer" >/dev/null
 }
@@ -61,11 +61,11 @@ holds_copy() {
 make_environment() {
     local base
     if [ -e "$VENV" ] && [ ! -e "$STAMP" ] && [ ! -e "$MAKING" ]; then
-        echo "$VENV exists, but this script did not make it. Move it away and start again." >&2
+        echo "$VENV exists, but this script did not create it. Move it away and start again." >&2
         return 1
     fi
     base="$(find_python)"
-    echo "Making $VENV with $base ($(python_version "$base")): about 7 GB, some minutes, once." >&2
+    echo "Creating $VENV with $base ($(python_version "$base")): about 7 GB, a few minutes, only once." >&2
     rm -rf "$VENV"
     mkdir "$VENV"
     touch "$MAKING"

@@ -174,7 +174,7 @@ def test_what_names_no_file_has_no_content(tmp_path: Path, monkeypatch: pytest.M
 
 def test_code_is_what_runs_execute_without_its_words() -> None:
     def written(source: str) -> object:
-        return inputs.written(inputs.without_docstrings(ast.parse(source)))
+        return inputs.written(inputs.without_comments(ast.parse(source)))
 
     assert written('"""A."""\ndef f():\n    """B."""\n    return 1') == written("def f(): return 1  # one")
     assert written("def f(): return 1") != written("def f(): return 2")
@@ -231,8 +231,8 @@ def test_a_shipped_yaml_is_extended_from_anywhere(tmp_path: Path, monkeypatch: p
     ("change", "message"),
     [
         ({"seed": [1]}, "'seed': did you mean 'seeds'"),
-        ({"baseline": "aa"}, "baseline: did you mean 'a'"),
-        ({"claim": "bb"}, "claim: did you mean 'b'"),
+        ({"baseline": "aa"}, "baseline: no variant 'aa'; did you mean 'a'"),
+        ({"claim": "bb"}, "claim: no variant 'bb'; did you mean 'b'"),
         ({"variants": {"a": {"frist": {}}}}, r"variants\.a\.frist: did you mean 'first'"),
         ({"common": {"first": {}}}, r"common\.first\.config is missing"),
         ({"output": None}, "'output' is missing"),
@@ -245,6 +245,10 @@ def test_a_shipped_yaml_is_extended_from_anywhere(tmp_path: Path, monkeypatch: p
         ({"common": {"first": "x.yaml"}}, r"common\.first: x\.yaml is not a mapping"),
         ({"common": {"first": None}}, r"common\.first\.config is missing"),
         ({"common": {"first": {"config": "x.yaml", "options": ["a=1"]}}}, r"common\.first\.options: \['a=1'\] is no"),
+        ({"common": {"first": {"config": 5}}}, r"common\.first\.config is 5; it must name a project's YAML"),
+        ({"common": {"first": {"config": "x.yaml", "evaluate": "no"}}}, r"first\.evaluate is 'no'; it must be true or"),
+        ({"common": {"a.b": {"config": "x.yaml"}}}, r"common\.a\.b: a stage's name can't have a dot"),
+        ({"baseline": ["a"]}, r"baseline: no variant '\['a'\]'"),
         ({"processes": "x"}, r"processes: x is not an integer of at least 1"),
     ],
 )
@@ -348,7 +352,7 @@ def test_tables_figures_and_json(plan: Plan) -> None:
     assert found["claimed"]["a"]["asked.count"]["difference"] == 50
     assert markdown(collect(plan)) in shown
     for part in (
-        "15.000 ± 7.071", "| most frequent answer, or chance |  | 33.3 |", "| questions, of images |  | 6 of 6 |",
+        "15.000 ± 7.071", "| most frequent answer, or chance |  | 33.3 |", "| questions (images) |  | 6 (6) |",
         "| blind (no image) | 1 | 50.0 |", "| b | 1 | 100.0 |", "+50.0 [", "2.50 M; 2; 100", "b minus the others",
         "| questions | 2 | 2 | 2 |", "machine: toy", "| 0.500 ± 0.000 |",
         "toys test: protocol paper (num_beams 5), scorer strict, template raw, questions 0123456789ab.",

@@ -277,10 +277,10 @@ def test_a_schedule_takes_the_keys_that_it_reads(load):
         ("run.num_workers=-1", r"run\.num_workers is -1; it must be at least 0"),
         ("run.num_beams=0", r"run\.num_beams is 0; it must be at least 1"),
         ("run.max_epoch=1.7", r"run\.max_epoch is 1\.7; it must be a whole number"),
-        ("run.init_lr=abc", r"run\.init_lr is 'abc'; it must be a float"),
+        ("run.init_lr=abc", r"run\.init_lr is 'abc'; it must be of type float"),
         ("run.valid_splits=val", r"run\.valid_splits is 'val'; it must be a list: \[val\]"),
         ("run.train_dataset_ratios=3", r"run\.train_dataset_ratios is 3; it must be a list: \[3\]"),
-        ("run.log_freq=x", r"run\.log_freq is 'x'; it must be a int"),
+        ("run.log_freq=x", r"run\.log_freq is 'x'; it must be of type int"),
     ],
 )
 def test_impossible_values_of_laviss_keys(option: str, message: str):

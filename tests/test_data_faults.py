@@ -61,7 +61,7 @@ def test_training_skips_names_and_counts_bad_photos_of_several_datasets(tmp_path
     assert checkpoint.read(runner.output_dir / "checkpoint_1.pth")["corrupt"] == names
     capsys.readouterr()  # what the training has said
     print_corrupt(names, 3)
-    assert capsys.readouterr().out.startswith(f"\n3 corrupt images skipped: {names[0]}, ")
+    assert capsys.readouterr().out.startswith(f"\n3 corrupt samples skipped: {names[0]}, ")
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -58,7 +58,7 @@ def named_groups(caption: str) -> list[tuple[str, str, int]]:
 
 
 def test_it_describes_half_of_the_easy_scenes_without_a_mistake_in_groups_and_numbers(loaded: Any) -> None:
-    """51 of 100 by docs/mini_world.md, section 6; the first of them is README's example."""
+    """156 of 300 by docs/mini_world.md, section 6; the first of them is README's example."""
     model, vis, _ = loaded
     scenes = [make_scene(0, "test", index, preset="easy") for index in range(100)]
     images = torch.stack([vis["eval"](Image.fromarray(render(scene))) for scene in scenes])

@@ -38,8 +38,8 @@ def reveal(images):
 
 def test_probe_reads_what_is_there_and_nothing_else():
     exams = {probe.TRAIN: told(2000, 0), probe.STOP: told(400, 100), "val": told(400, 200)}
-    seen = probe.train_probe(reveal, exams, steps=60, seeds=1)
-    blind = probe.train_probe(lambda x: torch.ones(len(x), 5, 8), exams, steps=20, seeds=1)
+    seen = probe.train_probe(reveal, exams, "val", steps=60, seeds=1)
+    blind = probe.train_probe(lambda x: torch.ones(len(x), 5, 8), exams, "val", steps=20, seeds=1)
     assert all(seen[name][0] > 90 for name in ("count", "position", "mark", "facing", "relation"))
     assert blind["facing"][0] < 40
     assert blind["count"][0] < 25
@@ -51,7 +51,7 @@ def test_the_best_step_is_chosen_on_other_scenes_than_are_reported_on(monkeypatc
     said = iter([value for pair in zip(stop, shown, strict=True) for value in pair])
     monkeypatch.setattr(probe, "correct", lambda probe_, tokens, exam: dict.fromkeys(TASKS, float(next(said))))
     exams = {probe.TRAIN: told(300, 0), probe.STOP: told(4, 100), "val": told(4, 200)}
-    assert probe.train_probe(reveal, exams, steps=8, seeds=1) == {name: [3.0] for name in TASKS}
+    assert probe.train_probe(reveal, exams, "val", steps=8, seeds=1) == {name: [3.0] for name in TASKS}
 
 
 def test_a_pointed_task_looks_nearest_to_the_point_and_others_everywhere():
@@ -171,7 +171,7 @@ def test_command_writes_table_figures_and_json(tmp_path):
     small = ["--scenes", "60", "--held-out", "80", "--steps", "2", "--seeds", "2"]
     assert probe.main(["--set", str(folder), "--out", str(out), *small]) == 0
     said = (out / "probe.md").read_text()
-    assert "C+M less C two layers" in said
+    assert "C+M minus C two layers" in said
     assert "| random, high-passed |" in said
     record = json.loads((out / "probe.json").read_text())
     assert set(record["accuracy"]) == {"C", "M", "C+M", "C two layers", "pixels", "random"}

@@ -134,7 +134,7 @@ def test_options_are_typed_and_checked():
     for wrong, message in (
         ({"amp": "fp8"}, "run.amp is 'fp8'; it must be one of"),
         ({"keep_last": -1}, "run.keep_last is -1; it can't be negative"),
-        ({"save_every_steps": "often"}, "run.save_every_steps is 'often'; it must be a int"),
+        ({"save_every_steps": "often"}, "run.save_every_steps is 'often'; it must be of type int"),
     ):
         with pytest.raises(UserError, match=message):
             RunOptions.from_config(wrong)

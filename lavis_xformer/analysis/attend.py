@@ -1,9 +1,9 @@
-"""``lavis-xformer attend``: where a model looks, drawn on the image; with a text, what there speaks for the text.
+"""``lavis-xformer attend``: where a model looks, drawn on the image; with a text, which regions support the text.
 
     lavis-xformer attend photo.jpg --type FOLDER --question "how many cups are there?"
     lavis-xformer attend photo.jpg --type FOLDER --model xformer --text "a cup beside a plate"
 
-FOLDER is what ``lavis-xformer export`` has written. Without an image, scenes of the test split are looked at.
+FOLDER was written by ``lavis-xformer export``. Without an image, scenes of the test split are used.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, at_least
 
 ENLARGED = 256  # side of a drawn image in pixels
 
 
 class Row(NamedTuple):
-    """An image and the maps that are laid over it."""
+    """An image and the maps drawn over it."""
 
     title: str
-    picture: Any  #: PIL's
+    picture: Any  #: a PIL image
     maps: Mapping[str, Any]  #: source to tensor (side, side)
 
 
@@ -57,13 +57,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     Raises:
         UserError: the file can't be written.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from PIL.Image import Resampling
 
     columns = 1 + len(rows[0].maps)
     figure = Figure(figsize=(3 * columns, 3.3 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
     for number, (title, picture, maps) in enumerate(rows):
         shown = picture.convert("RGB").resize((ENLARGED, ENLARGED), Resampling.BICUBIC)
         for column, source in enumerate([None, *maps]):
@@ -88,16 +86,17 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("images", nargs="*", type=Path, help="files")
     parser.add_argument("--model", default="xformer_opt", help="xformer, xformer_opt, ... (default: %(default)s)")
-    parser.add_argument("--type", help="one of its types, or an exported folder (default: mini)")
-    parser.add_argument("--text", help="a caption: what speaks for it")
-    parser.add_argument("--question", help="stage 2: what speaks for the answer to it")
-    parser.add_argument("--answer", help="to the question; the model's own where none is given")
-    parser.add_argument("--queries", type=int, nargs="+", default=[], help="draw these by themselves too, from 0")
-    parser.add_argument("--layer", type=int, default=-1, help="of the Q-Former's that look at C (default: the last)")
-    parser.add_argument("--scenes", type=int, default=3, help="how many scenes without an image (default: 3)")
+    parser.add_argument("--type", help="one of the model's types, or an exported folder (default: mini)")
+    parser.add_argument("--text", help="a caption: show which regions support it")
+    parser.add_argument("--question", help="stage 2: show which regions support the answer to it")
+    parser.add_argument("--answer", help="answer to the question (default: the model's own)")
+    parser.add_argument("--queries", type=int, nargs="+", default=[], help="also draw each of these, from 0")
+    parser.add_argument("--layer", type=int, default=-1, help="Q-Former layer attending to C, by index (default: last)")
+    parser.add_argument("--scenes", type=int, default=3, help="number of scenes if no image is given (default: 3)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=Path("attention.png"), help="picture (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("attention.png"), help="output file (default: %(default)s)")
     args = parser.parse_args(argv)
+    at_least(1, args, "scenes")
     if args.text and args.question:
         parser.error("--text or --question, not both")
     if args.answer and not args.question:
@@ -106,7 +105,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse a model that has no such maps, or can't be asked, before any weight is loaded."""
+    """Reject a model without such maps, or one that can't answer, before any weights are loaded."""
     from lavis_xformer import register
     from lavis_xformer.config.load import find
     from lavis_xformer.models.base import XFormerBase
@@ -115,13 +114,13 @@ def _check(args: argparse.Namespace) -> None:
     register()
     cls = find("model", args.model, "--model")
     if not issubclass(cls, XFormerBase):
-        raise UserError(f"--model {args.model} is not of this package; fusion: none is BLIP-2 and loads its weights")
+        raise UserError(f"--model {args.model} is not of this package; ours with fusion: none load BLIP-2's weights")
     if args.question and not issubclass(cls, GenerativeModel):
-        raise UserError(f"--question: {args.model} answers none; give it a --text, or name a model of stage 2")
+        raise UserError(f"--question: {args.model} can't answer questions; give a --text, or use a stage-2 model")
 
 
 def _pictures(files: Sequence[Path], scenes: int) -> list[tuple[str, Any]]:
-    """Names and PIL images: of the files, or of so many scenes where there are none."""
+    """Names and PIL images: of the files, or of ``scenes`` scenes if there are none."""
     from lavis_xformer.data.photos import open_photo
 
     if files:
@@ -139,7 +138,7 @@ def _texts(args: argparse.Namespace) -> dict[str, list[str]]:
 
 
 def _of_query(maps: Mapping[str, Any], query: int) -> dict[str, Any]:
-    """One query's maps of (Q, side, side)."""
+    """One query's maps, from maps (Q, side, side)."""
     count = min(len(found) for found in maps.values())
     if not 0 <= query < count:
         raise UserError(f"--queries {query}: the model has queries 0 to {count - 1}")

@@ -1,11 +1,11 @@
 """``lavis-xformer diagnose --cfg-path YAML --options model.pretrained=...``: does a trained model use M, and where?
 
-Four looks at a checkpoint of stage 1 or 2, on held-out samples of the run that the YAML describes:
+Four checks of a stage-1 or stage-2 checkpoint, on held-out samples of the run that the YAML describes:
 
-1. the split's evaluation again, each image with another one's M: what falls, M had told;
-2. how far Z' is from Zq (and M' from M), how much of that differs between images, and how the cross-attentions spread;
+1. the split's evaluation, and again with each image given another one's M: whatever drops came from M;
+2. how far Z' is from Zq (and M' from M), how much of that varies between images, and how the cross-attentions spread;
 3. the gradient of every loss term at the queries, the Q-Former's cross-attentions, CA1 and CA2;
-4. the reconstruction from M' beside the frozen MAE's own from M, which is its floor.
+4. the reconstruction error from M', beside the frozen MAE's own from M, which is its floor.
 
 B: batch, Q: queries, D: width of the Q-Former, L: queries of an attention, S: its keys.
 """
@@ -23,9 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lavis_xformer.errors import at_least
 from lavis_xformer.models.attention_maps import recording
 
-#: parts of a fusion that aligns M, and of any model, by their weights' names; a weight belongs to the first that fits
+#: parts of a fusion that aligns M, and of any model, as patterns of weight names; the first that matches counts
 CROSS_ATTENTIONS = {
     "CA1 (M asks Zq)": r"fusion\.(mae_in|align_blocks|mae_out)\.",
     "CA2 (Zq asks M')": r"fusion\.enrich_blocks\.",
@@ -46,11 +47,12 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="lavis-xformer diagnose", description=__doc__)
     parser.add_argument("--cfg-path", required=True, help="the training's YAML")
     parser.add_argument(
-        "--options", nargs="+", action="extend", default=[], help="as model.pretrained=.../checkpoint_best.pth"
+        "--options", nargs="+", action="extend", default=[], help="such as model.pretrained=.../checkpoint_best.pth"
     )
-    parser.add_argument("--split", default="val", help="whose samples are looked at")
-    parser.add_argument("--batches", type=int, default=8, help="of how many batches, beside the evaluation")
+    parser.add_argument("--split", default="val", help="split whose samples are used")
+    parser.add_argument("--batches", type=int, default=8, help="number of batches for checks 2 to 4")
     args = parser.parse_args(argv)
+    at_least(1, args, "batches")
     from lavis_xformer import launch, register
 
     register()
@@ -81,8 +83,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def look(model: Any, batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the looks that need no evaluation, as means over batches of samples on the model's device."""
-    torch.manual_seed(0)  # of MAE's masks and the hard negatives
+    """Return checks 2 to 4, as means over batches of samples on the model's device."""
+    torch.manual_seed(0)  # for MAE's masks and the hard negatives
     return {
         "enrichment": mean(enrichment(model, samples["image"]) for samples in batches),
         "gradients": mean(gradients(model, samples) for samples in batches),
@@ -95,7 +97,7 @@ def enrichment(model: Any, image: Tensor) -> Figures:
     """Compare Z' with Zq and M' with M, and describe every cross-attention of the fusion.
 
     ``size`` is the norm of the difference over that of the original; ``own`` is the share of the difference's power
-    that differs between the images of the batch (the rest is the same for each, so it tells nothing about any).
+    that varies between the images of the batch (the rest is the same for all, so it says nothing about any of them).
     """
     if not model.fusion.needs_mae:
         return {}
@@ -120,8 +122,8 @@ def enrichment(model: Any, image: Tensor) -> Figures:
 def spread(weights: Tensor) -> Figures:
     """Describe how an attention map (B, heads, L, S) spreads.
 
-    ``entropy`` is 1 where attention is everywhere alike and 0 where it is on one token; ``top`` is the mean share of
-    the token that gets most.
+    ``entropy`` is 1 if attention is uniform and 0 if it is all on one token; ``top`` is the mean share of the token
+    that gets the most.
     """
     entropy = torch.special.entr(weights).sum(-1).mean() / torch.tensor(weights.shape[-1]).log()
     return {"entropy": float(entropy), "top": float(weights.amax(-1).mean())}
@@ -130,7 +132,7 @@ def spread(weights: Tensor) -> Figures:
 def gradients(model: Any, samples: Mapping[str, Any]) -> Figures:
     """Return ``term > part``: the norm of the gradient of each (unweighted) loss term at each part of the model.
 
-    Frozen parts, and terms that depend on frozen ones alone, are left out.
+    Frozen parts, and terms that depend only on frozen ones, are left out.
     """
     patterns = (CROSS_ATTENTIONS if model.fusion.aligns_mae else {}) | PARTS
     parts: dict[str, list[Tensor]] = defaultdict(list)
@@ -182,7 +184,7 @@ def text(found: Mapping[str, Any]) -> str:
         if name in other and not name.startswith(("chance", "agg"))
     ]
     if not other:
-        lines.append("   this fusion has no M")
+        lines.append("   this fusion uses no M")
     lines.append("2. what M changes")
     lines += [f"   {name:<41}{value:>12.4f}" for name, value in found["enrichment"].items()]
     terms = list(dict.fromkeys(name.split(" > ")[0] for name in found["gradients"]))

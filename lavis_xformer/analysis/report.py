@@ -35,14 +35,14 @@ pre { background: #f5f5f5; padding: 1em; overflow: auto }
 
 
 def read_log(folder: Path) -> list[Record]:
-    """Read the records of a run's ``log.jsonl``; a line torn by a kill is left out.
+    """Read the records of a run's ``log.jsonl``; lines truncated by a kill are skipped.
 
     Raises:
-        UserError: the folder holds no log, or an empty one.
+        UserError: the folder holds no log, or one without a training step.
     """
     path = folder / "log.jsonl"
     if not path.is_file():
-        raise UserError(f"{folder} is no run folder: it has no log.jsonl")
+        raise UserError(f"{folder} is not a run folder: it has no log.jsonl")
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -50,7 +50,7 @@ def read_log(folder: Path) -> list[Record]:
         except ValueError:
             continue
     if not any(record["kind"] == "step" for record in records):
-        raise UserError(f"{path} holds no training step yet")
+        raise UserError(f"{path} has no training step yet")
     return records
 
 
@@ -69,7 +69,6 @@ def write_report(folder: Path) -> tuple[Path, Path]:
 
 def draw_curves(records: Sequence[Record], path: Path) -> None:
     """Draw every loss term, retrieval, the learning rate and the speed against steps, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     steps = [record for record in records if record["kind"] == "step"]
@@ -77,7 +76,6 @@ def draw_curves(records: Sequence[Record], path: Path) -> None:
     panels = _panels(steps, evals)
     rows = (len(panels) + 2) // 3
     figure = Figure(figsize=(12, 2.8 * rows), layout="constrained")
-    FigureCanvasAgg(figure)
     for number, (title, names) in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, 3, number)
         for style, name in enumerate(names):
@@ -95,7 +93,7 @@ def draw_curves(records: Sequence[Record], path: Path) -> None:
 
 
 def _draw_training(axes: Any, steps: Sequence[Record], name: str) -> None:
-    """Draw each step thinly and a mean over neighbours; the learning rate is no noise to be smoothed."""
+    """Draw each step thinly and a moving average; the learning rate needs no smoothing."""
     x, y = series(steps, name)
     if not y:
         return
@@ -107,13 +105,14 @@ def _draw_training(axes: Any, steps: Sequence[Record], name: str) -> None:
 
 
 def _draw_evaluation(axes: Any, evals: Sequence[Record], name: str, *, style: int, label: str) -> None:
-    """Draw what each split gave, and dashed what chance, or the frozen MAE alone, would."""
-    for colour, split in enumerate(sorted({record["split"] for record in evals}), start=1 + style):
+    """Draw each split's values, and a dashed line for chance or for the frozen MAE alone."""
+    splits = sorted({record["split"] for record in evals})
+    for colour, split in enumerate(splits, start=1 + style * len(splits)):
         own = [record for record in evals if record["split"] == split]
         x, y = series(own, name)
         if not y:
             continue
-        axes.plot(x, y, "o-", ms=3, lw=1.2, color=f"C{colour}", label=label or split)
+        axes.plot(x, y, "o-", ms=3, lw=1.2, color=f"C{colour}", label=f"{label} {split}".strip())
         reference, meaning = REFERENCES.get(name, (f"chance_{name}", "chance"))
         _, y = series(own, reference)
         level = y[-1] if y else CHANCE_ITM if name == "itm_accuracy" else None
@@ -123,7 +122,7 @@ def _draw_evaluation(axes: Any, evals: Sequence[Record], name: str, *, style: in
 
 
 def smooth(values: Sequence[float], *, share: float = 0.05) -> list[float]:
-    """Return means over the neighbours within half of ``share`` of the whole length on either side."""
+    """Return a centred moving average over ``share`` of the whole length."""
     reach = max(0, int(len(values) * share / 2))
     sums = [0.0]
     for value in values:
@@ -133,7 +132,7 @@ def smooth(values: Sequence[float], *, share: float = 0.05) -> list[float]:
 
 
 def render(folder: Path, records: Sequence[Record], picture: bytes) -> str:
-    """Return the page: it needs no other file and no network."""
+    """Return the page, which needs no other file and no network."""
     summary = _read_json(folder / "summary.json")
     config = _read_json(folder / "config.json")
     last = [record for record in records if record["kind"] == "step"][-1]

@@ -1,1 +1,1 @@
-"""``lavis-xformer compare``: several models on the same data, and what may be said about them."""
+"""``lavis-xformer compare``: several models on the same data, and what the results support."""

@@ -1,4 +1,4 @@
-"""The difference between two models on the same items, and how far chance could have moved it.
+"""The difference between two models on the same items, and how much of it could be chance.
 
 S: seeds, N: items, K: clusters, R: resamples.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 from lavis_xformer.errors import UserError
 
-_AT_ONCE = 250  # resamples drawn in one step, for the sake of memory
+_AT_ONCE = 250  # resamples drawn at a time, to limit memory
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,18 @@ def paired_bootstrap(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Interval:
-    """Give the 95 % percentile interval of the difference between two models on the same items.
+    """Return the 95 % percentile interval of the difference between two models on the same items.
 
-    Where there are several seeds, these are drawn anew too, so that the interval covers the luck of a training as well
-    as that of the items. Of three seeds it still tells somewhat too little: a bootstrap of n values has (n - 1) / n of
-    their variance.
+    If there are several seeds, they are resampled too, so that the interval covers the variation between trainings as
+    well as between items. With three seeds it is still somewhat too narrow: a bootstrap of n values has only
+    (n - 1) / n of their variance.
 
     Args:
-        first: N scores of one model, such as :attr:`.scoring.Score.correct`; or S lists of N, one for each seed.
-        second: the same items' (and seeds') scores of the other.
-        clusters: (N,) what is drawn anew as a whole, as the image of every question; None: every item by itself.
+        first: N scores of one model, such as :attr:`.scoring.Score.correct`; or S lists of N, one per seed.
+        second: the other model's scores of the same items (and seeds).
+        clusters: (N,) each item's cluster, such as a question's image, resampled as a whole; None: one per item.
         resamples: R, how many times seeds and clusters are drawn with replacement.
-        seed: of the drawing.
+        seed: of the resampling.
 
     Raises:
         UserError: the lists differ in length or are empty.
@@ -52,7 +52,7 @@ def paired_bootstrap(
     ours, theirs = (np.atleast_2d(np.asarray(scores, dtype=np.float64)) for scores in (first, second))
     if ours.shape != theirs.shape or not ours.size or (clusters is not None and len(clusters) != ours.shape[1]):
         lengths = [ours.shape, theirs.shape, None if clusters is None else len(clusters)]
-        raise UserError(f"a bootstrap needs lists of one length, not empty; these have {lengths}")
+        raise UserError(f"a bootstrap needs non-empty lists of equal length; these have {lengths}")
     gain = ours - theirs  # (S, N)
     members: dict[Hashable, int] = {}
     names = range(gain.shape[1]) if clusters is None else clusters

@@ -9,19 +9,19 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from lavis_xformer.analysis.report import Record, read_log, series
-from lavis_xformer.compare.plan import Plan
+from lavis_xformer.compare.plan import Cell, Plan
 
 Json = dict[str, Any]
 Points = list[tuple[float, float]]
 
 CHANCE = {"loss_itm": 0.6365}  # the entropy of one matching pair among three
-BARS = 5  # groups of bars side by side
-STRETCHES = 40  # points of a training's curve
-TERMS = ("loss_itc", "loss_itm", "loss_itg", "loss_rec", "loss_lm")  # the sums differ in what they add up
+BARS = 5  # groups of bars per row
+STRETCHES = 40  # points of a training curve
+TERMS = ("loss_itc", "loss_itm", "loss_itg", "loss_rec", "loss_lm")  # not the total, which sums up different terms
 
 
 def draw(plan: Plan, found: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw what there is to draw; return the PNGs."""
+    """Draw every figure that has data; return the paths of the PNGs."""
     variants = {name: of for name, of in found["variants"].items() if of["answers"]}
     pictures = []
     if variants:
@@ -34,7 +34,7 @@ def draw(plan: Plan, found: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def draw_bars(variants: Mapping[str, Json], tasks: Mapping[str, Json], path: Path) -> Path:
-    """Draw the accuracy of every group of questions with its 95 % interval, beside the most frequent answer's."""
+    """Draw the accuracy on every group of questions with its 95 % interval, and the majority or chance baseline."""
     names, stages = list(tasks), {name.partition(".")[0] for name in tasks}
     rows = [names[start : start + BARS] for start in range(0, len(names), BARS)]
     panels, save = _axes(path, panels=len(rows), columns=1)
@@ -63,7 +63,7 @@ def _reach(values: Sequence[Json]) -> list[list[float]]:
 
 
 def draw_counts(variants: Mapping[str, Json], path: Path) -> Path:
-    """Draw the accuracy of counting by the true count, with the number of questions of each."""
+    """Draw counting accuracy by true count, with the number of questions for each."""
     (axes,), save = _axes(path)
     asked: dict[int, int] = {}
     for number, (name, of) in enumerate(variants.items()):
@@ -83,15 +83,17 @@ def draw_counts(variants: Mapping[str, Json], path: Path) -> Path:
 class Curve(NamedTuple):
     """A loss of one run against steps."""
 
-    training: Points  #: means over stretches of the steps
+    training: Points  #: means over equal stretches of steps
     validation: Points
 
 
 def learning(plan: Plan) -> dict[tuple[str, str], dict[str, list[Curve]]]:
     """Return the losses of every finished training: (stage, term) -> variant -> the curve of each seed."""
     found: dict[tuple[str, str], dict[str, list[Curve]]] = defaultdict(lambda: defaultdict(list))
-    unique = {cell.folder: cell for cell in reversed(plan.cells())}  # a shared run belongs to the first that names it
-    for cell in reversed(unique.values()):
+    unique: dict[Path, Cell] = {}
+    for cell in plan.cells():
+        unique.setdefault(cell.folder, cell)  # a shared run belongs to the first variant with it
+    for cell in unique.values():
         if cell.finished and not cell.stage.evaluate:
             for term, curve in losses(cell.folder).items():
                 found[(cell.stage.name, term)][cell.variant].append(curve)
@@ -118,7 +120,7 @@ def _thinned(points: Points) -> Points:
 
 
 def draw_curves(curves: Mapping[tuple[str, str], Mapping[str, Sequence[Curve]]], path: Path) -> Path:
-    """Draw every loss against steps, a colour for every variant, a line for every seed, its validations as dots."""
+    """Draw every loss against steps: one colour per variant, one line per seed, validations as dots."""
     panels, save = _axes(path, panels=len(curves))
     colours = {name: _colour(i) for i, name in enumerate(dict.fromkeys(n for of in curves.values() for n in of))}
     for axes, ((stage, term), variants) in zip(panels, curves.items(), strict=True):
@@ -146,15 +148,13 @@ def _colour(number: int) -> Any:
 
 
 def _axes(path: Path, *, panels: int = 1, columns: int = 4) -> tuple[list[Any], Callable[[], Path]]:
-    """Axes of a new figure, some side by side, and what to call when they are drawn on."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Axes of a new figure, up to ``columns`` side by side, and a function that saves it."""
     from matplotlib.figure import Figure
 
     columns = min(panels, columns)
     rows = -(-panels // columns)
     size = (9.0 if columns == 1 else 3.4 * columns, 4.5 if panels == 1 else 3.0 * rows + 0.5)
     figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = [figure.add_subplot(rows, columns, number + 1) for number in range(panels)]
     for each in axes:
         each.grid(alpha=0.25)

@@ -1,8 +1,8 @@
-"""What a run's result depends on, so that no stale one is ever kept unnoticed.
+"""What a run's result depends on, so that no stale result is kept unnoticed.
 
-These are: its configuration (the default YAMLs of model and datasets, its own YAML, its options), the sha256 of every
+That is: its configuration (the default YAMLs of model and datasets, its own YAML, its options), the sha256 of every
 shipped asset and every file that the configuration names (weights, question files; not the images of a folder), the
-code of this package and the versions of the packages that compute. Comments, formatting and docstrings don't count, nor
+code of this package and the versions of its numerical libraries. Comments, formatting and docstrings don't count, nor
 does code that no run executes (:data:`APART`).
 """
 
@@ -28,18 +28,18 @@ from lavis_xformer.paths import project_path, shipped_folder
 from lavis_xformer.versions import versions_of
 
 PACKAGE = Path(assets.__file__).parent
-#: what compares, reports, checks and builds, but takes no part in a run
+#: modules that compare, report, check or build, but take no part in a run
 APART = frozenset({"analysis", "compare", "mini", "cli", "doctor", "export"})
 LIBRARIES = ("salesforce-lavis", "torch", "torchvision", "transformers", "timm", "numpy", "pillow")
 SOFTWARE = ("code", "python", *LIBRARIES)
-PLACES = ("run.output_dir", "run.job_id", "run.resume")  # where a run lies, not what it computes
+PLACES = ("run.output_dir", "run.job_id", "run.resume")  # where a run is stored, not what it computes
 
 Json = dict[str, Any]
 _PARSING = threading.Lock()  # in two threads at once Python 3.11's parser may raise SystemError
 
 
 def inputs_of(config: str, options: Mapping[str, Any]) -> dict[str, str]:
-    """Return everything that the result of a run depends on, by name; ``options`` change its YAML by dotted key."""
+    """Return everything that the result of a run depends on, by name; ``options`` override its YAML by dotted key."""
     leaves = dict(flat(resolved(config, options)))
     found = {key: json.dumps(value) for key, value in leaves.items() if key not in PLACES}
     for key, value in leaves.items():
@@ -60,7 +60,7 @@ def changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
 
 
 def resolved(config: str, options: Mapping[str, Any]) -> Json:
-    """Return a run's configuration: the defaults of its model's type and its datasets, its YAML, its options."""
+    """Return a run's configuration: the defaults of its model type and datasets, its YAML, its options."""
     user = _mapping(project_path(config))
     for key, value in options.items():
         *sections, name = key.split(".")
@@ -89,7 +89,7 @@ def merge(first: Any, second: Any) -> Any:
 
 
 def flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield every leaf by its dotted path; members of lists by their number."""
+    """Yield every leaf by its dotted path; list items by their index."""
     if isinstance(values, (dict, list)) and values:
         for key, value in values.items() if isinstance(values, dict) else enumerate(values):
             yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
@@ -106,51 +106,56 @@ def content(value: str, *, folders: bool = False) -> str | None:
     path = Path(value)
     if path.is_file():
         return _file(path, path.stat().st_size, path.stat().st_mtime_ns)
-    if folders and "/" in value and path.is_dir():  # a name such as "mini" is none, whatever lies here
+    if folders and "/" in value and path.is_dir():  # a name such as "mini" means no folder, even if one is here
         return _digest({file.name: content(str(file)) for file in sorted(path.iterdir()) if file.is_file()})
     return None
 
 
 @functools.cache
 def code() -> str:
-    """Return twelve characters that change with the code of this package that runs execute."""
+    """Return a hash, of twelve characters, of the code of this package that runs execute."""
     return code_now()
 
 
 def code_now() -> str:
-    """Return :func:`code` as the files are at this moment, not as they were when this process first asked."""
+    """Return :func:`code` for the files as they are now, not as they were when this process first asked."""
     trees = {}
     with _PARSING:
         for path in sorted(PACKAGE.rglob("*.py")):
             name = path.relative_to(PACKAGE)
             if name.parts[0].removesuffix(".py") not in APART:
-                trees[name.as_posix()] = written(without_docstrings(ast.parse(path.read_text(encoding="utf-8"))))
+                trees[name.as_posix()] = written(without_comments(ast.parse(path.read_text(encoding="utf-8"))))
     return _digest(trees)
 
 
 def written(tree: object) -> Any:
-    """Return a syntax tree as JSON, without the empty fields of which every Python version has its own."""
+    """Return a syntax tree as JSON, without empty fields, which differ between Python versions."""
     if isinstance(tree, ast.AST):
         fields = {name: written(field) for name, field in ast.iter_fields(tree) if field not in (None, [])}
         return [type(tree).__name__, fields]
     return [written(node) for node in tree] if isinstance(tree, list) else repr(tree)
 
 
-def without_docstrings(tree: ast.AST) -> ast.AST:
-    """Take the docstrings out of a module, in place."""
+def without_comments(tree: ast.AST) -> ast.AST:
+    """Remove docstrings, and other strings that stand alone, from a module, in place."""
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            del node.body[0]
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [statement for statement in body if not _is_bare_string(statement)]  # type: ignore[attr-defined]
     return tree
 
 
+def _is_bare_string(statement: ast.stmt) -> bool:
+    value = statement.value if isinstance(statement, ast.Expr) else None
+    return isinstance(value, ast.Constant) and isinstance(value.value, str)
+
+
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that compute."""
+    """Return the versions of Python and of :data:`LIBRARIES`."""
     return {"python": ".".join(platform.python_version_tuple()[:2]), **versions_of(LIBRARIES)}
 
 
 def commit() -> str | None:
-    """Return the commit of a clone, with ``+`` where files differ from it; None outside of one."""
+    """Return a clone's commit, with ``+`` if tracked files differ from it; None outside a clone."""
 
     def _git(*words: str) -> str:
         return subprocess.run(["git", "-C", str(PACKAGE), *words], capture_output=True, text=True, check=True).stdout
@@ -173,7 +178,7 @@ def _parsed(path: Path, size: int, changed: int) -> Json:
 
 @functools.cache
 def _file(path: Path, size: int, changed: int) -> str:
-    """Size and time of the last change are there for the cache alone."""
+    """Size and modification time serve only as keys of the cache."""
     return sha256(path)[:12]
 
 

@@ -1,8 +1,8 @@
 """What a comparison runs: cells = variants x seeds x stages, each an ordinary run with its options.
 
-A cell's folder is named after its YAML's name, its options and the cell it starts from, so comparisons share what they
-have in common. A finished cell is kept as long as nothing else changes that decides its result (:mod:`.inputs`: the
-YAMLs' content, assets, weights, code, versions); otherwise :meth:`Cell.stale` says what did.
+A cell's folder is named after its YAML's name, its options and the cell it starts from, so comparisons share
+common runs. A finished cell is kept until anything else that its result depends on changes (:mod:`.inputs`: the
+YAMLs' content, assets, weights, code, versions); :meth:`Cell.stale` then says what changed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lavis_xformer.paths import project_path, shipped_folder
 
 KEYS = ("extends", "output", "seeds", "baseline", "claim", "processes", "common", "variants")
 STAGE_KEYS = ("config", "evaluate", "options")
-#: of a variant, beside options of single stages: options of every stage, stages left out, seeds of its own
+#: of a variant, besides options of single stages: options of every stage, stages to skip, seeds of its own
 VARIANT_KEYS = ("every", "skip", "seeds")
 BEST = "checkpoint_best.pth"
 INPUTS = "inputs.json"
@@ -33,9 +33,9 @@ Options = dict[str, Any]
 
 @dataclass(frozen=True)
 class Stage:
-    """A run that every variant goes through: a project's YAML and what is changed of it for all.
+    """A run that every variant goes through: a project's YAML and the options that override it for all variants.
 
-    It trains, or evaluates the weights of the stage before.
+    It trains, or evaluates the weights of the training stage before it.
     """
 
     name: str
@@ -49,9 +49,9 @@ class Cell:
     """One run of a comparison, which leaves its results in ``folder``.
 
     Attributes:
-        options: all changes of the stage's YAML.
-        lenient: whether results of another code or other versions are kept.
-        processes: how many run it together, by torchrun where they are several.
+        options: everything that overrides the stage's YAML.
+        lenient: whether results from other code or other versions are kept.
+        processes: number of processes; more than one are launched by torchrun.
     """
 
     variant: str
@@ -64,15 +64,15 @@ class Cell:
 
     @property
     def finished(self) -> bool:
-        """Whether it ran to its end, and would give the same again."""
+        """Whether it ran to its end and nothing that its result depends on has changed."""
         return (self.folder / "cell.json").is_file() and not self.stale()
 
     def inputs(self) -> dict[str, str]:
-        """Return all that its result depends on, as it is now."""
+        """Return everything its result depends on, as it is now."""
         return inputs_of(self.stage.config, self.options)
 
     def stale(self) -> list[str]:
-        """Return what has changed since it was run, in whole or in part: ``name: before -> after``."""
+        """Return what has changed since it was run, completely or partly: ``name: before -> after``."""
         note = self.folder / INPUTS
         if not note.is_file():
             return []
@@ -90,15 +90,15 @@ class Cell:
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison, by its YAML's name.
+    """A comparison, named after its YAML.
 
     Attributes:
-        output: where the results go; the cells stand in its subfolder ``cells``.
+        output: folder of the results; the cells are in its subfolder ``cells``.
         baseline: the variant that the others are compared with.
-        seeds: of every variant that has none of its own.
-        stages: in order; a training passes its best weights on to the next stages.
-        variants: name to what it changes.
-        claim: the variant that is held against every other one, each control included; none where it is "".
+        seeds: seeds of every variant that has none of its own.
+        stages: in order; a training passes its best weights on to the stages after it.
+        variants: name to the options it changes.
+        claim: the variant that is compared with every other one, each control included; "" for none.
     """
 
     name: str
@@ -112,7 +112,7 @@ class Plan:
     claim: str = ""
 
     def cells(self, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Cell]:
-        """Return the cells in the order in which they can run: of some variants and seeds ``only``, or of all.
+        """Return the cells in an order in which they can run, of some variants and seeds or of all.
 
         Raises:
             UserError: there is no such variant, or none of them has such a seed.
@@ -139,7 +139,7 @@ class Plan:
             options = {**stage.options, **own, "run.seed": seed}
             if weights is not None:
                 options["model.pretrained"] = str(weights)
-            together = {"processes": self.processes} if self.processes > 1 else {}  # a batch of so many parts
+            together = {"processes": self.processes} if self.processes > 1 else {}  # they multiply the batch
             folder = self.output / "cells" / f"{stage.name}-seed{seed}-{digest(stage.config, options | together)}"
             options |= {"run.output_dir": str(folder.parent), "run.job_id": folder.name}
             if not stage.evaluate:
@@ -152,9 +152,9 @@ def read_plan(path: str) -> Plan:
     """Read a comparison's YAML.
 
     Args:
-        path: here or among the shipped ``projects/``. ``extends`` names another such YAML, beside it or a shipped one,
-            of which this one states its differences: ``common`` then holds, of each stage, another ``config`` or
-            ``evaluate`` and more options, and a variant with nothing behind its name is the other's.
+        path: a file, or one of the shipped ``projects/``. ``extends`` names another such YAML, next to it or shipped,
+            from which this one states its differences: ``common`` may then override a stage's ``config`` or
+            ``evaluate`` and add options, and a variant with nothing after its name is taken from the other.
 
     Raises:
         UserError: a file, key or value is missing or wrong.
@@ -169,7 +169,7 @@ def read_plan(path: str) -> Plan:
     for variant, given in content["variants"].items():
         where = f"{file}: variants.{variant}"
         if not isinstance(skipped := given.get("skip", []), list):
-            raise UserError(f"{where}.skip: {skipped} is no list of stages, as [{names[0]}]")
+            raise UserError(f"{where}.skip: {skipped} is not a list of stages, such as [{names[0]}]")
         for key in [*given, *skipped]:
             if key not in (*VARIANT_KEYS, *names):
                 raise UserError(f"{where}.{key}: {nearest(key, (*VARIANT_KEYS, *names))}")
@@ -177,8 +177,8 @@ def read_plan(path: str) -> Plan:
             _mapping(f"{where}.{key}", given.get(key))
         _seeds(f"{where}.seeds", given.get("seeds", []))
     for key in ("baseline", "claim"):
-        if content.get(key) and content[key] not in content["variants"]:
-            raise UserError(f"{file}: {key}: {nearest(str(content[key]), content['variants'])}")
+        if (named := content.get(key)) and str(named) not in content["variants"]:
+            raise UserError(f"{file}: {key}: no variant '{named}'; {nearest(named, content['variants'])}")
     return Plan(
         name=file.stem,
         output=Path(str(content["output"])).absolute(),
@@ -192,7 +192,7 @@ def read_plan(path: str) -> Plan:
 
 
 def digest(config: str, options: Mapping[str, Any]) -> str:
-    """Return eight characters that change with a YAML's name or an option."""
+    """Return a hash, of eight characters, of a YAML's name and the options."""
     return hashlib.sha256((config + json.dumps(options, sort_keys=True)).encode()).hexdigest()[:8]
 
 
@@ -203,31 +203,31 @@ def as_text(value: object) -> str:
 
 def _seeds(key: str, given: object) -> tuple[int, ...]:
     if not isinstance(given, list) or not all(type(seed) is int for seed in given):
-        raise UserError(f"{key}: {given} is no list of whole numbers, as [1, 2, 3]")
+        raise UserError(f"{key}: {given} is not a list of integers, such as [1, 2, 3]")
     return tuple(given)
 
 
 def _count(key: str, given: object) -> int:
     if type(given) is not int or given < 1:
-        raise UserError(f"{key}: {given} is no whole number of at least 1")
+        raise UserError(f"{key}: {given} is not an integer of at least 1")
     return given
 
 
 def _mapping(key: str, given: Any) -> dict[str, Any]:
-    """Return what stands under a key, nothing being a mapping without keys."""
+    """Return the mapping under a key; nothing counts as an empty one."""
     if given is not None and not isinstance(given, dict):
-        raise UserError(f"{key}: {given} is no mapping of keys to values")
+        raise UserError(f"{key}: {given} is not a mapping of keys to values")
     return given or {}
 
 
 def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a YAML and what it extends; ``above`` are those that extend it, none of which is read again."""
+    """Read a YAML and the one it extends; ``above`` are those that extend it, which it can't extend in turn."""
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise UserError(f"{file} is no YAML: {error}") from error
+        raise UserError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} is no comparison: it has none of {', '.join(KEYS)}")
+        raise UserError(f"{file} is not a comparison: it has none of {', '.join(KEYS)}")
     for key in content:
         if key not in KEYS:
             raise UserError(f"{file}: '{key}': {nearest(key, KEYS)}")
@@ -254,31 +254,36 @@ def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _changed(where: str, stage: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stage of an extended YAML with what ``more`` says: keys of a stage, and options, which have a dot."""
+    """Return a stage of an extended YAML, overridden by ``more``: keys of a stage, and options, which have a dot."""
     for key in more:
         if key not in STAGE_KEYS and "." not in key:
-            raise UserError(f"{where}.{key}: {nearest(key, STAGE_KEYS)}, and options as run.max_epoch")
+            raise UserError(f"{where}.{key}: {nearest(key, STAGE_KEYS)}, and options such as run.max_epoch")
     own = {key: value for key, value in more.items() if key in STAGE_KEYS}
     options = {key: value for key, value in more.items() if key not in STAGE_KEYS}
     return {**stage, **own, "options": {**(stage.get("options") or {}), **(own.get("options") or {}), **options}}
 
 
 def _extended(file: Path, name: str, above: Sequence[Path]) -> Path:
-    """Find what a YAML extends: beside it, else here, else shipped; one of the same name may extend the shipped one."""
+    """Find the YAML to extend: next to ``file``, here, or shipped; a shipped one may have ``file``'s own name."""
     projects = shipped_folder("projects")
     shipped = projects / "xformer" / "compare"
     for folder in (file.parent, Path(), projects.parent, shipped):
         if (folder / name).is_file() and (folder / name).resolve() not in above:
             return folder / name
     known = nearest(name, [path.name for path in shipped.glob("*.yaml")])
-    raise UserError(f"{file}: extends: there is no {name} beside it, here or shipped with lavis_xformer; {known}")
+    raise UserError(f"{file}: extends: there is no {name} next to it, here or shipped with lavis_xformer; {known}")
 
 
 def _stage(file: Path, name: str, given: Mapping[str, Any]) -> Stage:
     for key in given:
         if key not in STAGE_KEYS:
             raise UserError(f"{file}: common.{name}.{key}: {nearest(key, STAGE_KEYS)}")
-    if not given.get("config"):
-        raise UserError(f"{file}: common.{name}.config is missing: a project's YAML")
-    options = _mapping(f"{file}: common.{name}.options", given.get("options"))
-    return Stage(name, given["config"], options, bool(given.get("evaluate", False)))
+    where = f"{file}: common.{name}"
+    if "." in name:
+        raise UserError(f"{where}: a stage's name can't have a dot")
+    if not isinstance(config := given.get("config"), str):
+        found = "missing" if config is None else repr(config)
+        raise UserError(f"{where}.config is {found}; it must name a project's YAML")
+    if not isinstance(evaluate := given.get("evaluate", False), bool):
+        raise UserError(f"{where}.evaluate is {evaluate!r}; it must be true or false")
+    return Stage(name, config, _mapping(f"{where}.options", given.get("options")), evaluate)

@@ -1,4 +1,4 @@
-"""What came out of a comparison: means and spreads over seeds, and differences with their intervals.
+"""The results of a comparison: means and spreads over seeds, and differences with their intervals.
 
 Only files are read: ``cell.json`` and ``summary.json`` of finished cells, and the answers in ``result/*.json``.
 Accuracies are in percent.
@@ -20,14 +20,14 @@ Json = dict[str, Any]
 Key = tuple[Any, ...]
 
 _MEASURED = ("i2t_r1", "t2i_r1", "itm_accuracy", "loss_rec", "rec_mae", "caption_f1")
-#: of a training's test figures, what the table shows
+#: the figures of a training's test that the table shows
 SHOWN = (*_MEASURED, *(f"chance_{name}" for name in _MEASURED))
-#: of an evaluation whose answers are compared one by one, what they don't tell; of any other evaluation, all is shown
+#: prefixes of the figures shown if an evaluation's answers are compared one by one; of other evaluations, all are shown
 ASKED = (
     *("mae", "rmse", "f1", "yes_ratio", "unread", "pair_accuracy", "accuracy_semantic", "majority_semantic"),
     *("Bleu", "METEOR", "ROUGE_L", "SPICE", "CIDEr_", "txt_r", "img_r"),
 )
-HOW = ("benchmark", "split", "protocol", "scorer", "template", "question_sha256")  # belongs beside every number
+HOW = ("benchmark", "split", "protocol", "scorer", "template", "question_sha256")  # belongs with every number
 COUNTS = ("count", "count_group")
 ALL = "all"
 RESAMPLES = 2000
@@ -61,7 +61,7 @@ def collect(plan: Plan) -> Json:
 
 
 def of_variant(cells: Sequence[Cell]) -> Json:
-    """Return a variant's costs, figures, accuracies (by seed), how it was asked, provenance and answers."""
+    """Return a variant's costs, figures, accuracies (by seed), protocols, provenance and answers."""
     costs: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     values: dict[str, dict[int, float]] = defaultdict(dict)
     asked: dict[str, list[Json]] = defaultdict(list)
@@ -95,28 +95,29 @@ def of_variant(cells: Sequence[Cell]) -> Json:
 
 
 def distinct(ways: Iterable[Json]) -> list[Json]:
-    """Return each way of asking once: by which protocol, scorer and template, and which questions."""
+    """Return each way of asking once: protocol, scorer, template and questions."""
     return list({json.dumps(way, sort_keys=True): way for way in ways}.values())
 
 
 def _results(cell: Cell) -> Iterator[Json]:
-    """What an evaluation, or a training of its test splits, has written, without the lists of LAVIS's own tasks."""
+    """Results written by an evaluation, or by a training for its test splits; lists by LAVIS's tasks are skipped."""
     for file in sorted((cell.folder / "result").glob("*.json" if cell.stage.evaluate else "test*_scores.json")):
         if isinstance(result := read_json(file), dict) and "figures" in result:
             yield result
 
 
 def _scored(result: Json) -> list[Json]:
-    """What was scored one by one."""
+    """The answers that were scored one by one."""
     return [answer for answer in result.get("answers", []) if "correct" in answer]
 
 
 def _figures(cell: Cell, results: Iterable[Json]) -> Iterable[tuple[str, float]]:
-    """Figures of one run: a training's on its test splits, an evaluation's but for the accuracies of its answers."""
+    """Figures of one run: a training's on its test splits, an evaluation's except the accuracies of its answers."""
     for result in results:
-        shown = ASKED if _scored(result) else ""  # every name begins with ""
-        numbers = ((k, v) for k, v in result["figures"].items() if isinstance(v, int | float) and k != "agg_metrics")
-        yield from ((k, v) for k, v in numbers if k.startswith(shown))
+        scored = bool(_scored(result))
+        for name, value in result["figures"].items():
+            if isinstance(value, int | float) and name != "agg_metrics" and (not scored or name.startswith(ASKED)):
+                yield name, value
     if not cell.stage.evaluate:
         paired = {answer["group"] for result in results for answer in _scored(result)}
         told = [name for name in SHOWN if name.removeprefix("chance_") not in paired]
@@ -131,7 +132,7 @@ def mean_and_spread(values: Iterable[float]) -> Json:
 
 
 def groups_of(answers: Iterable[Json]) -> dict[str, list[Json]]:
-    """Return the answers of every stage's groups, and first, where a stage has several, of all of them together."""
+    """Return the answers by stage and group, preceded by a stage's answers together if it has several groups."""
     stages: dict[str, dict[str, list[Json]]] = defaultdict(lambda: defaultdict(list))
     for answer in answers:
         stages[answer["stage"]][answer["group"]].append(answer)
@@ -144,9 +145,9 @@ def groups_of(answers: Iterable[Json]) -> dict[str, list[Json]]:
 
 
 def tasks(answers: Iterable[Json]) -> Json:
-    """Return what is asked: of every group, how many questions and images, and what a guess scores.
+    """Return what is asked: for every group, the number of questions and images, and the score of a guess.
 
-    That is each answer's own ``guess`` where it has one (what chance gives, or the majority by a soft measure),
+    For an answer, this is its own ``guess`` if it has one (chance, or the majority answer under a soft metric),
     otherwise whether its truth is the most frequent one of its group.
     """
     found: Json = {}
@@ -196,11 +197,11 @@ def by_count(answers: Sequence[Json]) -> Json:
 
 
 def differences(ours: Sequence[Json], theirs: Sequence[Json]) -> Json:
-    """Return the difference of accuracy in percent points, over all questions and of every group.
+    """Return the difference in accuracy, in percentage points, over all questions and in every group.
 
-    Only questions that both were asked count, and only the seeds that both have, which are paired and, where there are
-    several, drawn anew together with the images (``seeds`` tells how many). Where they share none, a question's score
-    is its mean over all seeds of each, and ``seeds`` is 1: the interval covers the images alone.
+    Only questions and seeds common to both are used. Seeds are paired and, if several, resampled together with
+    the images (``seeds`` is their number). If they share none, a question's score is its mean over all seeds of each
+    model, and ``seeds`` is 1: the interval covers the images only.
     """
     others = groups_of(theirs)
     found = {}
@@ -219,7 +220,7 @@ def differences(ours: Sequence[Json], theirs: Sequence[Json]) -> Json:
 
 
 def bootstrap(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], keys: Sequence[Key]) -> Json:
-    """Return the difference of two tables of scores, seeds by questions, in percent points, and its interval."""
+    """Return the difference of two tables of scores (seeds by questions), in percentage points, and its interval."""
     images = [(stage, image) for stage, _, image, _ in keys]
     gap = paired_bootstrap(first, second, clusters=images, resamples=RESAMPLES)
     return {"difference": 100 * gap.difference, "low": 100 * gap.low, "high": 100 * gap.high}

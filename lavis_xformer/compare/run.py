@@ -1,9 +1,9 @@
-"""``lavis-xformer compare YAML``: train and evaluate every variant alike, then say how they differ.
+"""``lavis-xformer compare YAML``: train and evaluate all variants in the same way, then report how they differ.
 
 The YAML names the runs (``common``: stages with their YAMLs and options), the ``variants`` (what each changes), the
-``seeds`` and the ``baseline``. A finished run is kept as long as nothing changes that decides its result
-(configuration, weights, assets, code, versions); one that is out of date is moved aside, with the reason, and run anew.
-The command may be stopped and started at will.
+``seeds`` and the ``baseline``. A finished run is kept until something that its result depends on changes
+(configuration, weights, assets, code, versions); an outdated run is moved aside and rerun, and the reason is printed.
+The command can be stopped and restarted at any time.
 """
 
 from __future__ import annotations
@@ -28,27 +28,26 @@ from lavis_xformer.compare.figures import draw
 from lavis_xformer.compare.plan import BEST, INPUTS, Cell, Plan, read_plan
 from lavis_xformer.compare.results import collect
 from lavis_xformer.compare.tables import markdown
-from lavis_xformer.errors import UserError
-from lavis_xformer.files import read_json, write_json
+from lavis_xformer.errors import UserError, at_least
+from lavis_xformer.files import read_json, write_json, write_text
 
 SAID = "console.txt"
-SITTINGS = "sittings.json"  # what a run has taken so far, however often it was stopped
-IN_PROGRESS: set[int] = set()  # processes of the runs that SIGTERM is handed on to
-TERMINATED = threading.Event()  # SIGTERM has come
+SITTINGS = "sittings.json"  # time and memory of a run so far, over all restarts
+IN_PROGRESS: set[int] = set()  # ids of the processes that SIGTERM is forwarded to
+TERMINATED = threading.Event()  # SIGTERM was received
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status."""
     parser = argparse.ArgumentParser(prog="lavis-xformer compare", description=__doc__)
-    parser.add_argument("plan", help="the comparison's YAML, as projects/xformer/compare/quick.yaml")
+    parser.add_argument("plan", help="the comparison's YAML, such as projects/xformer/compare/quick.yaml")
     parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="run these variants only")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="run these seeds only")
-    parser.add_argument("--lenient", action="store_true", help="keep runs of another code or other versions too")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side; small ones share a GPU")
+    parser.add_argument("--lenient", action="store_true", help="also keep runs of other code or other versions")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs in parallel; small ones can share a GPU")
     parser.add_argument("--list", action="store_true", help="list the runs and which are finished; run nothing")
     args = parser.parse_args(argv)
-    if args.jobs < 1:
-        raise UserError(f"--jobs {args.jobs}: at least one run at a time")
+    at_least(1, args, "jobs")
     plan = replace(read_plan(args.plan), lenient=args.lenient)
     cells = plan.cells(args.only, args.seeds)
     if args.list:
@@ -60,12 +59,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_all(cells: Sequence[Cell], jobs: int = 1) -> None:
-    """Run what is not finished: the stages of a variant's seed one after the other, ``jobs`` such chains side by side.
+    """Run the unfinished cells: the stages of a variant's seed one after the other, ``jobs`` such chains in parallel.
 
-    A run that chains share is run by the first of them, and waited for by the others.
+    A run that several chains share is run by the first to reach it, while the others wait.
 
     Raises:
-        UserError: a run has failed; those in progress were waited for, and no other was begun.
+        UserError: a run has failed; those in progress were waited for, and no other was started.
     """
     numbered = enumerate(cells, start=1)
     chains = [list(chain) for _, chain in itertools.groupby(numbered, key=lambda pair: (pair[1].variant, pair[1].seed))]
@@ -73,7 +72,7 @@ def run_all(cells: Sequence[Cell], jobs: int = 1) -> None:
     halted = threading.Event()
 
     def run_chain(chain: Sequence[tuple[int, Cell]]) -> None:
-        """Run what is to do of a chain, unless another one has failed."""
+        """Run the unfinished cells of a chain, unless another chain has failed."""
         try:
             for number, cell in chain:
                 with locks[cell.folder]:
@@ -88,17 +87,17 @@ def run_all(cells: Sequence[Cell], jobs: int = 1) -> None:
         try:
             for chain in as_completed([pool.submit(run_chain, chain) for chain in chains]):
                 chain.result()
-        except BaseException:  # Ctrl-C, which every run has got as well
+        except BaseException:  # also Ctrl-C, which every run receives as well
             halted.set()
             raise
 
 
 @contextlib.contextmanager
 def sigterm_for_all() -> Iterator[None]:
-    """Within the block, hand SIGTERM on to every run, which saves its step and ends, and stop as by Ctrl-C."""
+    """Within the block, forward SIGTERM to every run, which saves its step and ends, and stop as on Ctrl-C."""
 
     def hand_on(signum: int, frame: object) -> None:
-        """Send SIGTERM to the runs in progress; one that is just being begun gets it from ``run_cell``."""
+        """Send SIGTERM to the runs in progress; one that is just being started gets it from ``run_cell``."""
         TERMINATED.set()
         for process_id in IN_PROGRESS.copy():
             with contextlib.suppress(ProcessLookupError):  # it has just ended
@@ -114,10 +113,10 @@ def sigterm_for_all() -> Iterator[None]:
 
 
 def announce(cell: Cell, number: str) -> None:
-    """Say what is run now and where, and move an old run aside that is out of date."""
+    """Print which run starts and where its output is, and move an outdated run aside."""
     print(f"{number} {cell.variant}, seed {cell.seed}, {cell.stage.name}  ({cell.folder / SAID})", flush=True)
     if reasons := cell.stale():
-        print(f"  anew, since {reason(reasons)}; the old run is {set_aside(cell)}", flush=True)
+        print(f"  rerun, since {reason(reasons)}; the old run is now {set_aside(cell)}", flush=True)
 
 
 def listing(cells: Sequence[Cell]) -> str:
@@ -128,40 +127,40 @@ def listing(cells: Sequence[Cell]) -> str:
 
 
 def state(cell: Cell) -> str:
-    """Say whether a cell is finished, to do, or to do anew and why."""
+    """Say whether a cell is finished, to do, or to be rerun and why."""
     if reasons := cell.stale():
-        return f"to do anew: {reason(reasons)}"
+        return f"to be rerun: {reason(reasons)}"
     return "finished" if cell.finished else "to do"
 
 
 def reason(changed: Sequence[str], most: int = 2) -> str:
-    """Name the first of what changed, and count the rest."""
+    """Name the first changes, and count the rest."""
     more = f" and {len(changed) - most} more" if len(changed) > most else ""
     return f"{'; '.join(changed[:most])}{more}"
 
 
 def set_aside(cell: Cell) -> Path:
-    """Rename the folder of a stale cell, so that nothing goes on from it; return its new name."""
+    """Rename the folder of a stale cell, so that nothing continues from it; return its new name."""
     names = (cell.folder.with_name(f"{cell.folder.name}.stale{number}") for number in itertools.count(1))
     return cell.folder.rename(next(name for name in names if not name.exists()))
 
 
 def run_cell(cell: Cell) -> None:
-    """Run a cell in a process of its own and note what it took in ``cell.json``.
+    """Run a cell in its own process and record its time, memory and provenance in ``cell.json``.
 
     Raises:
-        UserError: it failed, or the code is no longer what it was when this command started.
+        UserError: it failed, or the code has changed since this command started.
     """
     code = inputs.code_now()
     if code != inputs.code() and not cell.lenient:
-        raise UserError("the code of lavis_xformer has changed under this comparison; start the command again")
+        raise UserError("the code of lavis_xformer has changed during this comparison; start the command again")
     cell.folder.mkdir(parents=True, exist_ok=True)
     write_json(cell.folder / INPUTS, {**cell.inputs(), "code": code})
     command, start = [sys.executable, *cell.arguments()], time.monotonic()
     with open(cell.folder / SAID, "a", encoding="utf-8") as said:
         process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
         IN_PROGRESS.add(process.pid)
-        if TERMINATED.is_set():  # while it was begun
+        if TERMINATED.is_set():  # while it was being started
             process.terminate()
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -187,7 +186,7 @@ def run_cell(cell: Cell) -> None:
 
 
 def with_earlier(folder: Path, seconds: float, memory: float) -> dict[str, float]:
-    """Note what a sitting took, and return what a run that was stopped has taken in all of them."""
+    """Record the time and memory of one sitting, and return those of all sittings of a run."""
     note = folder / SITTINGS
     before = read_json(note) if note.is_file() else {"seconds": 0.0, "peak_memory_mb": 0.0}
     spent = {
@@ -199,7 +198,7 @@ def with_earlier(folder: Path, seconds: float, memory: float) -> dict[str, float
 
 
 def gpu_memory(folder: Path) -> float | None:
-    """Most MiB that a training held on its GPU; None where it had none, or where nothing was trained."""
+    """Peak GPU memory of a training in MiB; None without a GPU, or if nothing was trained."""
     path = folder / "summary.json"
     summary = read_json(path) if path.is_file() else {}
     return summary["peak_memory_mb"] if summary.get("device") == "cuda" else None
@@ -218,7 +217,7 @@ def machine() -> str:
 
 
 def trained_weights(path: Path) -> int | None:
-    """Count the weights of a checkpoint, which holds the trained ones; None where there is none."""
+    """Count the weights of a checkpoint, which holds only the trained ones; None if there is no checkpoint."""
     if not path.is_file():
         return None
     import torch
@@ -229,12 +228,12 @@ def trained_weights(path: Path) -> int | None:
 
 
 def write(plan: Plan) -> str:
-    """Write tables, figures and everything as JSON; return the table and where all of it is."""
+    """Write tables, figures and all results as JSON; return the tables and the paths of the files."""
     folder = plan.output / plan.name
     folder.mkdir(parents=True, exist_ok=True)
     found = collect(plan)
     table = markdown(found)
     write_json(folder / "results.json", found)
-    (folder / "results.md").write_text(table, encoding="utf-8")
+    write_text(folder / "results.md", table)
     pictures = draw(plan, found, folder)
     return "\n".join([table, *(str(path) for path in (folder / "results.md", folder / "results.json", *pictures))])

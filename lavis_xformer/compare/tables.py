@@ -68,8 +68,8 @@ def accuracy(found: Json, variants: Mapping[str, Json], names: Sequence[str]) ->
             title = f"{name} (no image)" if of["blind"] else name
             rows.append([title, str(len(seeds)), *(_cell(value) for value in given)])
     rows.append(["most frequent answer, or chance", "", *(f"{found['tasks'][name]['majority']:.1f}" for name in names)])
-    asked = (f"{found['tasks'][name]['n']} of {found['tasks'][name]['images']}" for name in names)
-    rows.append(["questions, of images", "", *asked])
+    asked = (f"{found['tasks'][name]['n']} ({found['tasks'][name]['images']})" for name in names)
+    rows.append(["questions (images)", "", *asked])
     return _table(["", "seeds", *_short(names)], rows)
 
 

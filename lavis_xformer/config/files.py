@@ -16,8 +16,8 @@ from lavis_xformer.errors import UserError
 def check_data_files(datasets: DictConfig, user: DictConfig) -> None:
     """Check what LAVIS's own builders will read; this package's builders check theirs.
 
-    A relative path is one of the current folder where it exists there, and of the cache folder, as in LAVIS,
-    otherwise. An annotation file that exists needs no ``url`` here; LAVIS wants one, so it is given the path.
+    A relative path is relative to the current folder if it exists there, otherwise to the cache folder, as in
+    LAVIS. An annotation file that exists needs no ``url`` here; LAVIS requires one, so it is set to the path.
 
     Args:
         datasets: the merged section ``datasets``; changed in place.
@@ -45,19 +45,19 @@ def check_data_files(datasets: DictConfig, user: DictConfig) -> None:
 
 
 def _check_annotation(key: str, annotation: DictConfig, local: bool) -> None:
-    """Check one split; ``local``: the user names where it is and no place to fetch it from."""
+    """Check one split; ``local``: the user says where it is, but not where to download it from."""
     files, urls = [_locate(path) for path in _strings(annotation.get("storage"))], _strings(annotation.get("url"))
     if not files:
         raise UserError(f"{key}.storage is missing: the path of the annotation file")
     annotation.storage = files
-    annotation.url = urls if len(urls) == len(files) else files  # a list before as after it is fetched
+    annotation.url = urls if len(urls) == len(files) else files  # a list, both before and after the download
     missing = next((file for file in files if not Path(file).is_file()), None)
     if missing is None:
         return
     if local or len(urls) != len(files):
         raise UserError(
-            f"{key}.storage: there is no file {missing}. Correct the path; or set {key}.url to fetch it from; "
-            f"or set {key} to null to do without this split"
+            f"{key}.storage: there is no file {missing}. Correct the path; or set {key}.url to download it from; "
+            f"or set {key} to null to leave out this split"
         )
     for url in urls:
         if not is_url(url) and not Path(url).is_file():
@@ -65,14 +65,14 @@ def _check_annotation(key: str, annotation: DictConfig, local: bool) -> None:
 
 
 def check_file(key: str, path: Any) -> None:
-    """Raise a UserError that names ``key`` where it is set and no such file exists; nothing is fetched for it."""
+    """Raise a UserError that names ``key`` if ``path`` is set and no such file exists; nothing is downloaded."""
     if path and not Path(path).is_file():
         wrong = f"download {path} and give its path" if is_url(path) else f"there is no file {path}"
         raise UserError(f"{key}: {wrong}")
 
 
 def _select(config: Any, *keys: str) -> Any:
-    """Follow ``keys`` downwards; {} where the way ends."""
+    """Follow ``keys`` down nested sections; {} if one is missing."""
     for key in keys:
         config = (config or {}).get(key)
     return {} if config is None else config

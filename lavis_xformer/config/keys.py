@@ -11,8 +11,8 @@ from omegaconf import Container, DictConfig, OmegaConf
 
 from lavis_xformer.errors import UserError, nearest
 
-# Keys that LAVIS or this package reads but that need not stand in any YAML. A class may add its own by an
-# attribute CONFIG_KEYS: model, dataset builder, task, runner or schedule.
+# Keys that LAVIS or this package reads but that need not appear in any YAML. A model, dataset builder, task,
+# runner or schedule may add its own in a class attribute CONFIG_KEYS.
 RUN_KEYS = frozenset(
     "accum_grad_iters amp batch_size_eval batch_size_train beta2 device dist_backend dist_url distributed evaluate "
     "gpu init_lr iters_per_inner_epoch log_freq lr_sched max_epoch max_iters min_lr num_workers output_dir rank "
@@ -39,9 +39,9 @@ PROCESSOR_KEYS = frozenset(
 
 
 def check_keys(project: DictConfig, chosen: DictConfig, defaults: DictConfig, classes: dict[str, Any]) -> None:
-    """Refuse keys that nothing reads.
+    """Reject keys that nothing reads.
 
-    In ``--options``, everywhere but in the model section of a class that lists no ``CONFIG_KEYS``, as LAVIS's
+    In ``--options``, everywhere except in the model section of a class without ``CONFIG_KEYS``, such as LAVIS's
     own. In the YAML, only in the sections that belong to classes of this package: ``run`` to the runner.
 
     Args:
@@ -51,7 +51,7 @@ def check_keys(project: DictConfig, chosen: DictConfig, defaults: DictConfig, cl
         classes: the registered classes by role: model, task, runner, lr_sched, datasets.X.
 
     Raises:
-        UserError: a key is unknown, or text stands where a number does by default.
+        UserError: a key is unknown, or has text where the default is a number.
     """
     allowed = _optional_keys(classes)
     exist = set(nodes(defaults))

@@ -1,7 +1,7 @@
 """A run's configuration: LAVIS's, checked before anything heavy is built.
 
-The layers, later ones win: the default YAML of the model's type, those of the datasets, the project's YAML,
-``--options``. Beyond LAVIS's ``Config``:
+The layers, later ones override earlier ones: the default YAML of the model's type, those of the datasets, the
+project's YAML, ``--options``. Beyond LAVIS's ``Config``:
 
 - names (arch, type, dataset, task, runner, schedule, fusion, processor), keys and files are checked, and a
   :class:`UserError` names the key that is wrong;
@@ -9,7 +9,7 @@ The layers, later ones win: the default YAML of the model's type, those of the d
   folder as ``model.model_type`` brings its weights too;
 - ``datasets: {X: }`` takes all of X's defaults; ``--options datasets.X=null`` leaves a dataset out, and
   ``datasets.X.build_info.annotations.test=null`` a split;
-- a relative ``run.output_dir`` is one of the current folder, never of site-packages.
+- a relative ``run.output_dir`` is relative to the current folder, never to site-packages.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SECTIONS = ("model", "datasets", "run")
 
 
 def load_config(cfg_path: str, options: Sequence[str] | None = None) -> RunConfig:
-    """Read and check the configuration of a run: a YAML, here or among the shipped ``projects/``, and ``--options``.
+    """Read and check a run's configuration: a YAML, the user's or one of the shipped ``projects/``, and ``--options``.
 
     Raises:
         UserError: a file, key, name or value is wrong; the message says which, and what would be right.
@@ -71,7 +71,7 @@ class RunConfig(Config):
 
 
 def choose_model_type(arch: str, model_type: str | None) -> str:
-    """Return ``model_type`` if ``arch`` has it; left out, the documented default of ``arch``.
+    """Return ``model_type`` if ``arch`` has it; if it is None, the documented default of ``arch``.
 
     Raises:
         UserError: LAVIS knows no such model or type, or there is no default.
@@ -82,14 +82,14 @@ def choose_model_type(arch: str, model_type: str | None) -> str:
         model_type = getattr(cls, "DEFAULT_MODEL_TYPE", types[0] if len(types) == 1 else None)
         if model_type is None:
             raise UserError(f"{arch} has no default model type: name one of {', '.join(types)}")
-        logger.info("%s: no model type given, taking '%s'", arch, model_type)
+        logger.info("%s: no model type given, using '%s'", arch, model_type)
     if model_type not in types and not (Path(model_type) / "config.yaml").is_file():  # an exported folder
         raise UserError(f"{arch} has no model type '{model_type}': {nearest(model_type, types)}")
     return model_type
 
 
 def find(kind: str, name: Any, key: str) -> Any:
-    """Return the class that LAVIS's registry holds.
+    """Look up a class in LAVIS's registry.
 
     Args:
         kind: ``model``, ``builder``, ``task``, ``runner``, ``lr_scheduler`` or ``processor``.
@@ -97,7 +97,7 @@ def find(kind: str, name: Any, key: str) -> Any:
         key: where the user wrote the name, for the message.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: no class has that name.
     """
     known = registry.mapping[f"{kind}_name_mapping"]
     if name not in known:
@@ -128,10 +128,10 @@ def read_yaml(path: Path) -> DictConfig:
 
 
 def parse_options(options: Sequence[str]) -> DictConfig:
-    """Read ``--options``: ``key=value`` strings, or keys and values in turn.
+    """Read ``--options``: ``key=value`` strings, or alternating keys and values.
 
     Raises:
-        UserError: a string is neither.
+        UserError: the options have neither form, or a value is not YAML.
     """
     if options and "=" not in options[0] and len(options) % 2 == 0:
         options = [f"{key}={value}" for key, value in zip(options[::2], options[1::2], strict=True)]
@@ -139,7 +139,7 @@ def parse_options(options: Sequence[str]) -> DictConfig:
         key, equals, _ = option.partition("=")
         if not equals or not key or key.partition(".")[0] not in SECTIONS or "." not in key:
             raise UserError(
-                f"--options {option}: expected section.key=value, as run.max_epoch=3, "
+                f"--options {option}: expected section.key=value, such as run.max_epoch=3, "
                 f"with one of the sections {', '.join(SECTIONS)}"
             )
     try:
@@ -149,7 +149,7 @@ def parse_options(options: Sequence[str]) -> DictConfig:
 
 
 def _with_job_id(chosen: DictConfig, options: Sequence[str]) -> DictConfig:
-    """Keep ``run.job_id`` as it was written: to YAML, ``20250101_120000`` is a number."""
+    """Keep ``run.job_id`` as it was written: YAML reads ``20250101_120000`` as a number."""
     if isinstance(OmegaConf.select(chosen, "run.job_id"), (int, float)):
         chosen.run.job_id = dict(option.split("=", 1) for option in options)["run.job_id"]
     return chosen
@@ -160,7 +160,7 @@ def _merge(*layers: Any) -> DictConfig:
 
 
 def _drop_and_fill_datasets(project: DictConfig, chosen: DictConfig, user: DictConfig) -> None:
-    """Let null mean: all defaults in a YAML, leave it out in ``--options``."""
+    """Interpret a null dataset: in a YAML it takes all defaults, in ``--options`` it is left out."""
     for name in list(user.datasets):
         if name in chosen.get("datasets", {}) and chosen.datasets[name] is None:
             del user.datasets[name], chosen.datasets[name]
@@ -168,7 +168,7 @@ def _drop_and_fill_datasets(project: DictConfig, chosen: DictConfig, user: DictC
         elif user.datasets[name] is None:
             user.datasets[name] = project.datasets[name] = {}
     if not user.datasets:
-        raise UserError("datasets: at least one dataset has to be named")
+        raise UserError("datasets: at least one dataset must be named")
 
 
 def _defaults(user: DictConfig) -> tuple[DictConfig, dict[str, Any]]:
@@ -198,14 +198,14 @@ def _model_defaults(cls: Any, model_type: str) -> Any:
 
 
 def _load_from_folder(chosen: DictConfig, user: DictConfig, cls: Any) -> None:
-    """Let an exported folder in ``--options`` bring its weights, whatever ``pretrained`` the YAML names, or null."""
+    """Load the weights of an exported folder in ``--options``, whatever ``pretrained`` the YAML has, null included."""
     model: Any = chosen.get("model", {})
     if model.get("model_type") not in (None, *cls.PRETRAINED_MODEL_CONFIG_DICT) and "pretrained" not in model:
         user.model.pretrained = model.model_type
 
 
 def _drop_null(section: Any) -> None:
-    """Take out what is null: a split that is left out, a key of ``run`` that is as if it were not there."""
+    """Remove null entries: a split that is left out, a key of ``run`` that counts as not set."""
     for key in [key for key in section if not OmegaConf.is_interpolation(section, key) and section[key] is None]:
         del section[key]
 

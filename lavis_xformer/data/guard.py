@@ -27,15 +27,15 @@ from lavis_xformer.errors import UserError, nearest
 logger = logging.getLogger(__name__)
 
 ON_CORRUPT = ("skip", "raise")
-MANY = 100_000  # annotations that are packed
-SHOWN = 20  # warnings of bad samples, then one for every thousand
+MANY = 100_000  # from this many annotations on, they are packed
+SHOWN = 20  # warnings about bad samples; after that, one for every thousand
 
 
 class DataFault(UserError):
-    """A sample that can't be read, told in one line, also from within a loader's worker.
+    """A sample that can't be read, reported in one line, even from inside a loader's worker.
 
-    torch's loader raises it anew with the worker's traceback as its message; only its last line,
-    the original message, is kept.
+    torch's loader re-raises it with the worker's traceback as its message; only the last line, the
+    original message, is kept.
     """
 
     def __init__(self, message: str) -> None:
@@ -48,8 +48,8 @@ class GuardedDataset(Dataset):
     """A map-style dataset whose bad samples are named, counted, and skipped or fatal.
 
     A skipped sample is replaced by the next good one, so that length and order stay the same and a
-    run can be repeated. Wrap evaluation splits with ``on_corrupt="raise"``, or drop repeated
-    ``instance_id`` from the results: a replacement would count twice.
+    run can be reproduced. Wrap evaluation splits with ``on_corrupt="raise"``, or drop results with a
+    repeated ``instance_id``: a replacement would count twice.
 
     Everything else (collater, annotation, txt2img, ...) is the wrapped dataset's.
     """
@@ -60,8 +60,8 @@ class GuardedDataset(Dataset):
         Args:
             dataset: any dataset with a length and an index.
             on_corrupt: ``skip`` or ``raise``.
-            max_in_a_row: so many bad samples one after the other are no accident but a dataset that
-                vanished or a wrong configuration, and raise.
+            max_in_a_row: raise on this many bad samples in a row, which are no accident but a dataset
+                that vanished or a wrong configuration.
 
         Raises:
             UserError: ``on_corrupt`` is neither.
@@ -81,13 +81,13 @@ class GuardedDataset(Dataset):
 
     def __getattr__(self, name: str) -> Any:
         """Anything else is the wrapped dataset's."""
-        # Not there yet while a worker unpickles this object; and ``__getitems__`` would go past the guard.
+        # ``dataset`` is not set yet while a worker unpickles this object; ``__getitems__`` would bypass the guard.
         if name == "dataset" or name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.dataset, name)
 
     def __getitem__(self, index: int) -> Any:
-        """Give the sample, or the next good one.
+        """Return the sample, or the next good one.
 
         Raises:
             DataFault: the sample is bad and ``on_corrupt`` is ``raise``, or too many in a row are.
@@ -101,7 +101,7 @@ class GuardedDataset(Dataset):
             try:
                 with strict_decoding():
                     return self.dataset[position]
-            except DataFault:  # a guard further inside has decided so
+            except DataFault:  # an inner guard's decision
                 raise
             except Exception as error:  # whatever a broken file or row makes a decoder raise
                 fault = _tell(sample_name(self.dataset, position), error)
@@ -125,24 +125,24 @@ class StreamGuard:
     """Names and counts what a webdataset pipeline can't read; its methods are handlers for the pipeline's stages."""
 
     def __init__(self, *, on_corrupt: str = "skip", max_in_a_row: int = 32) -> None:
-        """Make a guard of one stream, in this process and the workers of its loader.
+        """Make a guard for one stream, in this process and the workers of its loader.
 
         Args:
             on_corrupt: ``skip`` or ``raise``.
-            max_in_a_row: so many faults one after the other raise.
+            max_in_a_row: raise on this many faults in a row.
         """
         self.on_corrupt = on_corrupt
         self.max_in_a_row = max_in_a_row
         self._present, self._in_a_row, self._noted = "a sample", 0, 0
         handle, name = tempfile.mkstemp(prefix="corrupt_", suffix=".txt")
         os.close(handle)
-        self._names = Path(name)  # workers append to it: theirs is the only way to tell this process
-        self._known: set[str] = set()  # what it held when this process last looked,
+        self._names = Path(name)  # workers append to it: their only way to tell this process
+        self._known: set[str] = set()  # the names in it when this process last looked,
         self._looked = 0  # up to this byte
         weakref.finalize(self, self._names.unlink, missing_ok=True)
 
     def shard_fault(self, error: Exception) -> bool:
-        """Take an error of reading shards, to which webdataset adds a url or an open file; return True to go on."""
+        """Handle an error in reading shards, to which webdataset adds a url or an open file; return True to skip."""
         said, _, file = str(next(iter(error.args), error)).partition(" @ ")
         place = re.search(r"name='([^']+)'", file)
         url = place[1] if place else error.args[-1] if len(error.args) > 1 else None
@@ -150,22 +150,22 @@ class StreamGuard:
         return self._take(url if isinstance(url, str) else self._present, said, error)
 
     def sample_fault(self, error: Exception) -> bool:
-        """Take an error of decoding or processing the present sample; return True to go on."""
-        said = describe(error if str(error) else error.__context__ or error)  # webdataset's DecodingError says nothing
+        """Handle an error in decoding or processing the current sample; return True to skip it."""
+        said = describe(error if str(error) else error.__context__ or error)  # webdataset's DecodingError is empty
         return self._take(self._present, said, error)
 
     def remember(self, samples: Iterator[Any]) -> Iterator[Any]:
-        """Pass samples on; the last one that names its shard and key is the present one."""
+        """Pass samples through, remembering the last one that names its shard and key as the current sample."""
         for sample in samples:
             if isinstance(sample, dict) and "__url__" in sample:
                 self._present = f"{sample['__url__']} ({sample['__key__']})"
             yield sample
 
     def watch(self, samples: Iterator[Any], *, source: str) -> Iterator[Any]:
-        """Pass on what went through all stages.
+        """Pass fully processed samples through.
 
         Raises:
-            DataFault: there was nothing; reading on would never end.
+            DataFault: there were none; reading on would never end.
         """
         empty = True
         while True:
@@ -185,7 +185,7 @@ class StreamGuard:
         return sorted(self._known)
 
     def _look(self) -> None:
-        """Take in the names that any process has added since the last look."""
+        """Read the names that any process has added since the last look."""
         with self._names.open("rb") as file:
             file.seek(self._looked)
             lines = file.read().rpartition(b"\n")[0]
@@ -196,7 +196,7 @@ class StreamGuard:
     def _take(self, name: str, said: str, error: Exception) -> bool:
         if isinstance(error, DataFault):  # raised below, and passed through another stage
             raise DataFault(str(error.args[0])) from error
-        name = name.encode("utf-8", "backslashreplace").decode()  # the names in a tar file may be of any encoding
+        name = name.encode("utf-8", "backslashreplace").decode()  # names in a tar file may have any encoding
         self._in_a_row += 1
         if self.on_corrupt == "raise":
             raise DataFault(f"{name}: {said}") from error
@@ -212,18 +212,19 @@ class StreamGuard:
 
 
 def _warn(number: int, fault: str) -> None:
-    """Log the first few of a process's bad samples, then one of every thousand: of millions of links many are dead."""
+    """Log a process's first few bad samples, then one in every thousand: of millions of links, many are dead."""
     if number <= SHOWN or number % 1000 == 0:
         logger.warning("skipped a bad sample (%d so far in this process): %s", number, fault)
 
 
 def guard(dataset: Any, *, on_corrupt: str = "skip") -> Any:
-    """Wrap a dataset, or each one that it joins, unless it is guarded already or is a stream without an index.
+    """Wrap a dataset, or each part of a concatenation, unless it is guarded already or is a stream without an index.
 
-    A dataset whose builder has guarded it keeps its own ``on_corrupt``. Annotations by the hundred thousand are packed.
+    A dataset that its builder has guarded keeps its own ``on_corrupt``. From :data:`MANY` annotations on, they are
+    packed.
 
     Args:
-        dataset: a map-style dataset, or anything else that LAVIS's builders give.
+        dataset: a map-style dataset, or anything else that LAVIS's builders return.
         on_corrupt: ``skip`` or ``raise``.
     """
     indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
@@ -251,7 +252,7 @@ def _tell(name: str, error: Exception) -> str:
 
 
 def sample_name(dataset: Any, index: int) -> str:
-    """Name a sample by its file and row where the dataset tells them, else by its index."""
+    """Name a sample by its file and row if the dataset provides them, else by its index."""
     if isinstance(dataset, ConcatDataset):
         part = bisect_right(dataset.cumulative_sizes, index)
         before = dataset.cumulative_sizes[part - 1] if part else 0

@@ -1,6 +1,6 @@
 """A user's own images and texts: what the rows must hold, and ``lavis-xformer validate``.
 
-Ten images with captions, as JSON lines (a JSON list of the same objects does as well)::
+Ten images with captions, as JSON lines (a JSON list of the same objects works too)::
 
     {"image": "001.jpg", "caption": "a red kite over a beach"}
     {"image": "002.jpg", "caption": ["two dogs on a sofa", "a pair of sleeping dogs"]}
@@ -8,7 +8,7 @@ Ten images with captions, as JSON lines (a JSON list of the same objects does as
     {"image": "more/010.png", "caption": "an empty street at night"}
 
 Checked with ``lavis-xformer validate captions.jsonl --image-root photos/`` and used by the dataset
-builder ``image_text_json`` (see configs/datasets/image_text_json.yaml). Questions work alike::
+builder ``image_text_json`` (see configs/datasets/image_text_json.yaml). Questions work the same way::
 
     {"image": "001.jpg", "question": "what colour is the kite?", "answer": ["red", "red", "orange"]}
 """
@@ -33,13 +33,13 @@ class Pair:
 
     image: str  # path below the image root
     captions: tuple[str, ...]  # one or more
-    image_id: str  # the row's own id, or the path; rows that share it show one image
+    image_id: str  # the row's own id, or the path; rows that share it show the same image
     row: int  # its number in the file
 
 
 @dataclass(frozen=True)
 class Question:
-    """One row: an image, a question, and its answers, as many as people gave."""
+    """One row: an image, a question, and all answers that people gave."""
 
     image: str  # path below the image root
     question: str
@@ -50,7 +50,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class PairKeys:
-    """Under which keys a row keeps its image, its captions and its id."""
+    """The keys under which a row keeps its image, its captions and its id."""
 
     image: str = "image"
     caption: str = "caption"
@@ -67,7 +67,7 @@ class PairKeys:
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionKeys:
-    """Under which keys a row keeps its image, question, answers and id."""
+    """The keys under which a row keeps its image, question, answers and id."""
 
     image: str = "image"
     question: str = "question"
@@ -104,7 +104,7 @@ def _text(row: Row, key: str) -> str:
 
 
 def _lack(row: Row, needed: Sequence[tuple[str, str | None, object]]) -> str:
-    """Say which is the first of what is needed that a row lacks; each is told by its name, key and value."""
+    """Say which needed entry a row lacks, if any, the first only; ``needed`` has the name, key and value of each."""
     for what, key, value in needed:
         if not value and key in row:
             return f"'{key}' holds no {what}"
@@ -126,7 +126,7 @@ def load(
     Args:
         path: the annotation file, see :func:`lavis_xformer.data.records.read_rows`.
         keys: what the rows hold, and where.
-        image_root: the folder that the rows' paths start from.
+        image_root: the folder that the rows' paths are relative to.
         rows_key: which key of a JSON object holds the list.
         check_files: also check that every image file exists (one listing per folder).
 
@@ -146,7 +146,7 @@ def check(
     image_root: str | Path = "",
     check_files: bool = True,
 ) -> tuple[list[Record], list[tuple[int, str]]]:
-    """Parse rows; return the good ones, and the row numbers and faults of the others.
+    """Parse rows; return the good ones, and for the others the row number and what is wrong.
 
     Raises:
         UserError: the image folder does not exist.
@@ -187,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the command's name.
 
     Returns:
-        0 where all is well, 1 where a row or an image is wrong.
+        0 if all is well, 1 if a row or an image is wrong.
 
     Raises:
         UserError: the file or the image folder can't be read at all.
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def undecodable(records: Sequence[Record], image_root: str | Path) -> list[tuple[int, str]]:
-    """Decode every image once; return row number and fault of those that fail."""
+    """Decode every image once; return the row number and error of those that fail."""
     problems = []
     first_rows = {record.image: record.row for record in reversed(records)}
     for image, number in tqdm(sorted(first_rows.items()), "decoding", unit="image", disable=None):
@@ -234,13 +234,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lavis-xformer validate", description="Check a file of images and texts.")
     add = parser.add_argument
     add("file", help="JSON list, JSON object that holds a list, JSON lines, or CSV")
-    add("--image-root", default=".", help="folder that the rows' image paths start from")
+    add("--image-root", default=".", help="folder that the rows' image paths are relative to")
     add("--image-key", default="image")
     add("--caption-key", default="caption", help="holds a string or a list of strings")
-    add("--id-key", help="rows with an equal id show one image (default: with an equal path)")
+    add("--id-key", help="rows with the same id show the same image (default: with the same path)")
     add("--question-key", help="check questions and answers in place of captions")
-    add("--answer-key", default="answer", help='"" where there are only questions')
-    add("--rows-key", help="key of the list, where the file is an object with several lists")
+    add("--answer-key", default="answer", help='"" if there are only questions')
+    add("--rows-key", help="key of the list, if the file is an object with several lists")
     add("--fast", action="store_true", help="don't decode the images")
-    add("--show", type=int, default=10, metavar="N", help="problems to show")
+    add("--show", type=int, default=10, metavar="N", help="number of problems to show")
     return parser

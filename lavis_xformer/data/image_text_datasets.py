@@ -2,7 +2,7 @@
 
 ``image_text_json`` gives pairs for stages 1 and 2, captioning and retrieval;
 ``image_question_json`` gives questions for VQA, in LAVIS's forms. Every path and every key name
-stands in the YAML, see configs/datasets/image_text_json.yaml and image_question_json.yaml.
+is set in the YAML, see configs/datasets/image_text_json.yaml and image_question_json.yaml.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PROCESSOR_KEYS = frozenset(f"vis_processor.*.{key}" for key in ("mae_image_size"
 
 
 class PhotoDataset(BaseDataset):
-    """Annotations in memory, photos from files: what the datasets below share."""
+    """Base of the datasets below: annotations in memory, photos from files."""
 
     def __init__(
         self, *, annotation: list[Sample], vis_root: str | Path, vis_processor: Processor, text_processor: Processor
@@ -59,10 +59,10 @@ class PhotoDataset(BaseDataset):
 
 
 class PairDataset(PhotoDataset):
-    """One sample per caption, for training, as LAVIS's COCO captions; equal image_id, equal image."""
+    """One sample per caption, for training, like LAVIS's COCO captions; equal image_id means the same image."""
 
     def __init__(self, *, pairs: Sequence[Pair], **shared: Any) -> None:
-        """Unfold the rows; other arguments as of :class:`PhotoDataset`."""
+        """Expand the rows to one annotation per caption; other arguments as for :class:`PhotoDataset`."""
         numbers: dict[str, int] = {}
         annotation = [
             {"image": pair.image, "caption": caption, "image_id": numbers.setdefault(pair.image_id, len(numbers))}
@@ -88,12 +88,12 @@ class PairEvalDataset(PhotoDataset):
     Attributes:
         text: every caption, processed.
         image: path of every image.
-        img2txt: position of an image to the positions of its captions in ``text``.
-        txt2img: position of a caption to its image's.
+        img2txt: maps an image's position to the positions of its captions in ``text``.
+        txt2img: maps a caption's position to its image's.
     """
 
     def __init__(self, *, pairs: Sequence[Pair], **shared: Any) -> None:
-        """Gather the captions of each image; other arguments as of :class:`PhotoDataset`."""
+        """Gather the captions of each image; other arguments as for :class:`PhotoDataset`."""
         by_id: dict[str, dict[str, Any]] = {}
         for pair in pairs:
             row: Sample = {"image": pair.image, "caption": [], "image_id": len(by_id)}
@@ -143,12 +143,12 @@ class QuestionEvalDataset(PhotoDataset):
     """
 
     def __init__(self, *, answer_list: list[str] | None = None, **shared: Any) -> None:
-        """Keep the candidates; other arguments as of :class:`PhotoDataset`."""
+        """Keep the candidates; other arguments as for :class:`PhotoDataset`."""
         super().__init__(**shared)
         self.answer_list = answer_list
 
     def __getitem__(self, index: int) -> Sample:
-        """Return image, text_input, question_id, instance_id and answer: the most frequent or None."""
+        """Return image, text_input, question_id, instance_id and answer (the most frequent, or None)."""
         row = self.annotation[index]
         votes: Counter[str] = Counter(row["answers"])
         common = votes.most_common(1)
@@ -171,7 +171,7 @@ class QuestionEvalDataset(PhotoDataset):
 class LocalFilesBuilder(BaseDatasetBuilder):
     """Builds the splits whose ``annotations`` the YAML names; downloads nothing.
 
-    A subclass says what the files hold by :meth:`build_split`.
+    A subclass defines in :meth:`build_split` what the files hold.
     """
 
     CONFIG_KEYS = PROCESSOR_KEYS
@@ -180,7 +180,7 @@ class LocalFilesBuilder(BaseDatasetBuilder):
         """Read, check and wrap every split that is given.
 
         Returns:
-            Datasets by split, guarded where ``on_corrupt`` is set; otherwise the runner does, by ``run.on_corrupt``.
+            Datasets by split, guarded if ``on_corrupt`` is set; else the runner guards them, by ``run.on_corrupt``.
 
         Raises:
             UserError: no split is given, or a path, a key or a row is wrong.
@@ -219,7 +219,7 @@ class LocalFilesBuilder(BaseDatasetBuilder):
         return expand(self.config.splits[split].get("image_root") or self.config.get("image_root") or "")
 
     def shared(self, split: str) -> dict[str, Any]:
-        """The arguments that every :class:`PhotoDataset` takes but the annotation."""
+        """The arguments that every :class:`PhotoDataset` takes, except the annotation."""
         mode = "train" if split == "train" else "eval"
         return {
             "vis_root": self.image_root(split),
@@ -273,10 +273,10 @@ class ImageQuestionBuilder(LocalFilesBuilder):
         return QuestionEvalDataset(answer_list=read_strings(path) if path else None, **shared)
 
     def annotate(self, questions: Sequence[Question]) -> list[Sample]:
-        """Number the questions, by their own ids where ``id_key`` names them.
+        """Number the questions, by their own ids if ``id_key`` is set.
 
         Raises:
-            UserError: an id is no whole number (LAVIS wants one) or not unique.
+            UserError: an id is not a whole number (LAVIS requires one) or not unique.
         """
         own = bool(self.config.get("id_key"))
         ids = [question.question_id if own else str(number) for number, question in enumerate(questions)]
@@ -284,7 +284,7 @@ class ImageQuestionBuilder(LocalFilesBuilder):
             if count > 1 or not question_id.isdecimal():
                 raise UserError(
                     f"{self.name}: id_key '{self.config.id_key}': '{question_id}' is not a unique whole "
-                    "number; leave id_key out and the questions are numbered"
+                    "number; leave id_key out to have the questions numbered"
                 )
         return [
             {"image": q.image, "question": q.question, "answers": list(q.answers), "question_id": int(question_id)}

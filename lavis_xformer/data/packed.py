@@ -1,4 +1,4 @@
-"""Annotations by the million: made when they are read, or in memory that the loader's worker processes share."""
+"""Annotations by the million: made on access, or packed into memory that the loader's worker processes share."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class LazyRows(Sequence[Any]):
-    """A list of annotations that are made when they are read."""
+    """A sequence of annotations that are made on access."""
 
     def __init__(self, length: int, make: Callable[[int], Any]) -> None:
         """Hold ``length`` rows, row ``i`` being ``make(i)``."""
@@ -30,11 +30,11 @@ class LazyRows(Sequence[Any]):
 
 
 class PackedRows(LazyRows):
-    """Rows of a dataset as one block of bytes, each unpacked when it is asked for.
+    """Rows of a dataset as one block of bytes, each unpacked on access.
 
-    Of a list of dicts, a forked worker copies page by page what it reads, since reading counts references in place:
-    with many workers, 14 M rows outgrow a machine within days. This block is read without a trace, and takes less than
-    half as much. A change of a row changes nothing here.
+    Reading a list of dicts updates reference counts in place, so a forked worker ends up copying every page that it
+    reads: with many workers, 14 M rows outgrow a machine within days. This block has no such counts, and takes less
+    than half as much memory. Changing a returned row does not change the block.
     """
 
     def __init__(self, rows: Iterable[Any]) -> None:
@@ -48,4 +48,4 @@ class PackedRows(LazyRows):
 
     def _row(self, place: int) -> Any:
         start = self._ends[place - 1] if place else 0
-        return pickle.loads(memoryview(self._block)[start : self._ends[place]])  # its own bytes, of no file
+        return pickle.loads(memoryview(self._block)[start : self._ends[place]])  # packed above, not from a file

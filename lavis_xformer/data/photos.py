@@ -1,8 +1,8 @@
-"""Open a photo whatever its format, and say plainly which one can't be opened.
+"""Open a photo of any format, and say plainly which one can't be opened.
 
 PIL alone clips 16-bit pixels, shows what an alpha channel hides, and, once LAVIS has been imported,
-fills the missing half of a truncated file with grey. Here each becomes what a person would see, or
-an error.
+fills the missing part of a truncated file with grey. Here each image becomes what a person would see,
+or an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lavis_xformer.errors import UserError
 
 PIXELS_VARIABLE = "LAVIS_XFORMER_MAX_PIXELS"
 _DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
-_TURNS = {  # what sets a photo upright, by its EXIF orientation
+_TURNS = {  # the transpose that turns a photo upright, by its EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -39,9 +39,9 @@ class PhotoError(UserError):
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any PIL mode to 8-bit RGB without losing what the picture shows.
 
-    16-bit grey is scaled (PIL would clip it at 255), and so are fractions of at most 1 (PIL would make them black);
-    transparency is laid over white (PIL would uncover the hidden colours); every other mode, such as L, P, CMYK or
-    YCbCr, goes through PIL's own conversion.
+    16-bit grey is scaled (PIL would clip it at 255), and so are float pixels of at most 1 (PIL would make them black);
+    transparency is composited over white (PIL would reveal the hidden colours); every other mode, such as L, P, CMYK
+    or YCbCr, goes through PIL's own conversion.
 
     Args:
         image: an image of any mode, W x H pixels.
@@ -73,7 +73,7 @@ def _grey(levels: NDArray[Any]) -> Image.Image:
 
 
 def open_photo(path: str | Path) -> Image.Image:
-    """Read one image file completely, as RGB and as it was held: turned as its EXIF data say.
+    """Read one image file completely, as RGB and upright: turned as its EXIF data say.
 
     Args:
         path: an image file of any format and mode that PIL knows.
@@ -100,11 +100,11 @@ def open_photo(path: str | Path) -> Image.Image:
 def strict_decoding() -> Iterator[None]:
     """Let PIL fail on truncated files, whatever other code has set, and on decompression bombs.
 
-    These are images of more pixels than ``LAVIS_XFORMER_MAX_PIXELS``, or, where that is not set, than PIL allows:
+    The latter are images of more pixels than ``LAVIS_XFORMER_MAX_PIXELS`` or, if that is not set, than PIL allows:
     twice ``PIL.Image.MAX_IMAGE_PIXELS``.
 
     Raises:
-        UserError: ``LAVIS_XFORMER_MAX_PIXELS`` is no whole number.
+        UserError: ``LAVIS_XFORMER_MAX_PIXELS`` is not a whole number.
     """
     before = ImageFile.LOAD_TRUNCATED_IMAGES, Image.MAX_IMAGE_PIXELS
     ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -125,5 +125,5 @@ def describe(error: BaseException) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         return "not an image that PIL can read, or an empty file"
     if isinstance(error, Image.DecompressionBombError):
-        return f"{error} Where it is none, set the environment variable {PIXELS_VARIABLE} to more"
+        return f"{error} If it is not, set the environment variable {PIXELS_VARIABLE} to a higher value"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,6 +1,6 @@
 """Image processors that show one crop to two encoders, each in its own normalisation and size.
 
-Used as any processor of LAVIS, by name in a YAML::
+Used like any LAVIS processor, by name in a YAML::
 
     vis_processor:
       train: {name: xformer_image_train, image_size: 224, mae_image_size: 224, hflip: false}
@@ -92,7 +92,7 @@ class _TwoViewProcessor(BaseProcessor):
 
     @abstractmethod
     def choose_view(self, image: Image.Image) -> Callable[[int], Image.Image]:
-        """Draw all randomness once; return what renders the chosen view at a side."""
+        """Make all random choices once; return a function that renders the chosen view at a given side."""
 
 
 @registry.register_processor("xformer_image_eval")
@@ -106,9 +106,9 @@ class XFormerImageEvalProcessor(_TwoViewProcessor):
 
 @registry.register_processor("xformer_image_train")
 class XFormerImageTrainProcessor(_TwoViewProcessor):
-    """One random resized crop and flip for both views, as LAVIS's ``blip2_image_train``.
+    """One random resized crop and flip for both views, like LAVIS's ``blip2_image_train``.
 
-    Draws from torch's global generator in torchvision's order: with the same seed channels 0-2
+    Draws from torch's global generator in torchvision's order: with the same seed, channels 0-2
     equal LAVIS's.
     """
 
@@ -120,7 +120,7 @@ class XFormerImageTrainProcessor(_TwoViewProcessor):
         Args:
             min_scale: smallest area of the crop, as a share of the image's.
             max_scale: largest area of the crop.
-            hflip: mirror half of the images. Set it to false where captions say left and right, as
+            hflip: mirror half of the images. Set it to false if captions mention left and right, as
                 those of the synthetic scenes do: a mirrored image would contradict its caption.
             views: the arguments of :class:`XFormerImageEvalProcessor`.
 

@@ -1,6 +1,6 @@
-"""Read annotation files of any of the usual forms, and say which row is wrong.
+"""Read annotation files in any of the usual formats, and say which row is wrong.
 
-Knows no LAVIS and no torch, so that checking a file starts at once.
+Imports neither LAVIS nor torch, so that checking a file starts at once.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def read_rows(path: str | Path, *, rows_key: str | None = None) -> list[tuple[in
     """Read the rows of a JSON, JSONL or CSV file.
 
     Args:
-        path: a JSON list, a JSON object that holds a list, JSON lines (whatever the file's ending),
+        path: a JSON list, a JSON object that holds a list, JSON lines (whatever the file's extension),
             or a ``.csv`` file with a header.
-        rows_key: which key of a JSON object holds the list; may be left out where only one does.
+        rows_key: which key of a JSON object holds the list; may be left out if only one does.
 
     Returns:
         Row numbers, from 1 (lines of a JSONL file), and the rows.
 
     Raises:
-        UserError: the file is missing, is none of these forms, holds no row, a row that is no object, or
-            one of CSV with more or fewer fields than the header.
+        UserError: the file is missing, has none of these formats, or holds no rows, a row that is not an
+            object, or a CSV row with more or fewer fields than the header.
     """
     path = expand(path)
     try:
@@ -57,7 +57,7 @@ def read_rows(path: str | Path, *, rows_key: str | None = None) -> list[tuple[in
 
 
 def read_strings(path: str | Path) -> list[str]:
-    """Read a JSON list of strings, as LAVIS's lists of answer candidates are.
+    """Read a JSON list of strings, such as LAVIS's lists of answer candidates.
 
     Raises:
         UserError: the file is missing or holds something else.
@@ -85,9 +85,9 @@ def _parse_csv(text: str, path: Path) -> list[tuple[int, Any]]:
 
 
 def _misfit(row: dict[str | None, Any]) -> str:
-    """Say how a row differs from the header: DictReader keeps what is left over under None, and fills up with None."""
+    """Say how a row differs from the header: DictReader puts extra fields under None, and None in missing ones."""
     if None in row:
-        return "more fields than the header; quote texts that hold commas"
+        return "more fields than the header; quote texts that contain commas"
     absent = next((key for key, value in row.items() if value is None), None)
     return "" if absent is None else f"fewer fields than the header: no '{absent}'"
 
@@ -99,13 +99,13 @@ def _parse_json(text: str, path: Path, rows_key: str | None) -> list[tuple[int, 
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        remedy = "" if path.suffix.lower() == ".json" else "; a table needs a header, commas and the ending .csv"
+        remedy = "" if path.suffix.lower() == ".json" else "; a table needs a header, commas and the extension .csv"
         raise UserError(f"{path}: not JSON: line {error.lineno}, column {error.colno}: {error.msg}{remedy}") from error
     return list(enumerate(_pick_list(content, path, rows_key), start=1))
 
 
 def _are_objects(lines: Sequence[tuple[int, str]]) -> bool:
-    """Tell JSON lines in a file of another ending: its first two are objects by themselves."""
+    """Recognise JSON lines whatever the extension: each of the first two lines is an object by itself."""
     try:
         return len(lines) == 2 and all(isinstance(json.loads(line), dict) for _, line in lines)
     except json.JSONDecodeError:
@@ -142,7 +142,7 @@ def _pick_list(content: object, path: Path, rows_key: str | None) -> list[Any]:
 
 
 def report(path: str | Path, problems: Sequence[tuple[int, str]], total: int) -> None:
-    """Raise one line that names the first few wrong rows and counts all, if there are any.
+    """Raise an error of one line that names the first few wrong rows and counts all, if there are any.
 
     Raises:
         UserError: there are problems.
@@ -163,14 +163,14 @@ def strings(value: object) -> tuple[str, ...]:
 
 
 def absent_images(root: str | Path, images: Iterable[tuple[int, str]]) -> dict[int, str]:
-    """Look for image files, by one listing per folder: fast for millions of rows.
+    """Find missing image files with one listing per folder: fast for millions of rows.
 
     Args:
-        root: the folder that the paths start from.
+        root: the folder that the paths are relative to.
         images: row numbers and paths.
 
     Returns:
-        Row number and fault of each that is not there.
+        What is wrong, by row number, for each missing image.
 
     Raises:
         UserError: there is no such folder.

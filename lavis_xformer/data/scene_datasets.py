@@ -1,7 +1,7 @@
-"""LAVIS's view of rendered scenes, and the builder ``xformer_scenes`` of their captions.
+"""Rendered scenes as LAVIS datasets, and the builder ``xformer_scenes`` for their captions.
 
-Samples have the keys of LAVIS's COCO caption and retrieval datasets. Nothing is stored: a sample is made
-when it is asked for, in two to four milliseconds of a core, and is the same every time.
+Samples have the keys of LAVIS's COCO caption and retrieval datasets. Nothing is stored: a sample is generated
+on access, in two to four milliseconds of one core, and is the same every time.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class SceneSource:
 
     seed: int  # of the world
     split: str
-    presets: tuple[str, ...]  # names of ``scenes.PRESETS``; where there are several, they take turns
-    scenes: int  # how many
+    presets: tuple[str, ...]  # names of ``scenes.PRESETS``; several take turns, scene by scene
+    scenes: int  # number of scenes
     image_size: int  # side of a picture in pixels
 
     def scene(self, index: int) -> Scene:
@@ -50,7 +50,7 @@ class SceneSource:
 
 
 class SceneDataset(BaseDataset):
-    """What all datasets of scenes share: pictures by scene number, annotations as LAVIS has them."""
+    """Base of all scene datasets: pictures by scene number, annotations in LAVIS's form."""
 
     def __init__(
         self, *, source: SceneSource, vis_processor: Processor, text_processor: Processor, cached: bool = False
@@ -73,7 +73,7 @@ class SceneDataset(BaseDataset):
         return {"image": name, "image_id": scene, "instance_id": str(number), **rest}
 
     def sample(self, row: Sample, text: str | list[str]) -> Sample:
-        """What every sample has: the processed picture and text, or texts, and the numbers of both."""
+        """The keys of every sample: the processed picture, the processed text or texts, and the ids of both."""
         index = row["image_id"]
         kept = index < len(self.pictures)
         pixels = self.pictures[index] if kept else self.source.paint(index)
@@ -86,7 +86,7 @@ class SceneDataset(BaseDataset):
 
 
 class ScenePairDataset(SceneDataset):
-    """One sample per caption, for training; a scene has several captions in a row, as COCO's images have."""
+    """One sample per caption, for training; a scene's captions are consecutive, as are those of COCO's images."""
 
     def __init__(self, *, level: str, captions_per_image: int, **shared: Any) -> None:
         """Prepare captions of a level, ``coarse``, ``medium`` or ``fine``; ``shared`` is for :class:`SceneDataset`."""
@@ -111,12 +111,12 @@ class ScenePairEvalDataset(SceneDataset):
     Attributes:
         text: every caption, processed.
         image: name of every scene's picture.
-        img2txt: scene's position to positions of its captions in ``text``.
-        txt2img: position of a caption to its scene's.
+        img2txt: maps a scene's position to the positions of its captions in ``text``.
+        txt2img: maps a caption's position to its scene's.
     """
 
     def __init__(self, *, level: str, captions_per_image: int, **shared: Any) -> None:
-        """Write all captions; arguments as of :class:`ScenePairDataset`."""
+        """Write all captions; arguments as for :class:`ScenePairDataset`."""
         super().__init__(**shared)
         k = captions_per_image
         scenes = range(self.source.scenes)
@@ -133,12 +133,12 @@ class ScenePairEvalDataset(SceneDataset):
 
 
 class SceneBuilder(BaseDatasetBuilder):
-    """Read and check the configuration; a subclass turns a split's part of it into a dataset."""
+    """Reads and checks the configuration; a subclass turns a split's part of it into a dataset."""
 
     split_keys: tuple[str, ...]
 
     def _download_data(self) -> None:
-        """Scenes need no file."""
+        """Do nothing: scenes need no files."""
 
     def build(self) -> dict[str, SceneDataset]:
         """Build the dataset of every split that has scenes.
@@ -202,10 +202,10 @@ class ScenePairBuilder(SceneBuilder):
 
 
 def whole(key: str, value: Any, *, least: int) -> int:
-    """Check a whole number of the configuration.
+    """Check a whole number in the configuration.
 
     Raises:
-        UserError: it is none, or less than ``least``; ``key`` says what it is.
+        UserError: it is not a whole number, or less than ``least``; the message names ``key``.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise UserError(f"{key} is {value!r}; it must be a whole number, at least {least}")

@@ -23,25 +23,25 @@ from lavis_xformer.paths import config_path
 
 Asked = TypeVar("Asked")  # a question, or several
 DIALOGUE = "dialogue"  # the kind of a sample with several questions
-_MANY_SCENES = 1000  # how many scenes may not allow a kind of question before one gives up
+_MANY_SCENES = 1000  # scenes tried for one that allows a kind of question before giving up
 
 
 class SceneQuestionDataset(SceneDataset):
-    """One sample per question; the kinds take turns within each preset, so each is asked equally often of each.
+    """One sample per question; the kinds take turns within each preset, so that each preset has equally many of each.
 
-    Where a scene does not allow the kind whose turn it is, the next scene of its preset beyond the split's last that
-    does is asked about instead: questions stay balanced and no other split is touched.
+    If a scene does not allow the kind whose turn it is, the next scene of its preset beyond the split's last that does
+    stands in for it: questions stay balanced and no other split is touched.
     """
 
     answer_list = ANSWERS
-    coco_fmt_qust_file = coco_fmt_anno_file = None  # what LAVIS's VQA task looks for
+    coco_fmt_qust_file = coco_fmt_anno_file = None  # LAVIS's VQA task reads these
 
     def __init__(self, *, kinds: Sequence[str], questions_per_image: int, **shared: Any) -> None:
         """Prepare the questions.
 
         Args:
             kinds: kinds of questions, see :data:`lavis_xformer.data.scenes.QUESTION_KINDS`.
-            questions_per_image: questions about every scene.
+            questions_per_image: number of questions about every scene.
             shared: the arguments of :class:`SceneDataset`.
         """
         super().__init__(**shared)
@@ -52,7 +52,7 @@ class SceneQuestionDataset(SceneDataset):
         return scene_rng(self.source.seed, self.source.split, index, *purpose)
 
     def _first(self, index: int, make: Callable[[int], Asked | None], kinds: Sequence[str]) -> tuple[int, Asked]:
-        """Ask about a scene or, where nothing can be asked about it, about one that stands in; returns whose it is."""
+        """Ask about a scene, or about a stand-in if it allows no question; also return the index of the scene used."""
         step = self.source.scenes * len(self.source.presets)
         for stand_in in range(index, index + _MANY_SCENES * step, step):
             if asked := make(stand_in):
@@ -72,17 +72,17 @@ class SceneQuestionDataset(SceneDataset):
         return self.row(number, index, question_id=number, question=asked.text, answer=[asked.answer], kind=kind)
 
     def __getitem__(self, number: int) -> Sample:
-        """Return image, text_input (a question, or all of them), answers, weights, kind, question_id and numbers."""
+        """Return image, text_input (a question, or all of them), answers, weights, kind, question_id and other ids."""
         row = self.annotation[number]
         extra = {key: row[key] for key in ("question_id", "kind")}
         return {**self.sample(row, row["question"]), "answers": row["answer"], "weights": [1.0], **extra}
 
     def collater(self, samples: Sequence[Sample]) -> Sample:
-        """Join samples into LAVIS's VQA batch: every question's answers one after the other.
+        """Join samples into LAVIS's VQA batch, with the answers of all questions in one list.
 
         Returns:
             ``image`` (B, C, S, S), ``text_input``, ``answer`` (all answers), ``weight`` and ``n_answers`` as
-            in LAVIS's VQADataset; ``answers`` (a list per question), ``kind`` and the numbers besides.
+            in LAVIS's VQADataset; also ``answers`` (a list per question), ``kind`` and the ids.
         """
         lists = ("text_input", "answers", "weights")
         batch = default_collate([{k: v for k, v in s.items() if k not in lists} for s in samples])
@@ -97,17 +97,17 @@ class SceneQuestionDataset(SceneDataset):
 
 
 class SceneDialogueDataset(SceneQuestionDataset):
-    """One sample per scene, for training: all its questions in a row, so that the image is encoded once.
+    """One sample per scene, for training: all its questions together, so that the image is encoded once.
 
-    The ``text_input`` of a sample, and the only one of its ``answers``, are lists.
+    A sample's ``text_input`` is a list of questions; its ``answers`` holds one entry, the list of their answers.
     """
 
     def __init__(self, *, details_per_image: int = 0, inventory: bool = False, **questions: Any) -> None:
         """Prepare the dialogues.
 
         Args:
-            details_per_image: how many objects to ask all about, besides.
-            inventory: ask for all of all objects at the end.
+            details_per_image: number of objects whose full details are asked for, in addition.
+            inventory: whether to ask at the end for the details of all objects.
             questions: the arguments of :class:`SceneQuestionDataset`.
         """
         super().__init__(**questions)

@@ -1,1 +1,1 @@
-"""Parts of the training engine: torch only, no LAVIS, each usable and testable by itself."""
+"""Parts of the training engine: built on torch without LAVIS, each usable and testable on its own."""

@@ -1,8 +1,8 @@
-"""Checkpoint files: written whole or not at all, checked before they are believed.
+"""Checkpoint files: written atomically, and verified before they are used.
 
-A checkpoint is what ``torch.save`` writes: a zip archive whose every record carries a CRC-32, so a
-torn or altered file is recognised without a format of our own, and ``torch.load`` reads it anywhere.
-Names tell the order: ``checkpoint_{epoch}.pth`` after an epoch (LAVIS's name),
+A checkpoint is what ``torch.save`` writes: a zip archive in which every record carries a CRC-32, so a
+truncated or altered file is detected without a format of our own, and ``torch.load`` reads it anywhere.
+Names give the order: ``checkpoint_{epoch}.pth`` after an epoch (LAVIS's name),
 ``checkpoint_{epoch}_step{n}.pth`` within it, after ``n`` optimiser steps of the whole run.
 """
 
@@ -23,7 +23,7 @@ from lavis_xformer.errors import UserError, first_line
 from lavis_xformer.files import flush_folder, replacing, temporary_of
 
 FORMAT = "lavis_xformer/checkpoint/1"
-#: errors of a machine, a disk or a network that may be gone in a minute
+#: transient errors of the machine, a disk or a network
 PASSING = frozenset(
     {errno.EIO, errno.ENOMEM, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}
 )
@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 
 
 class BadCheckpoint(UserError):
-    """A file that is not a whole checkpoint of this runner; the message says why."""
+    """A file that is not an intact checkpoint; the message says why."""
 
 
 def name_of(epoch: int, step: int | None = None) -> str:
-    """Return the file name within ``epoch``, after ``step`` optimiser steps of the run; ``None`` is its end."""
+    """Return the name of a checkpoint in ``epoch`` after ``step`` optimiser steps of the run; ``None``: at its end."""
     return f"checkpoint_{epoch}.pth" if step is None else f"checkpoint_{epoch}_step{step}.pth"
 
 
@@ -57,7 +57,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
     try:
         with replacing(path) as file:
             torch.save({"format": FORMAT, **content}, file)
-    except RuntimeError as error:  # torch's zip writer reports a full disk so
+    except RuntimeError as error:  # how torch's zip writer reports a full disk
         raise OSError(f"the disk is full or failing ({first_line(error)})") from error
 
 
@@ -77,27 +77,27 @@ def read(path: Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU.
 
     Raises:
-        BadCheckpoint: it is missing, torn, altered, or holds something else than a checkpoint.
-        UserError: memory, disk or network fail at this moment, which says nothing of the file.
+        BadCheckpoint: it is missing, truncated or altered, or is not a checkpoint.
+        UserError: memory, disk or network fail for the moment, which says nothing about the file.
     """
     reason = damage(path)
     if reason:
-        raise BadCheckpoint(f"{path} is no usable checkpoint: {reason}")
+        raise BadCheckpoint(f"{path} is not a usable checkpoint: {reason}")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         _leave_what_passes(path, error)
-        raise BadCheckpoint(f"{path} is no usable checkpoint: {first_line(error)}") from error
+        raise BadCheckpoint(f"{path} is not a usable checkpoint: {first_line(error)}") from error
     if not isinstance(content, dict) or not {"model", "optimizer", "epoch"} <= content.keys():
         raise BadCheckpoint(f"{path} holds no training state (model, optimizer, epoch)")
     return content
 
 
 def damage(path: Path) -> str:
-    """Say what is wrong with a file without unpickling it; empty where its checksums hold.
+    """Say what is wrong with a file without unpickling it; empty if its checksums match.
 
     Raises:
-        UserError: memory, disk or network fail at this moment.
+        UserError: memory, disk or network fail for the moment.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -106,33 +106,33 @@ def damage(path: Path) -> str:
         return "there is no such file"
     except Exception as error:  # whatever a wrong byte makes zipfile raise
         _leave_what_passes(path, error)
-        return f"torn or foreign ({error})"
-    return f"checksum of its record {broken} does not hold" if broken else ""
+        return f"truncated or not a checkpoint ({error})"
+    return f"the checksum of its record {broken} does not match" if broken else ""
 
 
 def _leave_what_passes(path: Path, error: Exception) -> None:
-    """Raise where an error tells of the machine and not of the file, which must not be set aside for it."""
+    """Raise a UserError if ``error`` is the machine's and not the file's, which must then not be set aside as bad."""
     passing = isinstance(error, MemoryError) or "allocate memory" in str(error)
     if passing or (isinstance(error, OSError) and error.errno in PASSING):
-        raise UserError(f"{path} can't be read at this moment ({first_line(error)}); it is left as it is") from error
+        raise UserError(f"{path} can't be read right now ({first_line(error)}); it is left as it is") from error
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest good checkpoint of a run folder and its content, ``None`` without any; for one process.
+    """Return a run folder's newest intact checkpoint and its content, or ``None``; call it in one process only.
 
-    What is bad is renamed to ``*.bad``, so that it never counts again.
+    Bad files are renamed to ``*.bad``, so that they are never considered again.
     """
     for path in listed(folder):
         try:
             return path, read(path)
         except BadCheckpoint as error:
-            logger.warning("%s; trying the one before", error)
+            logger.warning("%s; trying the previous one", error)
             path.rename(f"{path}.bad")
     return None
 
 
 def prune(folder: Path, *, keep: int) -> None:
-    """Remove all but the newest ``keep`` checkpoints, and what killed writes have left; 0 keeps all."""
+    """Remove all but the newest ``keep`` checkpoints, and leftovers of killed writes; 0 keeps all checkpoints."""
     for path in listed(folder)[keep:] if keep else []:
         path.unlink(missing_ok=True)
     for path in folder.glob(".checkpoint_*.tmp"):

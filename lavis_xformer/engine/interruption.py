@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: finish the step, save, and leave with the conventional status."""
+"""SIGTERM and Ctrl-C: finish the step, save, and exit with the conventional status."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 
 
 class Interruption:
-    """Catches the first signal inside ``deferred()``; anywhere else, or again some seconds later, it exits at once.
+    """Defers the first signal inside ``deferred()``; exits at once elsewhere, or on another signal some seconds later.
 
-    Launchers within each other, as torchrun within srun, send the same signal twice within milliseconds.
-    Exiting is ``SystemExit(128 + signal number)``: 143 for SIGTERM, 130 for Ctrl-C.
+    Nested launchers, such as torchrun within srun, send the same signal twice within milliseconds.
+    It exits with ``SystemExit(128 + signal number)``: 143 for SIGTERM, 130 for Ctrl-C.
     """
 
-    # So long after the first, another signal is the same wish.
+    # A signal within this many seconds of the first counts as the same request.
     SECONDS: ClassVar[dict[signal.Signals, float]] = {signal.SIGTERM: 5.0, signal.SIGINT: 1.0}
 
     def __init__(self) -> None:
@@ -28,19 +28,19 @@ class Interruption:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
-        """Install the handlers; does nothing outside of the main thread."""
+        """Install the handlers; does nothing outside the main thread."""
         if threading.current_thread() is threading.main_thread():
             self._previous = {s: signal.signal(s, self._handle) for s in self.SECONDS}
         return self
 
     def __exit__(self, *unused: object) -> None:
-        """Put the handlers back that were there before."""
+        """Restore the previous handlers."""
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """In this block a first signal only sets ``signum``; at its end the process leaves."""
+        """Inside this block a first signal only sets ``signum``; the process exits at the end of the block."""
         self._deferred = True
         try:
             yield
@@ -59,7 +59,7 @@ class Interruption:
 
 
 def leave_lost_workers_to_next() -> None:
-    """Let a loader's ``next`` alone tell that a worker died; torch's handler raises anywhere, as in an update."""
+    """Let only a loader's ``next`` report a dead worker; torch's handler can raise anywhere, even in an update."""
     handler = signal.getsignal(signal.SIGCHLD)
     in_main = threading.current_thread() is threading.main_thread()
     if in_main and getattr(handler, "__module__", "").startswith("torch.utils.data"):

@@ -1,4 +1,4 @@
-"""Run folders: what a run was configured to do, and which of them a restart goes on with."""
+"""Run folders: what each run was configured to do, and which one a restart resumes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide what a run computes."""
+    """Return the versions of Python and of the packages that determine what a run computes."""
     return {"python": platform.python_version(), **versions_of(PACKAGES)}
 
 
@@ -46,10 +46,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def newest_matching(output_dir: Path, config: Mapping[str, Any]) -> str | None:
-    """Return the id of the newest run under ``output_dir`` that this configuration can go on with.
+    """Return the id of the newest run under ``output_dir`` that this configuration can resume.
 
-    That is a run of the same configuration (where it computes and how often it saves may differ)
-    which has a checkpoint.
+    Such a run has the same configuration (where it runs and how often it saves may differ) and a
+    checkpoint.
     """
     folders = sorted(output_dir.glob(f"*/{CONFIG_NAME}"), key=lambda path: path.stat().st_mtime_ns)
     for path in reversed(folders):
@@ -61,24 +61,24 @@ def newest_matching(output_dir: Path, config: Mapping[str, Any]) -> str | None:
             return path.parent.name
         if changes:
             told = "; ".join(changes[:3])
-            logger.info("%s is another run: %s (run.job_id=%s goes on with it)", path.parent, told, path.parent.name)
+            logger.info("%s is a different run: %s (run.job_id=%s resumes it)", path.parent, told, path.parent.name)
     return None
 
 
 def claim(folder: Path) -> IO[str] | None:
-    """Take a run's folder for this training; all ranks call it.
+    """Lock a run's folder for this training; must be called on all ranks.
 
     Returns:
         The main process's open file, whose lock holds the folder until that process ends; ``None`` on other ranks.
 
     Raises:
-        UserError: another process trains in it.
+        UserError: another process is training in it.
     """
     file = _locked(folder) if is_main() else None
     if not launch.share(file is not None):
         raise UserError(
-            f"another process trains in {folder}: wait for it or stop it (run.resume=auto then goes on), "
-            "or give this run a run.job_id of its own"
+            f"another process is training in {folder}: wait for it or stop it (run.resume=auto then resumes it), "
+            "or give this run its own run.job_id"
         )
     return file
 
@@ -86,17 +86,17 @@ def claim(folder: Path) -> IO[str] | None:
 def _locked(folder: Path) -> IO[str] | None:
     file = (folder / LOCK_NAME).open("w")
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of this process alone: its workers don't inherit it
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this process's alone: its workers don't inherit it
     except (BlockingIOError, PermissionError):
         file.close()
         return None
     except OSError as error:  # a file system without locks
-        logger.warning("%s can't be locked (%s): see that no other process trains in it", folder, error)
+        logger.warning("%s can't be locked (%s): make sure that no other process trains in it", folder, error)
     return file
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """Return what a finished run wrote at its end, ``None`` for a run that has not finished."""
+    """Return a finished run's summary, ``None`` for a run that has not finished."""
     path = folder / SUMMARY_NAME
     return read_json(path) if path.exists() else None
 

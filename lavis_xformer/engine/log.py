@@ -1,4 +1,4 @@
-"""What a run leaves to be seen: JSON lines, TensorBoard, and a progress bar or plain lines."""
+"""What a run reports: JSON lines, TensorBoard, W&B, and a progress bar or plain lines."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def plain(value: Any) -> Any:
-    """Return numbers of numpy or torch as Python's own, which a checkpoint may hold; anything else as it is."""
+    """Convert numpy and torch numbers to Python's, which a checkpoint may hold; return anything else unchanged."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -38,7 +38,7 @@ class Averages:
     counts: dict[str, int] = field(default_factory=dict)
 
     def add(self, values: dict[str, float]) -> None:
-        """Take in the values of a step; a name may be absent from some steps."""
+        """Add the values of a step; a name may be absent from some steps."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + 1
@@ -52,12 +52,12 @@ class MetricsLog:
     """Writes records to ``log.jsonl`` and their numbers to TensorBoard and W&B; for one process.
 
     A record is one line: ``{"kind": "step" | "epoch" | "eval" | ..., "epoch": .., "step": .., ...}``
-    where ``step`` counts optimiser steps from the start of the run. A disk that is full costs a
-    warning, not the run.
+    where ``step`` counts optimiser steps from the start of the run. A full disk costs a warning, not
+    the run.
     """
 
     def __init__(self, folder: Path, *, from_step: int = 0, tensorboard: bool = True, wandb: bool = False) -> None:
-        """Open the log of a run folder; records after ``from_step`` are of a lost future: dropped."""
+        """Open a run folder's log, dropping the records that a run resumed at ``from_step`` will write again."""
         self._wandb = start_wandb(folder) if wandb else None
         self.path = folder / LOG_NAME
         _keep_until(self.path, from_step)
@@ -81,7 +81,7 @@ class MetricsLog:
             self._failing = False
         except OSError as error:
             if not self._failing:
-                logger.warning("%s can't be written: %s; going on", self.path, error)
+                logger.warning("%s can't be written: %s; continuing", self.path, error)
             self._failing = True
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
@@ -96,7 +96,7 @@ class MetricsLog:
 
 
 def start_wandb(folder: Path) -> Any:
-    """Start, or go on with, the W&B run of a run folder; ``WANDB_PROJECT`` and its like keep their meaning.
+    """Start or resume the W&B run of a run folder; ``WANDB_PROJECT`` and similar variables apply as usual.
 
     Raises:
         UserError: W&B is not installed.
@@ -112,7 +112,7 @@ class Progress:
     """A bar with losses, images per second and time left in a terminal; plain lines elsewhere."""
 
     def __init__(self, *, total: int, done: int, title: str, every: int, shown: bool) -> None:
-        """Start at ``done`` of ``total`` steps; where there is no terminal, write a line ``every`` so many."""
+        """Start at ``done`` of ``total`` steps; without a terminal, write a line every ``every`` steps."""
         self.title, self.every, self.total, self.done = title, max(1, every), total, done
         self.shown = shown
         self._first, self._start = self.done, time.monotonic()
@@ -133,13 +133,13 @@ class Progress:
             logger.info("%s %d/%d  %s  left %s", self.title, self.done, self.total, _short(values), left)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
 
 
 def clock(seconds: float) -> str:
-    """Return ``hours:minutes:seconds``, of as many hours as there are."""
+    """Return ``hours:minutes:seconds``, with any number of hours."""
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest:02d}"
 
@@ -158,7 +158,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 
 def setup_logging(*, shown: bool) -> None:
-    """Send this package's messages to stdout as plain lines, above a progress bar; others' from WARNING."""
+    """Send this package's messages to stdout as plain lines above any progress bar; only errors unless ``shown``."""
     package = logging.getLogger("lavis_xformer")
     package.setLevel(logging.INFO if shown else logging.ERROR)
     package.propagate = False
@@ -169,7 +169,7 @@ class _BarHandler(logging.Handler):
     """Prints above a bar, if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a message, from WARNING on with its level."""
+        """Print a message, prefixed with its level from WARNING upwards."""
         prefix = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         tqdm.write(prefix + record.getMessage(), file=sys.stdout)
         sys.stdout.flush()
@@ -181,7 +181,7 @@ def _short(values: dict[str, float]) -> str:
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drop the steps after ``step``, what will be summed up again, and a line that a kill has torn."""
+    """Drop steps after ``step``, other records that will be written again, and lines truncated by a kill."""
     if not path.exists():
         return
     kept = []

@@ -1,4 +1,4 @@
-"""The training of one epoch: windows of batches in, logged steps and saved positions out."""
+"""The training loop of one epoch: windows of batches in, logged steps and saved positions out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class Schedule(Protocol):
-    """LAVIS's interface of a learning rate schedule."""
+    """LAVIS's interface for a learning rate schedule."""
 
     def step(self, cur_epoch: int, cur_step: int) -> None:
         """Set the learning rate of a step."""
@@ -35,11 +35,11 @@ class Schedule(Protocol):
 
 @dataclass
 class Position:
-    """How far a run is.
+    """How far a run has got.
 
     Attributes:
         epoch: the epoch being trained, from 0.
-        batches: batches of each process done in this epoch.
+        batches: batches that each process has done in this epoch.
         steps: optimiser steps done in the whole run, skipped ones included.
         skipped: steps skipped because a loss was not finite.
     """
@@ -52,7 +52,7 @@ class Position:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What all ranks agree on after the gradients of a step, and this rank's own terms."""
+    """What all ranks agree on once a step's gradients are computed, and this rank's own terms."""
 
     terms: dict[str, float]
     own: dict[str, float]
@@ -62,12 +62,12 @@ class Verdict:
 
 
 class EpochLoop:
-    """Trains the rest of an epoch from ``position``, which moves on.
+    """Trains the rest of an epoch from ``position``, which is advanced in place.
 
-    ``accumulate`` batches make a step. ``options`` say when to save, and what to do about losses that are not finite.
-    ``save`` writes a checkpoint of the present position and is called on all ranks together; ``log`` takes ``"step"``
-    and a step's values; where there is no terminal, ``log_every`` so many steps a line is written. What is wanted to
-    understand a loss that is not finite goes to ``folder``.
+    ``accumulate`` batches make a step. ``options`` say when to save, and what to do about non-finite losses. ``save``
+    writes a checkpoint of the current position and is called on all ranks together; ``log`` takes ``"step"`` and a
+    step's values; without a terminal, a line is written every ``log_every`` steps. What is needed to debug a
+    non-finite loss goes to ``folder``.
     """
 
     def __init__(
@@ -94,9 +94,9 @@ class EpochLoop:
         """Train until ``batches`` batches of the epoch are done; return the epoch's mean terms.
 
         Raises:
-            UserError: a loss was not finite, or a rank's data can't be read or its loader lost a worker; what was
-                trained until then is saved.
-            SystemExit: after a signal, when the step is done and saved.
+            UserError: a loss or gradient was not finite, or a rank's data can't be read or its loader lost a
+                worker; progress up to then is saved.
+            SystemExit: after a signal, once the step is done and saved.
         """
         progress = self._progress(batches)
         started = time.monotonic()
@@ -123,14 +123,14 @@ class EpochLoop:
             yield [to_device(samples, self.stepper.device) for samples in window], waited
 
     def _fetch(self, iterator: Iterator[Any], count: int) -> list[Any]:
-        """Return the next batches; where any rank has none to give, all save and stop together."""
+        """Return the next batches; if any rank fails to get its own, all save and stop together."""
         window, fault = [], ""
         try:
             window = [next(iterator) for _ in range(count)]
             leave_lost_workers_to_next()
         except UserError as error:
             fault = str(error)
-        except (ConnectionError, EOFError) as error:  # of the pipe from a worker that is just dying
+        except (ConnectionError, EOFError) as error:  # from the pipe of a dying worker
             fault = worker_is_gone(error)
         except RuntimeError as error:
             fault = lost_worker(error) or ""
@@ -143,15 +143,15 @@ class EpochLoop:
         raise UserError("; ".join(faults))
 
     def _save_what_is_done(self) -> None:
-        """Save before stopping; at an epoch's beginning all is saved already."""
+        """Save before stopping; at the start of an epoch everything is saved already."""
         if self.position.batches:
             self.save()
             logger.info("step %d saved", self.position.steps)
 
     def _agree(self, terms: dict[str, torch.Tensor]) -> Verdict:
-        """Average the terms over ranks and let any rank's wish to stop or save count for all.
+        """Average the terms over ranks; any rank's request to stop or save applies to all.
 
-        One transfer from the device and one reduction of a small vector per step.
+        Costs one transfer from the device and one all-reduce of a small vector per step.
         """
         names = list(terms)
         values = torch.stack([terms[name] for name in names]).cpu().double()
@@ -188,14 +188,14 @@ class EpochLoop:
             "peak_memory_mb": peak_memory_mb(self.stepper.device),
         }
         values = {**verdict.terms, **speed}
-        if verdict.finite:  # the norm may still not be, where fp16's scaler seeks its scale
+        if verdict.finite:  # the gradient norm may still not be, while fp16's scaler seeks its scale
             self.averages.add({name: value for name, value in values.items() if math.isfinite(value)})
         self.log("step", {name: value if math.isfinite(value) else str(value) for name, value in values.items()})
         progress.step(values)
         return now
 
     def _save_is_due(self) -> bool:
-        """Whether minutes or steps say so; only the main process's clock counts."""
+        """Whether enough minutes or steps have passed; only the main process's clock counts."""
         minutes, steps = self.options.save_every_minutes, self.options.save_every_steps
         by_clock = minutes > 0 and time.monotonic() - self._last_save >= 60 * minutes and is_main()
         return by_clock or (steps > 0 and (self.position.steps + 1) % steps == 0)
@@ -210,7 +210,7 @@ class EpochLoop:
             raise SystemExit(128 + verdict.signum)
 
     def _skip_or_stop(self, terms: dict[str, float], window: list[Any], before: dict[str, Any]) -> None:
-        """Count a step whose loss or gradient is not finite, or stop the run as it was before, with what is known."""
+        """Count a non-finite step as skipped, or save its batch and the state before it, and stop the run."""
         bad = [name for name, value in terms.items() if not math.isfinite(value)]
         ids = [image_ids(samples) for samples in window]
         found = f"rank {rank()}: {', '.join(bad)} for image ids {ids}" if bad else ""
@@ -265,7 +265,7 @@ def to_device(samples: Any, device: torch.device) -> Any:
 
 
 def count_samples(samples: Mapping[str, Any]) -> int:
-    """Return the batch size of samples: the length of the images, or else of any entry."""
+    """Return the batch size of samples: the length of the images, or else of the first entry."""
     first = samples["image"] if "image" in samples else next(iter(samples.values()))
     return len(first)
 

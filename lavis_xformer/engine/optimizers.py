@@ -10,16 +10,16 @@ from torch.optim import Optimizer
 
 
 class MuonAdamW(Optimizer):
-    """Muon (Jordan et al. 2024) for the trained matrices that are no embeddings, AdamW for all else.
+    """Muon (Jordan et al. 2024) for trained matrices other than embeddings, AdamW for everything else.
 
-    Muon's updates have the size of AdamW's at the same rate (Liu et al., arXiv 2502.16982), whatever the matrix, so one
-    schedule drives both: it sets ``lr`` of every group, and Muon moves at ``pace`` times that.
+    Muon's updates are scaled to the RMS of AdamW's at the same learning rate (Liu et al., arXiv 2502.16982), whatever
+    the matrix's shape, so one schedule drives both: it sets ``lr`` of every group, and Muon uses ``pace`` times that.
     """
 
     def __init__(
         self, module: nn.Module, *, lr: float, weight_decay: float, betas: tuple[float, float], pace: float
     ) -> None:
-        """Take the parameters of ``module`` that want gradients; vectors and scalars don't decay."""
+        """Take the trainable parameters of ``module``; vectors and scalars get no weight decay."""
         tables = {id(p) for part in module.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
         wanted = [p for p in module.parameters() if p.requires_grad]
         hidden = [p for p in wanted if p.ndim == 2 and id(p) not in tables]
@@ -35,7 +35,7 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closures
-        """Move the weights along their gradients."""
+        """Update the weights."""
         (group,) = self.muon.param_groups
         rate = group["lr"]
         group["lr"] = self.pace * rate
@@ -48,13 +48,13 @@ class MuonAdamW(Optimizer):
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Put back what :meth:`state_dict` returned.
+        """Restore what :meth:`state_dict` returned.
 
         Raises:
-            ValueError: it is of other parameters or of another optimiser.
+            ValueError: it is for other parameters or for another optimiser.
         """
         if state_dict.keys() != {"muon", "adamw"}:
-            raise ValueError(f"a state of Muon and AdamW is wanted, this one has {sorted(state_dict)}")
+            raise ValueError(f"expected a state of Muon and AdamW, this one has {sorted(state_dict)}")
         self.muon.load_state_dict(state_dict["muon"])
         self.adamw.load_state_dict(state_dict["adamw"])
         self.param_groups[:] = [*self.muon.param_groups, *self.adamw.param_groups]

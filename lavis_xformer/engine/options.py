@@ -108,7 +108,7 @@ def _number(name: str, value: Any, kind: type) -> Any:
     try:
         converted = kind(value)
     except (TypeError, ValueError):
-        raise UserError(f"run.{name} is {value!r}; it must be a {kind.__name__}") from None
+        raise UserError(f"run.{name} is {value!r}; it must be of type {kind.__name__}") from None
     if kind is int and isinstance(value, float) and converted != value:
         raise UserError(f"run.{name} is {value!r}; it must be a whole number")
     return converted

@@ -1,4 +1,4 @@
-"""Random state of a process as plain values, and seeds that depend on nothing but their keys."""
+"""Random state of a process as plain values, and seeds that depend only on their keys."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def seed_of(*keys: int) -> int:
-    """Return a seed of 31 bits for a tuple of keys: equal keys, equal seed, in any process."""
+    """Return a 31-bit seed for a tuple of keys: equal keys give equal seeds, in any process."""
     digest = hashlib.blake2b(",".join(map(str, keys)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -47,7 +47,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any]) -> None:
-    """Put back what ``capture`` returned."""
+    """Restore what ``capture`` returned."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -59,7 +59,7 @@ def restore(state: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run a block with generators seeded by ``seed``, then put everything back as it was."""
+    """Run a block with generators seeded by ``seed``, then restore their previous state."""
     before = capture()
     seed_everything(seed)
     try:

@@ -1,7 +1,7 @@
-"""Batches that can be replayed: order and augmentation depend on (seed, visit, index) alone.
+"""Replayable batches: order and augmentation depend only on (seed, visit, index).
 
-A run that is resumed in the middle of an epoch, with any number of loader workers, therefore sees
-exactly the batches that a run which never stopped would have seen.
+A run resumed in the middle of an epoch, with any number of loader workers, therefore sees exactly the
+batches of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from lavis_xformer.distributed import rank, world_size
 from lavis_xformer.engine import rng
 from lavis_xformer.errors import UserError
 
-Key = tuple[int, int]  # (visit, index in the dataset): the epoch, or the how-manieth pass over a dataset of a mixture
+Key = tuple[int, int]  # (visit, index in the dataset); visit: the epoch, or a mixture's pass number over the dataset
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """Datasets joined end to end, of which every epoch takes a fixed share (``run.train_dataset_ratios``).
+    """Concatenated datasets that each make up a fixed share of every epoch (``run.train_dataset_ratios``).
 
-    An epoch has as many samples as all datasets together. A dataset's share goes on where the epoch before left off,
-    through one permutation after the other: no sample comes again before all others of its dataset have come.
+    Each dataset continues where the previous epoch left off, one permutation after another: every sample is used
+    once before a dataset starts over.
 
     Attributes:
-        lengths: samples of each dataset.
-        ratios: their shares of an epoch, of any sum.
-        samples: of an epoch; all datasets together where it is 0.
+        lengths: number of samples in each dataset.
+        ratios: their shares of an epoch; need not sum to 1.
+        samples: samples per epoch; 0: as many as all datasets together.
     """
 
     lengths: Sequence[int]
@@ -48,12 +48,12 @@ class Mixture:
 
     @classmethod
     def of(cls, dataset: Any, ratios: Sequence[Any] | None, *, samples: int = 0) -> Mixture:
-        """Make the mixture of a ``ConcatDataset``, or of a wrapper that shows its ``datasets``.
+        """Make the mixture of a ``ConcatDataset``, or of a wrapper that exposes its ``datasets``.
 
-        Without ``ratios`` the joined datasets count as one.
+        Without ``ratios`` the concatenated datasets count as one.
 
         Raises:
-            UserError: there is not one positive number for each dataset.
+            UserError: ``ratios`` is not one positive number for each dataset.
         """
         parts = [dataset] if ratios is None else getattr(dataset, "datasets", [dataset])
         lengths = [len(part) for part in parts]
@@ -62,14 +62,14 @@ class Mixture:
         return cls(lengths=lengths, ratios=list(ratios), samples=samples)
 
     def counts(self) -> list[int]:
-        """Return how many samples of each dataset an epoch takes."""
+        """Return how many samples an epoch takes from each dataset."""
         return split_by(self.ratios, self.samples or sum(self.lengths))
 
     def keys(self, *, seed: int, epoch: int) -> Tensor:
-        """Return (samples of an epoch, 2): visits and indices in the joined datasets, in order."""
+        """Return (samples per epoch, 2): visits and indices into the concatenated datasets, in order."""
         parts, offset = [], 0
         for number, (length, count) in enumerate(zip(self.lengths, self.counts(), strict=True)):
-            first, last = epoch * count, (epoch + 1) * count  # of the dataset's endless row of passes
+            first, last = epoch * count, (epoch + 1) * count  # positions in the dataset's endless passes
             for visit in range(first // length, -(-last // length)):
                 indices = offset + permutation(length, seed, number, visit)
                 chosen = indices[max(0, first - visit * length) : last - visit * length]
@@ -80,7 +80,7 @@ class Mixture:
 
 
 def check_ratios(ratios: Sequence[Any], parts: Sequence[str]) -> None:
-    """Raise a UserError where ratios are not one positive number for each of ``parts``."""
+    """Raise a UserError unless ``ratios`` is one positive number for each of ``parts``."""
     good = all(isinstance(ratio, (int, float)) and ratio > 0 for ratio in ratios)
     if not good or len(ratios) != len(parts):
         raise UserError(
@@ -90,24 +90,24 @@ def check_ratios(ratios: Sequence[Any], parts: Sequence[str]) -> None:
 
 
 def split_by(ratios: Sequence[float], total: int) -> list[int]:
-    """Return whole numbers in the proportion of ``ratios`` that add up to ``total``."""
+    """Return integers in proportion to ``ratios`` that add up to ``total``."""
     share = total / sum(ratios)
     edges = [round(edge * share) for edge in accumulate(ratios, initial=0.0)]
     return [end - start for start, end in pairwise(edges)]
 
 
 def permutation(length: int, *keys: int) -> Tensor:
-    """Return (length,) the permutation that ``keys`` stand for."""
+    """Return the permutation (length,) seeded by ``keys``."""
     return torch.randperm(length, generator=torch.Generator().manual_seed(rng.seed_of(*keys)))
 
 
 class EpochBatchSampler(Sampler[list[Key]]):
-    """Batches of one rank: a permutation drawn from (seed, epoch), cut into joined batches.
+    """One rank's batches: a permutation seeded by (seed, epoch), cut into joined (global) batches.
 
     Joined batch ``b`` is ``order[b * W * B : (b + 1) * W * B]`` for ``W`` ranks with ``B`` samples
-    each; rank ``r`` takes the ``r``-th part of it. So ``W`` processes see together what one process
-    with a batch of ``W * B`` sees. The ``length % (W * B)`` samples left over are not used in that
-    epoch (LAVIS's ``drop_last``); another epoch's order leaves out others.
+    each; rank ``r`` takes the ``r``-th part of it. Together, ``W`` processes thus see what one process
+    with a batch of ``W * B`` sees. The last ``length % (W * B)`` samples of an epoch's order are dropped
+    (as by LAVIS's ``drop_last``); the order, and so what is dropped, changes from epoch to epoch.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class EpochBatchSampler(Sampler[list[Key]]):
         world_size: int = 1,
         mixture: Mixture | None = None,
     ) -> None:
-        """Make a sampler of ``length`` samples that starts at epoch 0, batch 0; a ``mixture`` says which they are."""
+        """Start at epoch 0, batch 0, over ``length`` samples, or over those that ``mixture`` draws if it is given."""
         self.length, self.mixture = length if mixture is None else sum(mixture.counts()), mixture
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
@@ -132,7 +132,7 @@ class EpochBatchSampler(Sampler[list[Key]]):
         self.skip_batches = skip_batches
 
     def __len__(self) -> int:
-        """Return how many batches a whole epoch has."""
+        """Return the number of batches in a whole epoch."""
         return self.length // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[Key]]:
@@ -149,7 +149,7 @@ class EpochBatchSampler(Sampler[list[Key]]):
 
 
 class ReplayDataset(Dataset[Any]):
-    """A map-style dataset read by (visit, index), its randomness seeded for each sample."""
+    """A map-style dataset indexed by (visit, index), with randomness seeded per sample."""
 
     def __init__(self, dataset: Dataset[Any], *, seed: int) -> None:
         self.dataset = dataset
@@ -160,14 +160,14 @@ class ReplayDataset(Dataset[Any]):
         return len(self.dataset)  # type: ignore[arg-type]
 
     def __getitem__(self, key: Key) -> Any:
-        """Return sample ``index`` as it is at a visit."""
+        """Return sample ``index`` as drawn on a given visit."""
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[Key]) -> list[Any]:
-        """Return the samples of a batch; in the main process its own random state is untouched.
+        """Return the samples of a batch; in the main process the random state is left untouched.
 
-        A worker keeps the state that the last sample leaves, so that a collater that draws is
-        replayed as well.
+        A worker keeps the state left by the last sample, so that a collater that draws random numbers
+        is replayed as well.
         """
         in_worker = get_worker_info() is not None
         before = None if in_worker else rng.capture()
@@ -203,15 +203,15 @@ def train_loader(
     """Return this rank's loader of a map-style training set.
 
     Args:
-        dataset: joined of several where there are ``ratios``.
-        batch_size: samples for each process.
-        seed: the run's.
-        ratios: shares of the datasets that it joins, see ``Mixture``; without them every sample comes once an epoch.
-        batches: of an epoch; 0 is as many as the data fill.
-        options: more arguments of ``DataLoader``.
+        dataset: a concatenation of several datasets if ``ratios`` are given.
+        batch_size: samples per process.
+        seed: the run's seed.
+        ratios: shares of the concatenated datasets, see ``Mixture``; None counts them as one dataset.
+        batches: batches per epoch; 0: as many as the data fill.
+        options: further arguments of ``DataLoader``.
 
     Raises:
-        UserError: the batches of all processes are together larger than the data.
+        UserError: one batch on every process takes more samples than the data has.
     """
     length = len(dataset)  # type: ignore[arg-type]
     samples = batches * batch_size * world_size()
@@ -226,12 +226,12 @@ def train_loader(
     if length < batch_size * world_size():
         raise UserError(
             f"run.batch_size_train is {batch_size} for each of {world_size()} process(es), but the "
-            f"training data has only {length} samples; take a smaller batch"
+            f"training data has only {length} samples; use a smaller batch"
         )
     return ReplayLoader(
         ReplayDataset(dataset, seed=seed),
         batch_sampler=sampler,
-        generator=torch.Generator(),  # the workers' base seed; the training's generator is not used
+        generator=torch.Generator(),  # for the workers' base seed; leaves the training's generator alone
         persistent_workers=options["num_workers"] > 0,
         worker_init_fn=shielded(),
         **options,
@@ -239,16 +239,16 @@ def train_loader(
 
 
 def eval_loader(dataset: Dataset[Any], *, share: bool, **options: Any) -> DataLoader[Any]:
-    """Return a loader of a whole split in order, or of this rank's ``share`` of it."""
+    """Return a loader over a whole split in order or, with ``share``, over this rank's part of it."""
     sampler: Sampler[Any] | None = DistributedSampler(dataset, shuffle=False) if share else None
     return DataLoader(dataset, sampler=sampler, worker_init_fn=shielded(), **options)
 
 
 def shielded() -> Callable[[int], None]:
-    """Return a ``worker_init_fn`` that leaves it to the training process to answer to signals.
+    """Return a ``worker_init_fn`` that leaves signal handling to the training process.
 
-    Ctrl-C and a batch system's SIGTERM reach workers too; if these died, the step could not be
-    finished. They end with the training process, which may terminate them when it exits itself.
+    Ctrl-C and a batch system's SIGTERM reach workers too; if they died, the step could not be
+    finished. They exit with the training process, which may terminate them once it is exiting itself.
     """
     closing = multiprocessing.Event()
     atexit.register(closing.set)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, taken from a running training and put back into one."""
+"""What a checkpoint holds: captured from a training run, and restored into one."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ logger = logging.getLogger(__name__)
 
 
 class Corrupt:
-    """The samples that a run can't read, earlier parts of it included: how many, and the names of the first of them.
+    """The samples that a run could not read, also before restarts: their number, and the names of the first ones.
 
-    One that is met again after a restart counts once as long as its name is kept.
+    A sample met again after a restart counts once, as long as its name was kept.
     """
 
     MOST = 1000
@@ -33,14 +33,14 @@ class Corrupt:
         self._before, self._count_before = frozenset(names), self.count
 
     def update(self, found: Iterable[str]) -> None:
-        """Take in all names that this part of the run has met so far."""
+        """Take all names found since the last (re)start of the run."""
         new = sorted(set(found) - self._before)
         self.names = sorted([*self._before, *new[: self.MOST - len(self._before)]])
         self.count = self._count_before + len(new)
 
 
 class TrainingState:
-    """Weights, optimiser, scaler, position, averages, best figures and skipped samples of a run.
+    """Weights, optimiser, scaler, position, averages, best metrics and skipped samples of a run.
 
     The learning rate needs no entry: it is a function of the position.
     """
@@ -57,7 +57,7 @@ class TrainingState:
         seed: int,
         has_streams: bool,
     ) -> None:
-        """Take the parts of a run at its beginning: ``model`` without any wrapper, ``config`` as plain values."""
+        """Begin at the start of a run; ``model`` has no wrapper, ``config`` holds plain values."""
         self.model, self.optimizer, self.scaler, self.config = model, optimizer, scaler, config
         self.batches_per_epoch, self.steps_per_epoch = batches_per_epoch, steps_per_epoch
         self.seed, self.has_streams = seed, has_streams
@@ -101,14 +101,14 @@ class TrainingState:
         }
 
     def restore(self, content: dict[str, Any], *, source: str) -> None:
-        """Put back what ``as_dict`` returned, or a checkpoint of LAVIS's own runner.
+        """Restore what ``as_dict`` returned, or a checkpoint of LAVIS's own runner.
 
         Raises:
-            UserError: it is of another model, or its position is between two batches of this run.
+            UserError: it is of another model, or its position falls inside a batch of this run.
         """
         changes = jobs.differences(content.get("config", self.config), self.config)
         if changes:
-            logger.warning("%s: the configuration was another: %s", source, "; ".join(changes))
+            logger.warning("%s: the configuration was different: %s", source, "; ".join(changes))
         load_trainable(self.model, content["model"], source=source)
         self._restore_optimizer(content, source)
         self.position = self._restored_position(content, source)
@@ -124,7 +124,7 @@ class TrainingState:
         try:
             self.optimizer.load_state_dict(content["optimizer"])
         except (KeyError, ValueError) as error:
-            reason = f"its optimiser is of another model, or run.muon of another kind: {error}"
+            reason = f"its optimiser state is for another model or another setting of run.muon: {error}"
             raise UserError(f"{source}: {reason}") from error
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
             group.update(settings)  # this run's, not the checkpoint's
@@ -142,24 +142,24 @@ class TrainingState:
             position.batches = self.batches_per_epoch
         elif samples % now:
             raise UserError(
-                f"{source} was saved within an epoch, after {samples} samples in batches of {before} over all "
-                f"processes; batches of {now} can't go on there: take one that divides it, or a checkpoint of an "
-                "epoch's end"
+                f"{source} was saved mid-epoch, after {samples} samples in batches of {before} over all "
+                f"processes; batches of {now} can't resume there: use a batch that divides {samples}, or a "
+                "checkpoint from the end of an epoch"
             )
         else:
             position.batches = samples // now
         if before != now:
-            logger.warning("%s: a batch over all processes was %d samples, is %d", source, before, now)
+            logger.warning("%s: the batch over all processes was %d samples, now it is %d", source, before, now)
         return position
 
     def _warn_of_other_lanes(self, content: dict[str, Any]) -> None:
-        """Say where an epoch of a stream can't go on as it began."""
+        """Warn if an epoch of a stream can't continue in the order in which it began."""
         before = int(content["config"]["run"]["num_workers"]), len(content["rng"])
         now = int(self.config["run"]["num_workers"]), world_size()
         if before != now:
             logger.warning(
-                "workers and processes were %s, are %s: this epoch's streams go on in another order, which repeats "
-                "and leaves out samples; the next epoch is whole",
+                "(workers, processes) were %s, now %s: this epoch's streams continue in another order, which repeats "
+                "some samples and omits others; the next epoch is complete",
                 before,
                 now,
             )
@@ -169,4 +169,4 @@ class TrainingState:
             rng.restore(states[rank()])
             return
         rng.seed_everything(rng.seed_of(self.seed, rank(), self.position.steps))
-        logger.warning("%s has no random state of process %d: seeded anew", source, rank())
+        logger.warning("%s has no random state of process %d: reseeded", source, rank())

@@ -15,7 +15,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # by ``run.amp``
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies in bfloat16 itself, several times faster than in fp32."""
+    """Whether the hardware computes bfloat16 natively, several times faster than fp32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
     return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
@@ -24,12 +24,12 @@ def computes_bf16(device: torch.device) -> bool:
 class Stepper:
     """Computes gradients of a window of batches and applies them.
 
-    The mean over the window's batches is optimised: ``k`` batches of one size give the gradient of
+    The mean over the window's batches is optimised: ``k`` batches of equal size give the gradient of
     one batch ``k`` times as large, for losses that are means over samples. ITC and ITM contrast the
-    samples of one batch, so for them ``k`` small batches are not one large batch.
+    samples of one batch, so for them ``k`` small batches are not equivalent to one large batch.
 
-    ``forward(model, samples)`` gives a dict with ``loss``; every entry that is a 0-dim tensor is a term. A model that
-    several processes train is wrapped in DistributedDataParallel. ``max_grad_norm`` 0 does not clip.
+    ``forward(model, samples)`` returns a dict with ``loss``; every entry that is a 0-dim tensor is a term. A model
+    trained by several processes comes wrapped in DistributedDataParallel. ``max_grad_norm=0`` disables clipping.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Stepper:
         return means | {"grad_norm": self._clip()}
 
     def apply(self) -> None:
-        """Move the weights along the gradients, and clear these."""
+        """Update the weights, then clear the gradients."""
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -72,7 +72,7 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
 
     def discard(self) -> None:
-        """Clear the gradients without using them; the scaler ends its step too, and keeps its scale."""
+        """Clear the gradients without using them; the scaler's step ends too, with its scale unchanged."""
         if self.scaler is not None:
             self.scaler.update(self.scaler.get_scale())
         self.optimizer.zero_grad(set_to_none=True)

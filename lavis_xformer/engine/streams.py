@@ -1,8 +1,8 @@
-"""Streams of shards (webdataset) whose order depends on (seed, epoch, lane) alone, and loaders that take turns.
+"""Streams of webdataset shards whose order depends only on (seed, epoch, lane), and loaders that take turns.
 
 A *lane* is one worker of one process. In each pass over the data every shard goes to one lane, which reads it once. A
-lane that has read its shards begins with those of its next pass: with equally large shards, as many on each lane, no
-sample comes twice before all have come.
+lane that has read its shards starts on those of its next pass: with shards of equal size, equally many on each lane,
+no sample repeats before all have been read.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from lavis_xformer.errors import UserError
 
 
 class StreamGuard(Protocol):
-    """What decides about samples that can't be read."""
+    """Decides what happens to samples that can't be read."""
 
     def shard_fault(self, error: Exception) -> bool:
-        """Take an error of reading shards; return True to go on without, or raise."""
+        """Handle an error in reading shards: return True to skip, or raise."""
 
     def sample_fault(self, error: Exception) -> bool:
-        """Take an error of decoding or processing the present sample; return True to go on without, or raise."""
+        """Handle an error in decoding or processing the current sample: return True to skip it, or raise."""
 
     def remember(self, samples: Iterator[Any]) -> Iterator[Any]:
-        """Pass samples on; the last one is the present one."""
+        """Pass samples through, remembering the last one as the current sample."""
 
     def watch(self, samples: Iterator[Any], *, source: str) -> Iterator[Any]:
-        """Pass on what went through all stages; raise where ``source`` gave nothing."""
+        """Pass fully processed samples through; raise if ``source`` yielded none."""
 
 
 class ShardStream(IterableDataset[Any]):
-    """A webdataset pipeline read pass after pass, without an end, in an order that can be replayed.
+    """A webdataset pipeline read endlessly, pass after pass, in a replayable order.
 
-    Its source of shards, ``split_by_*`` stages, shuffling seeds and error handlers are replaced; the other stages stay.
+    Its shard source, ``split_by_*`` stages, shuffling seeds and error handlers are replaced; its other stages stay.
     """
 
     def __init__(self, pipeline: Any, *, seed: int, guard: StreamGuard, lanes: int = 1) -> None:
-        """Take a ``webdataset.DataPipeline`` apart; ``lanes`` are those of all processes together.
+        """Take a ``webdataset.DataPipeline`` apart; ``lanes`` counts the lanes of all processes.
 
         Raises:
             UserError: the pipeline does not begin with a list of shards, or has fewer shards than lanes.
@@ -58,13 +58,13 @@ class ShardStream(IterableDataset[Any]):
         if len(self.urls) < lanes:
             raise UserError(
                 f"there are {len(self.urls)} shards ({self.urls[0]} ...) for {lanes} lanes (processes times "
-                "run.num_workers), and each reads its own; take fewer workers, or make smaller shards"
+                "run.num_workers), and each needs its own; use fewer workers, or split the data into more shards"
             )
         self.stages = [stage for stage in stages if stage not in (split_by_node, split_by_worker)]
         self.seed, self.guard, self.epoch = seed, guard, 0
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield samples without an end; in the main process its own random state is untouched."""
+        """Yield samples endlessly; in the main process the random state is left untouched."""
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker is not None else (0, 1)
         lane, lanes = rank() * count + number, world_size() * count
@@ -93,7 +93,7 @@ class ShardStream(IterableDataset[Any]):
         return samples
 
     def _own(self, stage: Any, shuffler: random.Random) -> Any:
-        """Return a stage with our random generator and our way with errors, where it has such."""
+        """Return a stage with our random generator and error handler in place of its own, if it has any."""
         if not isinstance(stage, FilterFunction):
             return getattr(stage, "run", stage)
         own: dict[str, Any] = {}
@@ -107,7 +107,7 @@ class ShardStream(IterableDataset[Any]):
 
 
 class StreamLoader(DataLoader[Any]):
-    """A loader of a stream, of which an epoch takes so many ``batches``; ``options`` are more of ``DataLoader``'s."""
+    """A loader of a stream with ``batches`` batches per epoch; ``options`` are further arguments of ``DataLoader``."""
 
     def __init__(self, stream: ShardStream, *, batches: int, **options: Any) -> None:
         super().__init__(stream, generator=torch.Generator(), worker_init_fn=shielded(), **options)
@@ -121,11 +121,11 @@ class StreamLoader(DataLoader[Any]):
     def start(self, *, epoch: int, skip_batches: int = 0) -> None:
         """Make the next iteration yield the batches of ``epoch`` after the first ``skip_batches``."""
         assert isinstance(self.dataset, ShardStream)
-        self.dataset.epoch = epoch  # workers are started anew for each iteration and get it then
+        self.dataset.epoch = epoch  # workers are restarted for each iteration and receive it then
         self.skip_batches = skip_batches
 
     def __iter__(self) -> Any:
-        """Yield batches without an end; those to skip are read and thrown away."""
+        """Yield batches endlessly; those to skip are read and discarded."""
         iterator = super().__iter__()
         for _ in range(self.skip_batches):
             next(iterator)
@@ -136,17 +136,17 @@ class EpochLoader(Protocol):
     """A training loader: ``ReplayLoader``, ``StreamLoader`` or ``JoinedLoader``."""
 
     def __len__(self) -> int:
-        """Batches of an epoch."""
+        """Return the number of batches in an epoch."""
 
     def __iter__(self) -> Iterator[Any]:
-        """The batches from where it was started."""
+        """Yield the batches from where ``start`` has set the loader."""
 
     def start(self, *, epoch: int, skip_batches: int = 0) -> None:
         """Choose where the next iteration begins."""
 
 
 class JoinedLoader:
-    """Loaders that take turns, batch by batch, in an order drawn from (seed, epoch), equal on all ranks."""
+    """Loaders that take turns, batch by batch, in an order seeded by (seed, epoch), the same on all ranks."""
 
     def __init__(self, loaders: Sequence[EpochLoader], *, seed: int) -> None:
         self.loaders, self.seed = loaders, seed

@@ -1,4 +1,4 @@
-"""Which weights a checkpoint holds, and how they are put back: nothing missing, nothing unknown."""
+"""Which weights a checkpoint holds, and how they are restored: nothing missing, nothing unknown."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from lavis_xformer.errors import UserError, nearest
 
 
 def trainable_names(model: nn.Module) -> set[str]:
-    """Return the names of what training changes.
+    """Return the names of the tensors that training changes.
 
-    Parameters that require gradients, under each of their names, and persistent buffers of modules
-    that contain such a parameter (running statistics). A frozen tensor is never among them, not
-    even under a second name by which it is tied to another module.
+    These are parameters that require gradients, under each of their names, and persistent buffers of
+    modules that contain such a parameter (running statistics). A frozen tensor is never among them,
+    not even under a second name that ties it to another module.
     """
     names = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     saved = model.state_dict().keys()
@@ -30,7 +30,7 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def weights_told(model: nn.Module) -> str:
-    """Say how many weights a model has, as ``XFormer: 1.22 M trained, 3.40 M frozen``."""
+    """Say how many weights a model has: ``XFormer: 1.22 M trained, 3.40 M frozen``."""
     trained, frozen = (
         sum(p.numel() for p in model.parameters() if p.requires_grad is wanted) / 1e6 for wanted in (True, False)
     )
@@ -38,7 +38,7 @@ def weights_told(model: nn.Module) -> str:
 
 
 def load_trainable(model: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
-    """Load what ``trainable_state`` has returned into ``model``; frozen weights are loaded where there are any.
+    """Load what ``trainable_state`` returned into ``model``, together with any frozen weights in ``state``.
 
     Raises:
         UserError: a trainable weight is missing, a name is unknown, or a shape differs.
@@ -54,11 +54,11 @@ def load_trainable(model: nn.Module, state: dict[str, Tensor], *, source: str) -
     if missing:
         raise UserError(f"{source} lacks trained weights of this model: {_some(missing)}")
     if unknown:
-        hint = nearest(unknown[0], known) if len(known) < 30 else "is it of another model?"
+        hint = nearest(unknown[0], known) if len(known) < 30 else "is it from another model?"
         raise UserError(f"{source} has weights unknown to this model: {_some(unknown)}; {hint}")
     if shapes:
         raise UserError(f"{source} has weights of another shape: {_some(shapes)}")
-    model.load_state_dict(state, strict=False)  # what is missing was found to be frozen above
+    model.load_state_dict(state, strict=False)  # anything missing is frozen, as checked above
 
 
 def _some(names: list[str], most: int = 8) -> str:

@@ -1,1 +1,1 @@
-"""The mini world's frozen models: small, trained from scratch on rendered scenes, of the full-size models' classes."""
+"""The mini world's frozen models: the full-size classes, small, trained from scratch on rendered scenes."""

@@ -16,19 +16,19 @@ def unit(images: Tensor) -> Tensor:
 
 
 def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Subtract the mean and divide by the deviation of each channel, (B, 3, S, S) in 0..1."""
+    """Subtract each channel's mean and divide by its standard deviation, (B, 3, S, S) in 0..1."""
     return (images - images.new_tensor(mean).view(3, 1, 1)) / images.new_tensor(std).view(3, 1, 1)
 
 
 def random_crop(images: Tensor, rng: torch.Generator, *, smallest: float, share: float, flip: bool) -> Tensor:
-    """Random resized crop of a share of the batch, random flip of half of it.
+    """Random resized crop of a share of the batch and random flip of half of it.
 
     Args:
         images: (B, 3, S, S).
         rng: the only source of randomness (on CPU).
         smallest: smallest side of a crop, as a share of S.
         share: share of the images that are cropped; the rest keep every pixel.
-        flip: mirror left to right at random.
+        flip: whether to mirror images left to right at random.
 
     Returns:
         (B, 3, S, S).

@@ -1,13 +1,15 @@
 """``lavis-xformer build-mini``: train every frozen model of the mini world from scratch.
 
 Each part gets a folder (weights in half precision, config.json, model card), and the set gets its SHA256SUMS.json.
-A part's training state lies under ``<out>/.state``; ``--resume`` goes on from it.
+Each part's training state is kept in ``<out>/.state``; ``--resume`` continues from it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
 import os
 import platform
 import shlex
@@ -24,7 +26,7 @@ from transformers import BertTokenizer, OPTForCausalLM, T5ForConditionalGenerati
 from lavis_xformer import __version__
 from lavis_xformer.assets import write_sums
 from lavis_xformer.data.scenes import vocabulary
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, at_least
 from lavis_xformer.mini import pool
 from lavis_xformer.mini.cards import write_card
 from lavis_xformer.mini.clip import ClipConfig, MiniClip, clip_loss, retrieval, shipped_state
@@ -37,7 +39,7 @@ from lavis_xformer.mini.training import Schedule, StepLoss, fit
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How much data and training one preset spends."""
+    """How much data and training one preset uses."""
 
     scenes: int
     wordings: int
@@ -50,12 +52,12 @@ class Recipe:
     t5: Schedule
 
     def longer(self, factor: float) -> Recipe:
-        """The same with so many times the steps."""
+        """The same recipe with ``factor`` times the steps, at least one for each part."""
         schedules = {part: getattr(self, part) for part in ("clip", "mae", "opt", "notes", "t5")}
-        return replace(self, **{k: replace(v, steps=round(factor * v.steps)) for k, v in schedules.items()})
+        return replace(self, **{k: replace(v, steps=max(1, round(factor * v.steps))) for k, v in schedules.items()})
 
 
-PRESETS = "smoke: seconds, for tests; quick: about half an hour of two cores; full: what ships, hours"
+PRESETS = "smoke: seconds, for tests; quick: about half an hour on two cores; full: the shipped models, hours"
 RECIPES = {
     "smoke": Recipe(
         scenes=64,
@@ -87,7 +89,7 @@ RECIPES = {
         clip=Schedule(steps=10_000, batch=128, lr=1e-3, horizon=20_000, cooldown=0.4),
         mae=Schedule(steps=10_000, batch=256, lr=1.5e-3, horizon=20_000, cooldown=0.25),
         opt=Schedule(steps=15_600, batch=13, lr=3e-3),
-        notes=Schedule(steps=4200, batch=96, lr=1.5e-3, muon=2.0),  # minutes of a GPU, hours of a CPU
+        notes=Schedule(steps=4200, batch=96, lr=1.5e-3, muon=2.0),  # minutes on a GPU, hours on a CPU
         t5=Schedule(steps=15_600, batch=64, lr=3e-3),
     ),
 }
@@ -95,7 +97,7 @@ RECIPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One run of the command: where, how much, from which seed."""
+    """One run of the command: output folder, recipe, seed and device."""
 
     out: Path
     recipe: Recipe
@@ -105,9 +107,11 @@ class Job:
     command: str
 
     def fit(self, part: str, module: nn.Module, loss: StepLoss) -> float:
-        """Train one part by its schedule; returns seconds."""
+        """Train one part on its schedule; returns the seconds it took."""
         schedule: Schedule = getattr(self.recipe, part)
-        state = self.out / ".state" / f"{part}-{schedule.steps}x{schedule.batch}-seed{self.seed}.pt"
+        settings = json.dumps([asdict(schedule), self.recipe.scenes, self.recipe.wordings, self.recipe.documents])
+        digest = hashlib.sha256(settings.encode()).hexdigest()[:8]  # --resume continues a run of equal settings only
+        state = self.out / ".state" / f"{part}-seed{self.seed}-{digest}.pt"
         return fit(module, loss, schedule=schedule, seed=self.seed, state=state, resume=self.resume, title=part)
 
     def finish(self, part: str, data: str, seconds: float, figures: dict[str, float]) -> None:
@@ -134,7 +138,7 @@ def build_bert(job: Job) -> None:
 
 
 def build_clip(job: Job) -> None:
-    """CLIP stand-in; its text tower reads the word pieces of the Q-Former."""
+    """CLIP stand-in; its text tower uses the Q-Former's word pieces."""
     recipe, config = job.recipe, ClipConfig()
     tokenizer = write_bert(job.out / "bert", vocabulary())
     images = pool.images(pool.TRAIN, seed=job.seed, count=recipe.scenes)
@@ -164,7 +168,7 @@ def build_mae(job: Job) -> None:
 
 
 def build_opt(job: Job) -> None:
-    """Language model and its tokenizer: first on texts, then on texts and notes."""
+    """Language model and its tokenizer, trained first on texts, then on texts and notes."""
     recipe = job.recipe
     documents = pool.documents(pool.TRAIN, seed=job.seed, count=recipe.documents)
     tokenizer = write_opt(job.out / "opt", _said(documents))
@@ -221,7 +225,7 @@ def save_weights(folder: Path, state: dict[str, Tensor], config: dict[str, objec
 
 
 def _said(documents: list[Document]) -> Iterator[str]:
-    """What is said in as many documents as a tokenizer needs to learn from."""
+    """Texts of the first 20,000 documents, enough to train a tokenizer on."""
     return (text for document in documents[:20_000] for text, _ in document.parts())
 
 
@@ -239,21 +243,20 @@ def main(argv: list[str]) -> int:
     """Run the command; returns its exit status.
 
     Raises:
-        UserError: a number is out of its range, the folder is a file, or there is no such device.
+        UserError: a number is out of range, the folder is a file, or the device does not exist.
     """
     parser = argparse.ArgumentParser(prog="lavis-xformer build-mini", description=__doc__)
     parser.add_argument("--preset", choices=list(RECIPES), default="quick", help=PRESETS)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the set")
-    parser.add_argument("--only", choices=sorted(PARTS), action="append", help="may be repeated")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write the set to")
+    parser.add_argument("--only", choices=sorted(PARTS), action="append", help="build this part only; may be repeated")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--longer", type=float, default=1.0, metavar="FACTOR", help="multiply every part's steps")
-    parser.add_argument("--resume", action="store_true", help="go on where a stopped run was")
+    parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args(argv)
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: it must be at least 0")
-    if args.longer <= 0:
-        raise UserError(f"--longer {args.longer}: it must be more than 0")
+    at_least(0, args, "seed")
+    if not 0 < args.longer < math.inf:
+        raise UserError(f"--longer {args.longer}: it must be a number greater than 0")
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out} is a file; name a folder")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -271,6 +274,6 @@ def main(argv: list[str]) -> int:
     for part in parts:
         torch.manual_seed(args.seed)
         PARTS[part](job)
-    write_sums(args.out, [*parts, "bert"] if "clip" in parts else parts)  # whose words CLIP reads
+    write_sums(args.out, [*parts, "bert"] if "clip" in parts else parts)  # CLIP uses its vocabulary
     print(f"{args.out}: done in {(time.monotonic() - begin) / 60:.1f} min")
     return 0

@@ -1,4 +1,4 @@
-"""Model cards of the mini models: what a reader needs to repeat them or to distrust them."""
+"""Model cards of the mini models: what a reader needs to reproduce or question them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ INTENT = {
 
 
 def write_card(folder: Path, facts: Mapping[str, object], figures: Mapping[str, float]) -> None:
-    """Write README.md beside the files of a part, with what the build knows of it and the checksum of each file."""
+    """Write README.md beside the files of a part, with the facts of the build, its figures and each file's checksum."""
     lines = [f"# Mini {folder.name}", "", INTENT[folder.name], "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value} |" for name, value in facts.items()]
     if figures:

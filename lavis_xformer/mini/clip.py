@@ -1,8 +1,8 @@
 """CLIP stand-in: LAVIS's EVA ViT, trained contrastively on coarse captions (Radford et al. 2021, section 2.3).
 
 The captions say what is in a scene, seldom how many or where, and never the fine marks; that is what makes the
-features semantic rather than detailed. As BLIP-2 does, the last block is dropped before the features are read, so
-it is not shipped either; the text tower, too, serves the training only.
+features semantic rather than detailed. As in BLIP-2, features are read without the last block, which is therefore
+not shipped; nor is the text tower, which only training needs.
 
 B: batch, N: patches + 1, D: width, T: text tokens, E: width of the shared space.
 """
@@ -24,7 +24,7 @@ from lavis_xformer.mini.training import StepLoss, autocast
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """Sizes of the image tower, in the names of LAVIS's VisionTransformer, and the blocks it was trained with."""
+    """Sizes of the image tower, named as in LAVIS's VisionTransformer, and the number of blocks it was trained with."""
 
     img_size: int = 64
     patch_size: int = 8
@@ -36,7 +36,7 @@ class ClipConfig:
     trained_depth: int = 8
 
     def tower(self, depth: int) -> VisionTransformer:
-        """The image tower with so many blocks, untrained."""
+        """An untrained image tower with ``depth`` blocks."""
         sizes = asdict(self) | {"depth": depth}
         sizes.pop("trained_depth")
         norm = partial(nn.LayerNorm, eps=1e-6)
@@ -44,7 +44,7 @@ class ClipConfig:
 
 
 class TextTower(nn.Module):
-    """A small bidirectional transformer over word pieces, read at its mean over words."""
+    """A small bidirectional transformer over word pieces, mean-pooled."""
 
     def __init__(self, *, vocabulary: int, width: int = 128, depth: int = 2, length: int = 48) -> None:
         """Build it; ``length`` is the longest text in tokens."""
@@ -77,7 +77,7 @@ class MiniClip(nn.Module):
         self.visual_proj = nn.Linear(config.embed_dim, embed, bias=False)
         self.text = TextTower(vocabulary=vocabulary)
         self.text_proj = nn.Linear(128, embed, bias=False)
-        self.scale = nn.Parameter(torch.tensor(2.66))  # log of 1 / 0.07, as CLIP starts
+        self.scale = nn.Parameter(torch.tensor(2.66))  # log(1 / 0.07), CLIP's initial value
 
     def image_features(self, images: Tensor) -> Tensor:
         """CLIP-normalised images (B, 3, S, S) to unit vectors (B, E), read at the CLS token."""
@@ -89,7 +89,7 @@ class MiniClip(nn.Module):
         return F.normalize(self.text_proj(self.text(tokens)).float(), dim=-1)
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """Symmetric InfoNCE of matching rows, a 0-dim loss (equation of CLIP's figure 3)."""
+        """Symmetric InfoNCE of matching rows, a 0-dim loss (CLIP's figure 3)."""
         logits = self.image_features(images) @ self.text_features(tokens).T  # (B, B)
         logits = logits * self.scale.clamp(max=4.6).exp()
         target = torch.arange(len(images), device=images.device)
@@ -123,7 +123,7 @@ def clip_loss(model: MiniClip, images: Tensor, captions: Tensor, *, batch: int) 
 
 @torch.no_grad()
 def retrieval(model: MiniClip, images: Tensor, captions: Tensor) -> dict[str, float]:
-    """Recall at 1, in percent, both ways, among all given held-out pairs.
+    """Recall at 1, in percent, in both directions, among all given held-out pairs.
 
     Args:
         model: both towers, in eval mode.
@@ -131,7 +131,7 @@ def retrieval(model: MiniClip, images: Tensor, captions: Tensor) -> dict[str, fl
         captions: token ids (N, T).
 
     Returns:
-        ``i2t_r1`` and ``t2i_r1``; a hit is any scene whose caption has the same words.
+        ``i2t_r1`` and ``t2i_r1``; any scene with an identical caption counts as a hit.
     """
     device = next(model.parameters()).device
     seen, read = [], []
@@ -148,6 +148,6 @@ def retrieval(model: MiniClip, images: Tensor, captions: Tensor) -> dict[str, fl
 
 
 def shipped_state(model: MiniClip, config: ClipConfig) -> dict[str, Tensor]:
-    """Weights of the image tower that BLIP-2 would read: all blocks but the last."""
+    """Weights of the image tower that BLIP-2 reads: all blocks but the last."""
     dropped = tuple(f"blocks.{i}." for i in range(config.depth, config.trained_depth))
     return {k: v for k, v in model.visual.state_dict().items() if not k.startswith(dropped)}

@@ -1,4 +1,4 @@
-"""Frozen tokens of rendered scenes: what C and M, and their controls, hand to whoever reads them.
+"""Frozen tokens of rendered scenes: the outputs of C, M and their controls.
 
 N: scenes, P: patches + 1, D: width of a token, S: side of an image in pixels.
 """
@@ -37,7 +37,7 @@ def load_clip(folder: Path, *, trained: bool = True) -> VisionTransformer:
 
 
 def clip_tokens(tower: VisionTransformer, images: Tensor, *, layers: tuple[int, ...] = (-1,)) -> Tensor:
-    """C: outputs of some blocks side by side, (B, P, D x layers)."""
+    """C: outputs of some blocks, concatenated, (B, P, D x layers)."""
     outputs = tower.get_intermediate_layers(normalise(images, CLIP_MEAN, CLIP_STD))
     return torch.cat([outputs[layer] for layer in layers], -1)
 
@@ -52,13 +52,13 @@ def mae_tokens(model: ViTMAEForPreTraining, images: Tensor) -> Tensor:
 
 
 def pixel_tokens(images: Tensor, *, patch: int = 8) -> Tensor:
-    """Raw pixels of each patch, and their mean in the place of CLS, (B, P, 3 x patch x patch)."""
+    """Raw pixels of each patch, with the patches' mean as CLS, (B, P, 3 x patch x patch)."""
     x = F.unfold(images, patch, stride=patch).transpose(1, 2)
     return torch.cat([x.mean(1, keepdim=True), x], 1)
 
 
 def encoders(folder: Path, *, seed: int = 0) -> dict[str, Encoder]:
-    """C, M, C+M and the controls of a set of mini models.
+    """Encoders of a set of mini models: C, M, C+M and the controls.
 
     Args:
         folder: the set, with ``clip`` and ``mae``.
@@ -90,10 +90,10 @@ def extract(encoder: Encoder, images: Tensor) -> Tensor:
 
 
 class Standardise:
-    """Give every channel of a token mean 0 and deviation 1, as measured on training scenes."""
+    """Scale every token channel to mean 0 and standard deviation 1, as measured on training scenes."""
 
     def __init__(self, tokens: Tensor) -> None:
-        """Measure on tokens (N, P, D); at most 1000 scenes are looked at."""
+        """Measure on tokens (N, P, D); at most the first 1000 scenes are used."""
         sample = tokens[:1000].float().flatten(0, 1)
         self.mean, self.std = sample.mean(0), sample.std(0).clamp(min=1e-4)
 

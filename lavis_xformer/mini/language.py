@@ -1,10 +1,10 @@
 """Mini OPT: a causal language model that knows the scenes' language and has never seen an image.
 
-It reads captions, and descriptions followed by questions and answers, so that in stage 2 an answer is wrong because
-the image was not understood, not because the sentence was not. Then it learns to read notes, each in the place of
-one token: a large language model takes such a prefix by itself, a small one that has only seen words does not.
+It is trained on captions, and on descriptions followed by questions and answers, so that a wrong answer in stage 2
+means that the image was not understood, not the sentence. Then it learns to read notes, each embedded as one token:
+a large language model accepts such a prefix out of the box, a small one that has only seen words does not.
 
-B: batch, T: tokens, S: places, D: width, V: vocabulary.
+B: batch, T: tokens, S: places (positions; the tokens of a note share one), D: width, V: vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lavis_xformer.mini.training import StepLoss, autocast
 
 @dataclass(frozen=True)
 class Turn:
-    """One question of a kind, with its answer."""
+    """One question with its kind and answer."""
 
     kind: str
     question: str
@@ -33,14 +33,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Document:
-    """What the model reads: notes, text, then questions with answers about it; any may be empty."""
+    """What the model reads: notes, a text, then questions about it with answers; any may be empty."""
 
     text: str
     turns: tuple[Turn, ...] = ()
     notes: tuple[str, ...] = ()
 
     def parts(self) -> list[tuple[str, bool]]:
-        """The document in order, each part with whether it is to be learned: an answer, or a whole caption."""
+        """The document's parts in order, each with whether it is to be learned: an answer or a whole caption is."""
         if not self.turns:
             return [(f"{self.text}\n", True)]
         parts, lead = [(self.text, False)] if self.text else [], " " if self.text else ""
@@ -52,7 +52,7 @@ class Document:
 
 
 def opt_config(vocabulary: int) -> OPTConfig:
-    """The mini OPT: width 128, 6 layers, 4 heads, no dropout; token ids as OPT's own checkpoints."""
+    """The mini OPT: width 128, 6 layers, 4 heads, no dropout; token ids as in OPT's own checkpoints."""
     return OPTConfig(
         vocab_size=vocabulary,
         hidden_size=128,
@@ -71,11 +71,12 @@ def opt_config(vocabulary: int) -> OPTConfig:
 
 @torch.no_grad()
 def prepare(model: OPTForCausalLM) -> None:
-    """Start where looking things up is quickly learned, in place.
+    """Initialise the model, in place, so that it quickly learns to look things up.
 
-    Positions start as sinusoids (Vaswani et al. 2017), so that distance is seen from the first step. Keys start
-    equal to queries and the output as the transposed values ("Mimetic Initialization of Self-Attention Layers",
-    Trockman and Kolter 2023), so that every head begins by finding equal words and near ones, and copying them.
+    Position embeddings start as sinusoids (Vaswani et al. 2017), so that distances are visible from the first step.
+    Key weights start equal to query weights, output weights as the transposed value weights ("Mimetic Initialization of
+    Self-Attention Layers", Trockman and Kolter 2023), so that every head first attends to equal and nearby words and
+    copies them.
     """
     decoder, std = model.model.decoder, model.config.init_std
     table = decoder.embed_positions.weight  # (positions, D)
@@ -97,16 +98,16 @@ class Encoded(NamedTuple):
 
     tokens: Tensor  #: int16
     answers: Tensor  #: whether each token belongs to an answer
-    places: Tensor  #: int16, where each token is read; those of a note share a place
+    places: Tensor  #: int16, the place where each token is read; the tokens of a note share one
 
     def take(self, rows: Tensor, device: torch.device) -> Encoded:
-        """Some documents, as wide as the longest of them, on a device."""
+        """The documents in ``rows``, trimmed to the longest of them, on a device."""
         width = int((self.places[rows] < self.tokens.shape[1]).sum(1).max())
         return Encoded(*(part[rows, :width].to(device) for part in self))
 
 
 def encode(documents: Sequence[Document], tokenizer: GPT2Tokenizer, *, length: int = 512) -> Encoded:
-    """Tokenise documents: notes, then ``</s>``, text and questions; one of more than ``length`` places is cut."""
+    """Tokenise documents: notes, then ``</s>``, text and questions; more than ``length`` places are truncated."""
     ids = cache(lambda text: tokenizer(text, add_special_tokens=False).input_ids)
     rows, marks, places = [], [], []
     for document in documents:
@@ -134,13 +135,14 @@ def next_token_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of each next token and whether it is the most likely one.
 
-    A note is read as the sum of its words' embeddings over the root of their number, which keeps their size.
+    A note is read as the sum of its tokens' embeddings divided by the square root of their number, which keeps the
+    scale.
 
     Args:
         model: causal language model.
-        text: what :meth:`Encoded.take` gives.
-        noise: on the notes, as a share of their size.
-        rng: draws it.
+        text: as returned by :meth:`Encoded.take`.
+        noise: standard deviation of the noise on notes, relative to their root mean square.
+        rng: source of the noise.
 
     Returns:
         Loss (B, S - 1), zero on padding and notes; correctness and whether it belongs to an answer, (B, S - 1) each.
@@ -151,7 +153,7 @@ def next_token_loss(
     size = (len(tokens), int(places.max()) + 1)
 
     def spread(values: Tensor) -> Tensor:
-        """Sum of the values (B, T) of all words at a place, (B, S)."""
+        """Sum of the values (B, T) of all tokens at a place, (B, S)."""
         return values.new_zeros(size).scatter_add_(1, places, values * real)
 
     number, words = spread(real.long()), model.get_input_embeddings()(tokens) * real[..., None]  # (B, S), (B, T, D)
@@ -170,17 +172,17 @@ def next_token_loss(
 def language_loss(
     model: OPTForCausalLM, texts: Encoded, *, batch: int, noise: float = 0.0, first: float = 0.3
 ) -> StepLoss:
-    """One step: mean cross-entropy in which a token to be learned counts 21 times as much as any other.
+    """One step: mean cross-entropy in which a token to be learned weighs 21 times as much as any other.
 
-    What a scene holds and what is asked can't be foreseen, so their loss is noise that would drown the answers.
-    The shortest documents come first.
+    The contents of a scene and the questions can't be predicted, so their loss is noise that would drown out the
+    answers. Training starts with the shortest documents.
 
     Args:
-        model: what to train.
+        model: the model to train.
         texts: from :func:`encode`.
-        batch: documents of mean length per step; more where they are shorter. They are drawn among similar lengths.
+        batch: documents per step at mean length; more if they are shorter. Each step draws documents of similar length.
         noise: on the notes, see :func:`next_token_loss`.
-        first: share of the documents, the shortest, that is drawn from at the start; it grows with the steps.
+        first: share of the documents, the shortest, that the first steps draw from; it grows during training.
     """
     device = next(model.parameters()).device
     lengths = (texts.tokens != model.config.pad_token_id).sum(1)
@@ -189,7 +191,7 @@ def language_loss(
     budget = batch * float(lengths.float().mean())
 
     def step(rng: torch.Generator, progress: float) -> Tensor:
-        """Loss of documents of about one length."""
+        """Loss of documents of similar length."""
         known = max(bucket, round(len(order) * min(1.0, first + 1.4 * progress)))
         start = int(torch.randint(known - bucket + 1, (), generator=rng))
         number = max(4, int(budget / int(lengths[order[start + bucket - 1]])))
@@ -203,10 +205,10 @@ def language_loss(
 
 @torch.no_grad()
 def accuracy(model: OPTForCausalLM, tokenizer: GPT2Tokenizer, documents: Sequence[Document]) -> dict[str, float]:
-    """Share of answers, in percent by kind, that greedy decoding gets right to the last token.
+    """Percentage of answers of each kind that greedy decoding gets completely right.
 
     Every document has one turn. Greedy decoding gives the answer exactly if each of its tokens is the most likely one
-    after the right ones before it, so one forward pass tells.
+    given the correct tokens before it, so one forward pass is enough.
 
     Returns:
         ``{kind: percent}`` and ``mean`` over kinds.
@@ -222,7 +224,7 @@ def accuracy(model: OPTForCausalLM, tokenizer: GPT2Tokenizer, documents: Sequenc
 
 
 def percent_by_kind(documents: Sequence[Document], solved: Sequence[bool]) -> dict[str, float]:
-    """Percent of documents of one turn each that were solved: ``{kind: percent}``, and ``mean`` over kinds."""
+    """Percentage of solved documents, each of one turn: ``{kind: percent}``, and ``mean`` over kinds."""
     right: dict[str, list[bool]] = {}
     for document, good in zip(documents, solved, strict=True):
         right.setdefault(document.turns[0].kind, []).append(good)

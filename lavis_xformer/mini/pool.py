@@ -1,6 +1,6 @@
-"""Rendered scenes and their texts, made once by worker processes and held in memory, so that no training step waits.
+"""Rendered scenes and their texts, made once by worker processes and kept in memory, so that no training step waits.
 
-The scenes come from splits of their own, which no train, val or test set of the project shares.
+The scenes come from separate splits, which no train, val or test set of the project uses.
 
 N: scenes, K: wordings per scene, S: side of an image in pixels.
 """
@@ -37,22 +37,22 @@ PRESET = "standard"
 TRAIN, HELD_OUT = "pretrain", "pretrain-heldout"
 CHUNK = 500
 ASKED = (*QUESTION_KINDS, "attribute", *3 * ("count_group",), *4 * ("position",), *6 * ("relation",))
-"""What is asked of a scene: kinds of many forms, or of two objects to be looked up, more than once."""
+"""Kinds of questions asked of a scene; kinds with many forms, or with two objects to look up, occur several times."""
 
 PLACES = 32
-"""How many notes there are, as places in an image's prefix; those with nothing to say, say so."""
+"""Notes per document, as many as an image's prefix has places; the unused ones say "nothing"."""
 
 T = TypeVar("T")
 
 
 def scene(split: str, seed: int, index: int, preset: str = PRESET) -> tuple[Scene, np.random.Generator]:
-    """One scene of a split, and the generator of its wording."""
+    """One scene of a split, and a generator for its wording."""
     key = [seed, len(split), index]
     return make_scene(seed, split, index, preset), np.random.default_rng(key)
 
 
 def in_parallel(work: Callable[[int, int], T], count: int) -> list[T]:
-    """Call ``work(start, stop)`` on chunks of ``range(count)``, in processes where there are several chunks."""
+    """Call ``work(start, stop)`` on chunks of ``range(count)``, in worker processes if there are several chunks."""
     bounds = [(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
     if len(bounds) == 1:
         return [work(*bounds[0])]
@@ -67,7 +67,7 @@ def images(split: str, *, seed: int, count: int) -> Tensor:
 
 
 def coarse_captions(split: str, *, seed: int, count: int, wordings: int) -> list[str]:
-    """Coarse captions of ``count`` scenes of a split, ``wordings`` in a row for each."""
+    """Coarse captions of ``count`` scenes of a split, ``wordings`` consecutive ones for each."""
     chunks = in_parallel(partial(_coarse, split, seed, wordings), count)
     return [text for chunk in chunks for text in chunk]
 
@@ -85,18 +85,18 @@ def _coarse(split: str, seed: int, wordings: int, start: int, stop: int) -> list
 
 
 def documents(split: str, *, seed: int, count: int, noted: bool = False) -> list[Document]:
-    """What the language model reads.
+    """Training documents of the language model.
 
-    Of every eight documents one is a caption, one a pair of questions about nothing, and six are questions about a
-    scene that is described by a text, or, where ``noted``, every other time by notes. Captions mostly come after notes
-    then. Every other scene is an easy one: short texts teach faster.
+    Of every eight documents, one is a caption, one a pair of questions without a description, and six are questions
+    about a scene that is described by a text or, if ``noted``, in half of them by notes. Captions then mostly follow
+    notes. Half of the scenes are easy ones: short texts are learned faster.
     """
     chunks = in_parallel(partial(_documents, split, seed, noted), count)
     return [document for chunk in chunks for document in chunk]
 
 
 def examination(split: str, *, seed: int, count: int, as_notes: bool = False) -> list[Document]:
-    """Descriptions of ``count`` scenes, each with one question; the kinds take turns where a scene allows them."""
+    """Descriptions of ``count`` scenes, one question each; kinds alternate, and scenes without theirs are skipped."""
     chunks = in_parallel(partial(_examination, split, seed, as_notes), count)
     return [document for chunk in chunks for document in chunk]
 
@@ -121,10 +121,10 @@ def _documents(split: str, seed: int, noted: bool, start: int, stop: int) -> lis
 
 
 def _asked(shown: Scene, rng: np.random.Generator) -> list[Question]:
-    """Questions of :data:`ASKED`, for all of some objects, and for squares, in any order.
+    """Questions of the kinds in :data:`ASKED`, for all details of some objects, and for squares, shuffled.
 
-    The latter teach to look objects up: all of one is a longer answer, and two squares tell a relation. Of questions
-    in the same words one is kept: "is A left or right of B" gives away the reverse, and nothing is looked up.
+    The last two teach the model to look objects up: details make longer answers, and two squares imply a relation. Of
+    questions with the same words, one is kept: "is A left or right of B" would give away its reverse.
     """
     drawn = [question for kind in ASKED if (question := ask(shown, rng, kind))]
     distinct = list({frozenset(question.text.rstrip("?").split()): question for question in drawn}.values())
@@ -136,7 +136,7 @@ def _turns(asked: Sequence[Question]) -> tuple[Turn, ...]:
 
 
 def _notes(shown: Scene, rng: np.random.Generator, *, numbers: bool) -> tuple[str, ...]:
-    """Notes in any order, with nothing in between; without the numbers of the groups one has to count."""
+    """Shuffled notes, padded with "nothing"; without the ``numbers`` of the groups, the model has to count."""
     things, tally = notes(shown)
     told = (things + (tally if numbers else []))[:PLACES]
     return tuple(shuffled(rng, told + ["nothing"] * (PLACES - len(told))))

@@ -1,7 +1,8 @@
-"""Does a token say where it lies? A linear readout of its row and column from the token alone.
+"""Does a token encode its position? A linear readout of its row and column from the token alone.
 
-Attention can only look something up at a place, or tell a place, as far as tokens carry theirs. The probe of this
-package adds places to all tokens; a Q-Former and X-Former's fusion don't (but for ``token_positions``).
+Attention can look something up at a position, or report a position, only as far as the tokens encode it. The probe
+of this package adds position embeddings to all tokens; the Q-Former and X-Former's fusion don't (except for
+``token_positions``).
 """
 
 from __future__ import annotations
@@ -12,15 +13,15 @@ from torch import Tensor
 
 
 def position_r2(tokens: Tensor, *, train: float = 0.75, ridge: float = 1e-2) -> float:
-    """R² of the rows and columns of patches, read from held-out images' tokens by ridge regression.
+    """R² of the rows and columns of patches, predicted from held-out images' tokens by ridge regression.
 
     Args:
-        tokens: (N, 1 + P, D) of N images, CLS first, patches of a square in reading order.
+        tokens: (N, 1 + P, D) of N images, CLS first, patches of a square grid in reading order.
         train: share of the images that the regression is fitted on.
-        ridge: its penalty, on layer-normed tokens.
+        ridge: penalty of the regression, on layer-normed tokens.
 
     Returns:
-        1 where a token tells its place exactly, 0 where it tells nothing linearly (or less, where it misleads).
+        1 if a token determines its position exactly, 0 or less if it says nothing about it linearly.
     """
     x = F.layer_norm(tokens[:, 1:].float(), tokens.shape[-1:])  # (N, P, D)
     x = F.pad(x, (0, 1), value=1.0).double()  # and a constant

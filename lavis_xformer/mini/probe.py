@@ -1,8 +1,8 @@
-"""``lavis-xformer probe``: what can be read from frozen C, M and their controls, by the same small probe.
+"""``lavis-xformer probe``: what the same small probe can read from frozen C, M and their controls.
 
 The paper's premise is that M carries local detail which C lacks. One attention pooling per task reads standardised
 tokens; every source gets the same scenes, the same steps and the same early stopping, and the best step is chosen
-on scenes that are neither trained nor reported on.
+on scenes that are used neither for training nor for reporting.
 
 B: batch, N: scenes, P: patches + 1, D: width of the tokens, W: width of the probe, H: heads, T: tasks, A: queries
 per task.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lavis_xformer.assets import resolve
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError, at_least, nearest
 from lavis_xformer.mini.features import Encoder, Standardise, encoders, extract
 from lavis_xformer.mini.positions import position_r2
 from lavis_xformer.mini.spectrum import similarity_curves
@@ -34,7 +34,7 @@ TRAIN, STOP = "probe-train", "probe-stop"
 
 
 class Probe(nn.Module):
-    """One projection of the tokens; for each task, queries that attend to them and a small MLP that names the class."""
+    """One projection of the tokens; for each task, queries that attend to them and a small MLP that classifies."""
 
     pointed: Tensor
 
@@ -69,17 +69,17 @@ class Probe(nn.Module):
         return {name: layers(part) for (name, layers), part in zip(self.answers.items(), inputs, strict=True)}
 
     def farness(self, points: Tensor) -> Tensor:
-        """What a pointed task's scores lose with distance from the point, (B, H, T, 1, P); learned by head."""
+        """Penalty on a pointed task's scores for distance from the point, (B, H, T, 1, P); learned per head."""
         side = round((len(self.places) - 1) ** 0.5)
         axis = (torch.arange(side) + 0.5) / side
         centres = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).flatten(0, 1)  # (P - 1, 2)
         far = side**2 * (points[:, None] - centres).square().sum(-1)  # (B, P - 1), in patches squared
-        far = F.pad(far, (1, 0))[:, None, None, None]  # CLS is near everywhere
+        far = F.pad(far, (1, 0))[:, None, None, None]  # CLS is never penalised
         return F.softplus(self.focus)[:, None, None, None] * self.pointed[:, None, None] * far
 
 
 def correct(probe: Probe, tokens: Tensor, exam: Exam) -> dict[str, float]:
-    """Percent right of each task, over the scenes that allow it."""
+    """Accuracy of each task, in percent, over the scenes that allow it."""
     right = {name: 0 for name in TASKS}
     with torch.no_grad(), autocast(tokens.device):
         for rows in torch.arange(len(tokens)).split(500):
@@ -88,23 +88,25 @@ def correct(probe: Probe, tokens: Tensor, exam: Exam) -> dict[str, float]:
     return {name: 100 * hits / int((exam.labels[name] != NONE).sum()) for name, hits in right.items()}
 
 
-def train_probe(encoder: Encoder, exams: dict[str, Exam], *, steps: int, seeds: int) -> dict[str, list[float]]:
-    """Train and examine the probe on one source of tokens.
+def train_probe(
+    encoder: Encoder, exams: dict[str, Exam], report: str, *, steps: int, seeds: int
+) -> dict[str, list[float]]:
+    """Train and evaluate the probe on one source of tokens.
 
     Args:
         encoder: the frozen source.
-        exams: scenes to train on, to stop by (``TRAIN``, ``STOP``) and, under the third key, to report on.
+        exams: scenes for training (``TRAIN``), early stopping (``STOP``) and reporting.
+        report: the key of those for reporting.
         steps: optimiser steps of 256 scenes.
-        seeds: how many probes, each from its own start.
+        seeds: number of probes, each with its own initialisation.
 
     Returns:
-        Task to percent right on the reported scenes, one per seed, at the first step that was best for the task on
-        the scenes to stop by.
+        Task to accuracies in percent on the reported scenes, one per seed, at the first step that was best for the
+        task on the early-stopping scenes.
     """
     tokens = {split: extract(encoder, exam.images) for split, exam in exams.items()}
     scale = Standardise(tokens[TRAIN])
     held = {split: scale(tokens[split]) for split in exams if split != TRAIN}
-    report = next(split for split in exams if split not in (TRAIN, STOP))
     results: dict[str, list[float]] = {name: [] for name in TASKS}
     for seed in range(seeds):
         torch.manual_seed(seed)
@@ -139,18 +141,18 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def cell(mean: float, half: float) -> str:
-    """``39.3 ± 0.7``; without an interval where one seed gives none."""
+    """``39.3 ± 0.7``; without the interval if there is only one seed."""
     return f"{mean:.1f} ± {half:.1f}" if half < float("inf") else f"{mean:.1f}"
 
 
 def table(results: dict[str, dict[str, list[float]]], chance: dict[str, float]) -> str:
-    """Markdown: a row per source, then C+M less C and less two layers of C, paired by seed."""
+    """Markdown: a row per source, then C+M minus C and C+M minus two layers of C, paired by seed."""
     rows = {name: {task: interval(values) for task, values in by.items()} for name, by in results.items()}
     for other in ("C", "C two layers"):
         if {"C+M", other} <= results.keys():
             both = results["C+M"], results[other]
             gaps = {k: [a - b for a, b in zip(both[0][k], both[1][k], strict=True)] for k in TASKS}
-            rows[f"C+M less {other}"] = {task: interval(values) for task, values in gaps.items()}
+            rows[f"C+M minus {other}"] = {task: interval(values) for task, values in gaps.items()}
     lines = ["| tokens | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
     lines.append("| most frequent answer | " + " | ".join(f"{chance[task]:.1f}" for task in TASKS) + " |")
     for name, cells in rows.items():
@@ -159,7 +161,7 @@ def table(results: dict[str, dict[str, list[float]]], chance: dict[str, float]) 
 
 
 def frequencies(curves: dict[str, dict[str, list[float]]]) -> str:
-    """Markdown: how alike tokens of the filtered image are to those of the whole, by cut-off."""
+    """Markdown: similarity of the filtered image's tokens to those of the whole image, by cut-off."""
     cutoffs = [f"{cycles:g}" for cycles in curves["cutoffs"]["cycles"]]
     lines = ["| cosine, cut-off in cycles per side | " + " | ".join(cutoffs) + " |", "|---" * (len(cutoffs) + 1) + "|"]
     for name, by in curves.items():
@@ -169,25 +171,25 @@ def frequencies(curves: dict[str, dict[str, list[float]]]) -> str:
 
 
 def said_of(placed: dict[str, float]) -> str:
-    """A line about how well tokens tell their own place."""
-    return "A token's own row and column, read from it alone, R²: " + ", ".join(
+    """A line about how well tokens encode their own position."""
+    return "R² of a token's row and column, read from that token alone: " + ", ".join(
         f"{name} {r2:.2f}" for name, r2 in placed.items()
     )
 
 
 def majority(exam: Exam) -> dict[str, float]:
-    """Percent right of always giving the most frequent answer."""
+    """Accuracy, in percent, of always giving the most frequent answer."""
     known = {name: labels[labels != NONE] for name, labels in exam.labels.items()}
     return {name: 100 * float(labels.bincount().max()) / len(labels) for name, labels in known.items()}
 
 
 def chosen(models: str, names: str | None) -> dict[str, Encoder]:
-    """Return sources of tokens of a set of models: those of a comma-separated list, or all."""
+    """Return a model set's sources of tokens: those in a comma-separated list, or all."""
     folder = resolve(f"{models}/clip").parent
     for part in ("clip", "mae"):
         if not (folder / part / "config.json").is_file():
             made = "lavis-xformer build-mini --only clip --only mae --out FOLDER makes such a set"
-            raise UserError(f"--set {models}: {folder / part} is not there; {made}")
+            raise UserError(f"--set {models}: {folder / part} does not exist; {made}")
     sources = encoders(folder)
     wanted = [name.strip() for name in names.split(",")] if names else list(sources)
     for name in wanted:
@@ -197,7 +199,7 @@ def chosen(models: str, names: str | None) -> dict[str, Encoder]:
 
 
 def drawn(split: str, count: int) -> Exam:
-    """Return the exam of a split's first scenes, each task of which some of them allow."""
+    """Return the exam of a split's first scenes; raise if none of them has an answer for some task."""
     exam = make_exam(split, seed=0, count=count)
     for name, labels in exam.labels.items():
         if not (labels != NONE).any():
@@ -210,28 +212,27 @@ def main(argv: list[str]) -> int:
     """Run the command; returns its exit status.
 
     Raises:
-        UserError: there is no such set of models or source of tokens, or a number is less than 1 or too small.
+        UserError: the set of models or a source of tokens does not exist, or a number is less than 1 or too small.
     """
     parser = argparse.ArgumentParser(prog="lavis-xformer probe", description=__doc__)
     parser.add_argument("--set", default="assets://mini", help="folder with clip and mae")
     parser.add_argument("--out", type=Path, default=Path("output/probe"))
     parser.add_argument("--report", choices=("val", "test"), default="val", help="choose on val, report test once")
-    parser.add_argument("--sources", help="comma-separated; all if left out")
+    parser.add_argument("--sources", help="comma-separated (default: all)")
     parser.add_argument("--scenes", type=int, default=8000)
     parser.add_argument("--held-out", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args(argv)
-    for key in ("scenes", "held_out", "steps", "seeds"):
-        if getattr(args, key) < 1:
-            raise UserError(f"--{key.replace('_', '-')} {getattr(args, key)}: it must be at least 1")
+    at_least(1, args, "scenes", "held_out", "steps", "seeds")
     begin = time.monotonic()
     sources = chosen(args.set, args.sources)
-    counts = {TRAIN: args.scenes, STOP: args.held_out, f"probe-{args.report}": args.held_out}
+    report = f"probe-{args.report}"
+    counts = {TRAIN: args.scenes, STOP: args.held_out, report: args.held_out}
     exams = {split: drawn(split, count) for split, count in counts.items()}
     bar = tqdm(sources.items(), desc="probe")
-    results = {name: train_probe(source, exams, steps=args.steps, seeds=args.seeds) for name, source in bar}
-    shown = exams[f"probe-{args.report}"]
+    results = {name: train_probe(source, exams, report, steps=args.steps, seeds=args.seeds) for name, source in bar}
+    shown = exams[report]
     told = {name: source for name, source in sources.items() if name in ("C", "M", "random")}
     curves = similarity_curves(told, shown.images[:500])
     placed = {name: position_r2(extract(source, shown.images[:500])) for name, source in sources.items()}

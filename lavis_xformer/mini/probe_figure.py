@@ -1,14 +1,12 @@
-"""The figure of the probe: accuracy by task and source, and similarity under low-pass and high-pass."""
+"""The figure of the probe: accuracy by task and source, and similarity under low-pass and high-pass filtering."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
-
-mpl.use("Agg")
-from matplotlib import pyplot as plt
+from matplotlib import color_sequences
+from matplotlib.figure import Figure
 
 
 def draw(
@@ -19,11 +17,12 @@ def draw(
     """Write the figure.
 
     Args:
-        path: where to.
-        results: source to task to percent right and half its interval, infinite where there is none.
-        curves: as :func:`lavis_xformer.mini.spectrum.similarity_curves` gives them.
+        path: output file.
+        results: source to task to accuracy in percent and half the width of its interval, infinite if there is none.
+        curves: as returned by :func:`lavis_xformer.mini.spectrum.similarity_curves`.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.2), width_ratios=(2, 1), layout="constrained")
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(2, 1))
     tasks = list(next(iter(results.values())))
     places = np.arange(len(tasks))
     width = 0.8 / len(results)
@@ -31,14 +30,13 @@ def draw(
         means, halves = zip(*(by_task[task] for task in tasks), strict=True)
         known = [half if np.isfinite(half) else 0 for half in halves]
         left.bar(places + (number - (len(results) - 1) / 2) * width, means, width, yerr=known, label=name)
-    left.set(xticks=places, xticklabels=tasks, ylabel="right, %", ylim=(0, 100))
+    left.set(xticks=places, xticklabels=tasks, ylabel="accuracy, %", ylim=(0, 100))
     left.set_title("Probe on frozen tokens, 95 % intervals over its seeds")
     left.legend(fontsize=8, ncols=3)
     cycles = curves["cutoffs"]["cycles"]
-    for name, colour in zip((name for name in curves if name != "cutoffs"), mpl.color_sequences["tab10"], strict=False):
+    for name, colour in zip((name for name in curves if name != "cutoffs"), color_sequences["tab10"], strict=False):
         right.plot(cycles, curves[name]["low"], "o-", color=colour, label=f"{name}, low-passed")
         right.plot(cycles, curves[name]["high"], "s--", color=colour, label=f"{name}, high-passed")
     right.set(xlabel="cut-off, cycles per side", ylabel="cosine to tokens of the whole image", title="Frequencies")
     right.legend(fontsize=8)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -1,7 +1,7 @@
-"""How fast C and M lose what they say when an image loses its high or its low frequencies.
+"""How much C and M change when an image loses its high or its low frequencies.
 
-The paper says that CLIP keeps low and MAE high frequencies. A source that lives on low frequencies hardly changes
-under a low-pass and changes much under a high-pass.
+The paper says that CLIP keeps low and MAE high frequencies. A source that relies on low frequencies hardly changes
+under a low-pass filter and changes a lot under a high-pass filter.
 
 B: batch, P: patches + 1, D: width of a token, S: side of an image in pixels.
 """
@@ -15,11 +15,11 @@ from lavis_xformer.mini.augment import unit
 from lavis_xformer.mini.features import Encoder, Standardise, extract
 
 CUTOFFS = (2, 4, 6, 8, 12, 16, 24)
-"""Cycles per image side; 32 is the finest that 64 pixels hold, 8 the finest that one token per patch could."""
+"""Cycles per image side; 64 pixels can represent up to 32, and 8 is one cycle per patch."""
 
 
 def filtered(images: Tensor, cutoff: float, *, keep: str) -> Tensor:
-    """Ideal filter: keep frequencies up to the cutoff, or those above it and the mean.
+    """Ideal filter: keep frequencies up to the cutoff, or those above it plus the mean.
 
     Args:
         images: uint8 (B, 3, S, S).
@@ -39,9 +39,9 @@ def filtered(images: Tensor, cutoff: float, *, keep: str) -> Tensor:
 
 
 def similarity_curves(sources: dict[str, Encoder], images: Tensor) -> dict[str, dict[str, list[float]]]:
-    """Cosine between patch tokens of images and of their filtered versions, each patch's mean over images taken off.
+    """Cosine between patch tokens of images and of their filtered versions, minus each patch's mean over images.
 
-    Without that the position, which every token carries and no filter touches, would pass for what is kept.
+    Otherwise the position, which every token carries and no filter removes, would count as preserved content.
 
     Args:
         sources: name to encoder.

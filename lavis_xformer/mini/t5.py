@@ -1,7 +1,7 @@
 """Mini T5: an encoder-decoder that knows the scenes' language and has never seen an image, built as FlanT5 is.
 
-The encoder reads a description and a question, the decoder says the answer; of a caption the encoder reads a random
-beginning, as BLIP-2 trains with T5.
+The encoder reads a description and a question, the decoder gives the answer; of a caption, the encoder reads a random
+beginning and the decoder gives the rest, as in BLIP-2's training with T5.
 
 B: batch, S: source tokens, T: target tokens, V: vocabulary.
 """
@@ -20,7 +20,7 @@ from lavis_xformer.mini.training import StepLoss, autocast
 
 
 def t5_config(vocabulary: int) -> T5Config:
-    """The mini T5: width 128, 4 encoder and 2 decoder layers, 4 heads, gated GELU, own output layer, no dropout."""
+    """The mini T5: width 128, 4 encoder and 2 decoder layers, 4 heads, gated GELU, untied output layer, no dropout."""
     config = T5Config(
         vocab_size=vocabulary,
         d_model=128,
@@ -41,7 +41,7 @@ def t5_config(vocabulary: int) -> T5Config:
 
 
 def pair(document: Document, rng: torch.Generator) -> tuple[str, str]:
-    """One source and target of a document: a question about its text, or the two parts of a caption."""
+    """Draw a source and a target from a document: a question about its text, or the two parts of a caption."""
     if document.turns:
         turn = document.turns[int(torch.randint(len(document.turns), (), generator=rng))]
         return f"{document.text} Question: {turn.question} Answer:".strip(), turn.answer
@@ -68,7 +68,7 @@ def token_loss(model: T5ForConditionalGeneration, batch: tuple[Tensor, Tensor, T
 def t5_loss(
     model: T5ForConditionalGeneration, documents: Sequence[Document], tokenizer: T5TokenizerFast, *, batch: int
 ) -> StepLoss:
-    """One step: mean cross-entropy of the targets of ``batch`` documents, a pair of each."""
+    """One step: mean cross-entropy of the targets of ``batch`` documents, one pair from each."""
 
     def step(rng: torch.Generator, _progress: float) -> Tensor:
         """Loss of random documents."""
@@ -84,9 +84,9 @@ def t5_loss(
 def examine(
     model: T5ForConditionalGeneration, tokenizer: T5TokenizerFast, documents: Sequence[Document]
 ) -> dict[str, float]:
-    """Share of answers, in percent by kind, that greedy decoding gets right to the last token.
+    """Percentage of answers of each kind that greedy decoding gets completely right.
 
-    Every document has one turn, which its one forward pass decides: each token is the likeliest after the right ones.
+    Every document has one turn, and one forward pass is enough, as in :func:`.language.accuracy`.
 
     Returns:
         ``{kind: percent}`` and ``mean`` over kinds.

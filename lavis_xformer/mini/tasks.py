@@ -18,25 +18,25 @@ from lavis_xformer.data.scenes.words import COLOURS, COLUMNS, FACINGS, MARKS, RO
 from lavis_xformer.mini import pool
 
 NONE = -100
-"""Label where a scene does not allow the question; cross-entropy ignores it."""
+"""Label of a scene that does not allow the question; cross-entropy ignores it."""
 
 MIDDLE = 0.15
-"""How far from the middle column an object may lie to be asked on which side of the largest one it is."""
+"""The relation task asks only about objects this close to the vertical centre line, as a share of the side."""
 
 CELLS = tuple(f"{row} {column}".strip() or "middle" for row in ROWS for column in COLUMNS)
 
 
 @dataclass(frozen=True)
 class Task:
-    """A question about a scene, answered by the number of a class."""
+    """A question about a scene, answered with a class index."""
 
-    classes: int  # how many answers there are
+    classes: int  # number of possible answers
     label: Callable[[Scene, SceneObject], int]  # for the object that is pointed at; NONE where there is no answer
     pointed: bool  # whether the probe is told where the object is
 
 
 def _side(scene: Scene, item: SceneObject) -> int:
-    """Whether the object lies left or right of the largest one; asked near the middle, where its place tells little."""
+    """Whether the object lies left or right of the largest one; asked near the middle, where position tells little."""
     largest = scene.largest()
     if largest is None or item is largest or abs(item.x - 0.5) > MIDDLE:
         return NONE

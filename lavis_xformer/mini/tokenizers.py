@@ -1,6 +1,6 @@
 """Tokenizers of the mini world, made from the language of its scenes; no weights, nothing downloaded.
 
-All keep every letter as a piece of its own, so that any English text still becomes tokens. Folders are made if missing.
+All keep every letter as a piece of its own, so that any English text can be encoded. Missing folders are created.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from transformers import BertConfig, BertTokenizer, GPT2Tokenizer, T5TokenizerFa
 
 BERT_SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 OPT_SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
-T5_SPECIALS = ("<pad>", "</s>", "<unk>")  # each in the order of the original's checkpoints
+T5_SPECIALS = ("<pad>", "</s>", "<unk>")  # each in the order of the original checkpoints
 
 
 def write_bert(folder: Path, words: Iterable[str]) -> BertTokenizer:
-    """Write vocab.txt, the tokenizer's settings and the Q-Former's config.json; other words than these are spelled.
+    """Write vocab.txt, the tokenizer's settings and the Q-Former's config.json; other words are spelled out.
 
     Returns:
-        The tokenizer that ``BertTokenizer.from_pretrained(folder)`` gives.
+        The tokenizer that ``BertTokenizer.from_pretrained(folder)`` returns.
     """
     folder.mkdir(parents=True, exist_ok=True)
     letters = string.ascii_lowercase + string.digits
@@ -41,18 +41,18 @@ def write_bert(folder: Path, words: Iterable[str]) -> BertTokenizer:
         max_position_embeddings=128,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        initializer_range=0.06,  # as far below 1 / root of the width as BERT's 0.02 is
+        initializer_range=0.06,  # about as far below 1 / sqrt(width) as BERT's 0.02
     )
     _write_json(folder / "config.json", config.to_dict())
     return BertTokenizer.from_pretrained(folder)
 
 
 def write_opt(folder: Path, texts: Iterable[str]) -> GPT2Tokenizer:
-    r"""Learn byte-pair merges from texts and write them as OPT's checkpoints do.
+    r"""Learn byte-pair merges from texts and write them in the format of OPT's checkpoints.
 
     Returns:
-        The tokenizer that ``AutoTokenizer.from_pretrained(folder, use_fast=False)`` gives: it puts ``</s>``
-        first, pads with ``<pad>``, and ``"\n"``, where BLIP-2 ends a text, is one token.
+        The tokenizer that ``AutoTokenizer.from_pretrained(folder, use_fast=False)`` returns: it puts ``</s>``
+        first, pads with ``<pad>``, and encodes ``"\n"``, with which BLIP-2 ends a text, as one token.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _merges(texts, OPT_SPECIALS).save_model(str(folder))
@@ -70,10 +70,10 @@ def write_opt(folder: Path, texts: Iterable[str]) -> GPT2Tokenizer:
 
 
 def write_t5(folder: Path, texts: Iterable[str]) -> T5TokenizerFast:
-    """Learn byte-pair merges from texts and write them as a T5 tokenizer: ``</s>`` last, every text spelled somehow.
+    """Learn byte-pair merges from texts and write them as a T5 tokenizer: ``</s>`` last, no text unknown.
 
     Returns:
-        The tokenizer that ``T5TokenizerFast.from_pretrained(folder)`` gives.
+        The tokenizer that ``T5TokenizerFast.from_pretrained(folder)`` returns.
     """
     folder.mkdir(parents=True, exist_ok=True)
     learner = _merges(texts, T5_SPECIALS, add_prefix_space=True)

@@ -1,4 +1,4 @@
-"""The one training loop of all mini models: AdamW or Muon, warm-up, cosine, resumable to the bit.
+"""The training loop of all mini models: AdamW or Muon, warm-up, cosine decay, bit-exact resume.
 
 Every random choice of step k comes from a generator seeded by (seed, k). No random state has to be saved: a run that
 was stopped and resumed sees the same batches, crops and masks as one that never stopped.
@@ -23,7 +23,7 @@ from lavis_xformer.engine.optimizers import MuonAdamW
 from lavis_xformer.engine.step import computes_bf16
 
 StepLoss = Callable[[torch.Generator, float], Tensor]
-"""Loss of one step, from its source of randomness and the share of the steps already done."""
+"""Loss of one step, given its random generator and the share of the steps already done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +33,13 @@ class Schedule:
     Attributes:
         steps: optimiser steps.
         batch: samples per step.
-        lr: peak learning rate, reached after ``warmup`` (a share of the steps), then cosine to 1 % of it.
-        warmup: share of the steps.
+        lr: peak learning rate, reached after ``warmup``, then cosine decay to 1 % of it.
+        warmup: share of the steps, or of ``horizon`` if that is longer.
         weight_decay: decoupled, on matrices only.
-        horizon: steps over which warm-up and cosine run, where that is longer than ``steps``.
-        cooldown: share of the steps, at the end, in which the rate also falls in a line to 0; so a training that
-            was planned longer can be brought home early.
-        muon: pace of Muon, see :class:`MuonAdamW`; 0: AdamW for all.
+        horizon: steps over which warm-up and cosine run, if longer than ``steps``.
+        cooldown: share of the steps, at the end, over which the rate also decays linearly to 0, so that a training
+            planned to be longer can be finished early.
+        muon: pace of Muon, see :class:`MuonAdamW`; 0: AdamW for all weights.
     """
 
     steps: int
@@ -68,7 +68,7 @@ def generator(seed: int, step: int) -> torch.Generator:
 
 
 def autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """bfloat16 where the hardware multiplies it (several times faster), else nothing."""
+    """bfloat16 where the hardware supports it natively (several times faster), otherwise disabled."""
     return torch.autocast(device.type, torch.bfloat16, enabled=computes_bf16(device))
 
 
@@ -83,20 +83,20 @@ def fit(
     title: str = "train",
     stop_at: int | None = None,
 ) -> float:
-    """Train all parameters of a module that want gradients.
+    """Train all parameters of a module that require gradients.
 
     Args:
-        module: what to train, on its device.
-        loss: computes the loss of one step; draws only from the generator that it is given.
+        module: the module to train, on its device.
+        loss: computes the loss of one step; draws only from the generator it is given.
         schedule: length, batch and rates.
-        seed: start of every step's generator.
+        seed: seeds every step's generator, together with the step.
         state: file of weights, optimiser, step and seconds; replaced atomically about once a minute, kept at the end.
-        resume: go on from ``state`` where it exists.
-        title: name in the progress bar.
-        stop_at: leave after this step, as if interrupted.
+        resume: continue from ``state`` if it exists.
+        title: name shown in the progress bar.
+        stop_at: stop after this many steps, as if interrupted.
 
     Returns:
-        Seconds of training, over all sittings.
+        Seconds of training, over all sessions.
     """
     optimizer = make_optimizer(module, schedule)
     first, spent = _load(state, module, optimizer) if resume and state.is_file() else (0, 0.0)
@@ -124,7 +124,7 @@ def fit(
 
 
 def _descend(loss: Tensor, module: nn.Module, optimizer: Optimizer) -> None:
-    """One step, the gradient's norm clipped to 1."""
+    """One optimiser step, with the gradient norm clipped to 1."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     nn.utils.clip_grad_norm_(module.parameters(), 1.0)
@@ -132,7 +132,7 @@ def _descend(loss: Tensor, module: nn.Module, optimizer: Optimizer) -> None:
 
 
 def make_optimizer(module: nn.Module, schedule: Schedule) -> Optimizer:
-    """AdamW with weight decay on matrices and none on biases, norms and tokens, or Muon beside it."""
+    """AdamW with weight decay on matrices and none on biases, norms and tokens; with ``muon``, :class:`MuonAdamW`."""
     lr, decay, betas = schedule.lr, schedule.weight_decay, (0.9, 0.98)
     if schedule.muon:
         return MuonAdamW(module, lr=lr, weight_decay=decay, betas=betas, pace=schedule.muon)

@@ -25,8 +25,8 @@ def attention_maps(model: XFormerBase, samples: dict[str, Any], *, layer: int = 
 
     Without a text, these are the attention weights. With one, they are multiplied by the positive part of the gradient
     of the text's score (Grad-CAM on cross-attention, as in ALBEF, arXiv 2107.07651): in stage 1 the log-odds of a
-    match, in stage 2 the log-likelihood of a caption or answer, averaged over the batch's tokens: compare values within a
-    map, not between maps.
+    match, in stage 2 the log-likelihood of a caption or answer, averaged over all tokens of the batch, so that values
+    are comparable within a map only.
 
     Args:
         model: of stage 1 or 2, in eval mode.

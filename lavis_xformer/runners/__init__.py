@@ -1,1 +1,1 @@
-"""What trains: LAVIS's runner on any machine, and ``xformer_runner``; the schedules."""
+"""Runners: LAVIS's made portable, and ``xformer_runner``; learning rate schedules."""

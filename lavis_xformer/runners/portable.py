@@ -1,6 +1,6 @@
-"""LAVIS's runner without its assumptions: runs on CPU or GPU, with or without a process group.
+"""LAVIS's runner made portable: runs on CPU or GPU, with or without a process group.
 
-A *step* is an optimiser step: ``accum_grad_iters`` batches of every process.
+A *step* is an optimiser step: ``accum_grad_iters`` batches on every process.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PortableRunner(RunnerBase):
 
     CONFIG_KEYS = frozenset(field.name for field in fields(RunOptions))
 
-    # What ``RunnerBase.__init__`` sets to None, for the properties below to fill.
+    # ``RunnerBase.__init__`` sets these to None; the properties below fill them.
     _device: torch.device | None
     _model: Any
     _wrapped_model: Any
@@ -47,10 +47,10 @@ class PortableRunner(RunnerBase):
     datasets: dict[str, Any]
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: dict[str, Any], job_id: str) -> None:
-        """Take what LAVIS's runners take; makes the output folder.
+        """Take what LAVIS's runners take, and create the output folder.
 
         Raises:
-            UserError: a key of ``run:`` has a value that it can't have.
+            UserError: a key of ``run:`` has an invalid value.
         """
         self.options = RunOptions.from_config(cfg.run_cfg)
         self.guards: list[GuardedDataset | StreamGuard] = []
@@ -91,14 +91,14 @@ class PortableRunner(RunnerBase):
 
     @property
     def amp(self) -> str:
-        """Mixed precision in use: a CPU has no fp16."""
+        """Mixed precision in use; a CPU has no fp16."""
         if self.options.amp == "auto":
             return "bf16" if computes_bf16(self.device) else "no"
         return "no" if self.options.amp == "fp16" and self.device.type == "cpu" else self.options.amp
 
     @property
     def eval_dtype(self) -> torch.dtype | None:
-        """Of autocast in evaluation: on a GPU the training's, for a trained encoder would take long in fp32."""
+        """Autocast's dtype in evaluation: on a GPU the training's, since a trained encoder would be slow in fp32."""
         return AUTOCAST.get(self.amp) if self.device.type == "cuda" else None
 
     @property
@@ -117,14 +117,14 @@ class PortableRunner(RunnerBase):
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
-        """The scaler of fp16's gradients; bf16 and fp32 need none."""
+        """The gradient scaler for fp16; bf16 and fp32 need none."""
         if self._scaler is None and self.amp == "fp16":
             self._scaler = torch.amp.GradScaler("cuda")
         return self._scaler
 
     @property
     def max_epoch(self) -> int:
-        """``run.max_epoch``; where ``run.max_iters`` is set, as LAVIS's ``runner_iter`` has it, the epochs it fills."""
+        """``run.max_epoch``; if ``run.max_iters`` is set, as for LAVIS's ``runner_iter``, the epochs that it fills."""
         most = self.config.run_cfg.get("max_iters")
         return math.ceil(int(most) / self.batches_per_epoch) if most else int(self.config.run_cfg.max_epoch)
 
@@ -135,12 +135,12 @@ class PortableRunner(RunnerBase):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps in an epoch; the last may be of fewer batches."""
+        """Optimiser steps in an epoch; the last may have fewer batches."""
         return math.ceil(self.batches_per_epoch / self.accum_grad_iters)
 
     @property
     def lr_scheduler(self) -> Any:
-        """LAVIS's schedule of ``run.lr_sched``, or ours; both are stepped by optimiser step."""
+        """The schedule that ``run.lr_sched`` names, LAVIS's or ours; both are stepped by optimiser step."""
         if self._lr_sched is None:
             run = self.config.run_cfg
             self._lr_sched = registry.get_lr_scheduler_class(run.lr_sched)(
@@ -156,13 +156,13 @@ class PortableRunner(RunnerBase):
         return self._lr_sched
 
     def setup_output_dir(self) -> None:
-        """Make ``run.output_dir``/job id, relative to the current folder, and tell LAVIS's registry."""
+        """Create ``run.output_dir``/job id, relative to the current folder, and register it with LAVIS."""
         self.output_dir = Path(self.config.run_cfg.output_dir).absolute() / self.job_id
         self.result_dir = self.output_dir / "result"
         try:
             self.result_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"run.output_dir: {self.output_dir} can't be made: {error}") from error
+            raise UserError(f"run.output_dir: {self.output_dir} can't be created: {error}") from error
         paths = registry.mapping["paths"]
         paths["output_dir"], paths["result_dir"] = str(self.output_dir), str(self.result_dir)
 
@@ -171,7 +171,7 @@ class PortableRunner(RunnerBase):
         """The loader of the split ``train``.
 
         Raises:
-            UserError: ``run.train_splits`` is something else, or as for ``dataloaders``.
+            UserError: ``run.train_splits`` is anything else; or see ``dataloaders``.
         """
         if list(self.train_splits) != ["train"]:
             raise UserError(f"run.train_splits is {list(self.train_splits)}; to train, it must be [train]")
@@ -179,10 +179,10 @@ class PortableRunner(RunnerBase):
 
     @property
     def dataloaders(self) -> dict[str, Any]:
-        """One loader for each split, several training datasets joined; without training, for what is evaluated alone.
+        """One loader per split, with training datasets joined; without training, only for the splits to evaluate.
 
         Raises:
-            UserError: a split that ``run:`` names does not exist, or several datasets have one to evaluate.
+            UserError: a split that ``run:`` names does not exist, or several datasets share an evaluation split.
         """
         if self._dataloaders is None:
             self._check_splits()
@@ -194,7 +194,7 @@ class PortableRunner(RunnerBase):
         return self._dataloaders
 
     def _check_splits(self) -> None:
-        """Refuse splits of ``run:`` that do not exist, and such to evaluate that several datasets have."""
+        """Reject splits of ``run:`` that do not exist, and evaluation splits that several datasets share."""
         owners: dict[str, list[str]] = {}
         for name, splits in self.datasets.items():
             for split in splits:
@@ -206,13 +206,13 @@ class PortableRunner(RunnerBase):
         for split, names in owners.items():
             if split != "train" and len(names) > 1:
                 raise UserError(
-                    f"{' and '.join(names)} each have a split '{split}', of which there can be one; leave others out: "
-                    f"--options datasets.{names[-1]}.build_info.annotations.{split}=null of LAVIS's own datasets, "
-                    f"splits.{split}.annotations=null of your own files, splits.{split}.scenes=0 of scenes"
+                    f"{' and '.join(names)} each have a split '{split}', but only one may; leave out the others: "
+                    f"--options datasets.{names[-1]}.build_info.annotations.{split}=null for LAVIS's own datasets, "
+                    f"splits.{split}.annotations=null for your own files, splits.{split}.scenes=0 for scenes"
                 )
 
     def check_splits_to_come(self) -> None:
-        """Let the task refuse what it could not evaluate after the training; random numbers are not used up."""
+        """Let the task reject, before training, splits that it could not evaluate; the random state stays as it is."""
         check = getattr(self.task, "check_split", lambda name, dataset: None)  # LAVIS's tasks have none
         loaders = self.dataloaders
         with rng.seeded(self.options.seed):
@@ -222,8 +222,8 @@ class PortableRunner(RunnerBase):
     def _loader(self, split: str, dataset: Any) -> Any:
         """Make the loader of a split.
 
-        Training drops the last samples of an epoch that fill no batch on every process. Samples that
-        can't be read are skipped or fatal, as ``run.on_corrupt`` says.
+        Training drops the last samples of an epoch that do not fill a batch on every process. Samples
+        that can't be read are skipped or fatal, as ``run.on_corrupt`` says.
         """
         run = self.config.run_cfg
         batch: dict[str, Any] = {
@@ -235,7 +235,7 @@ class PortableRunner(RunnerBase):
         if split in self.train_splits and not self.evaluate_only:
             return self._training_loader(dataset, run.get("train_dataset_ratios"), **batch)
         if isinstance(dataset, IterableDataset):
-            raise UserError("a stream of shards can be trained on, not evaluated: it has no length")
+            raise UserError("a stream of shards can be trained on but not evaluated: it has no length")
         batch["collate_fn"] = getattr(dataset, "collater", None)
         share = self.use_distributed and self.use_dist_eval_sampler
         return eval_loader(self._guarded(dataset, usual="raise"), share=share, **batch)
@@ -244,13 +244,13 @@ class PortableRunner(RunnerBase):
         """Return the loader of joined map-style datasets, of streams, or of both taking turns.
 
         Args:
-            dataset: what LAVIS's ``concat_datasets`` makes: joined datasets, chained streams, or a pair of both.
+            dataset: the result of LAVIS's ``concat_datasets``: joined datasets, chained streams, or a pair of the two.
             ratios: ``run.train_dataset_ratios``, shares of an epoch (see ``engine.sampling.Mixture``), one for each
                 dataset in the order of the configuration, streams last.
             batch: arguments of the loaders.
 
         Raises:
-            UserError: ``run.iters_per_epoch`` or ``run.train_dataset_ratios`` do not fit.
+            UserError: ``run.iters_per_epoch`` or ``run.train_dataset_ratios`` does not fit the datasets.
         """
         parts = dataset if isinstance(dataset, tuple) else (dataset,)
         mapped = [part for part in parts if not isinstance(part, IterableDataset)]
@@ -271,13 +271,13 @@ class PortableRunner(RunnerBase):
         return loaders[0] if len(loaders) == 1 else JoinedLoader(loaders, seed=self.options.seed)
 
     def _turns(self, shares: Sequence[float], has_streams: bool) -> list[int]:
-        """Return how many batches of an epoch each loader gives, 0 for all that it has."""
+        """Return how many batches each loader contributes to an epoch, 0 for all that it has."""
         total = self.options.iters_per_epoch
         turns = split_by(shares, total)
         if has_streams and not all(turns):
             raise UserError(
-                f"run.iters_per_epoch is {total}; a stream of shards has no length: say how many batches of each "
-                f"process an epoch has, at least one for each of {len(shares)} source(s)"
+                f"run.iters_per_epoch is {total}; a stream of shards has no length: set it to the batches per process "
+                f"in an epoch, at least one for each of {len(shares)} source(s)"
             )
         return turns
 
@@ -295,7 +295,7 @@ class PortableRunner(RunnerBase):
 
     @property
     def has_streams(self) -> bool:
-        """Whether shards are trained on."""
+        """Whether training reads streams of shards."""
         return any(isinstance(found, StreamGuard) for found in self.guards)
 
     def corrupt(self) -> list[str]:
@@ -304,14 +304,14 @@ class PortableRunner(RunnerBase):
 
 
 def size_of(data: Any) -> str:
-    """Return how many samples a split has, for people."""
+    """Say how many samples a split has."""
     if isinstance(data, tuple):
         return " + ".join(map(size_of, data))
     return "a stream" if isinstance(data, IterableDataset) else str(len(data))
 
 
 def _halves_to_float(model: nn.Module) -> None:
-    """Make fp16 weights fp32, since a CPU computes little in fp16."""
+    """Convert fp16 weights to fp32, since CPUs support few operations in fp16."""
     for parameter in model.parameters():
         if parameter.dtype == torch.float16:
             parameter.data = parameter.data.float()

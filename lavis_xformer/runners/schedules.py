@@ -1,4 +1,4 @@
-"""Learning rates by optimiser step, under LAVIS's names for their keys."""
+"""Learning rate schedules by optimiser step, with LAVIS's names for their keys."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def warmup_cosine(
 ) -> float:
     """Return the learning rate of optimiser step ``step`` (the first is 0).
 
-    Rises linearly from ``start_lr`` to ``peak_lr``, which step ``warmup_steps`` has, then falls
-    along half a cosine (Loshchilov and Hutter, arXiv 1608.03983) to ``min_lr`` at ``total_steps``.
+    Rises linearly from ``start_lr`` to ``peak_lr``, reached at step ``warmup_steps``, then falls along
+    half a cosine (Loshchilov and Hutter, arXiv 1608.03983) to ``min_lr`` at ``total_steps``.
     """
     if step < warmup_steps:
         return start_lr + (peak_lr - start_lr) * step / warmup_steps
@@ -25,7 +25,7 @@ def warmup_cosine(
 
 @registry.register_lr_scheduler("xformer_warmup_cosine_lr")
 class WarmupCosineLR:
-    """Linear warm-up that may last over several epochs, then a cosine that moves at every step."""
+    """Linear warm-up that may span several epochs, then a cosine; updated at every step."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class WarmupCosineLR:
         steps_per_epoch: int,
         **unused: object,
     ) -> None:
-        """Take LAVIS's arguments and the optimiser steps of an epoch; a ``warmup_start_lr`` not given is negative."""
+        """Take LAVIS's arguments and the optimiser steps per epoch; a negative ``warmup_start_lr`` counts as 0."""
         self.optimizer, self.steps_per_epoch = optimizer, steps_per_epoch
         self.rate = partial(
             warmup_cosine,

@@ -1,6 +1,6 @@
 """``xformer_runner``: trains with a task of this package or of LAVIS, and never loses work.
 
-LAVIS's YAML keys keep their meaning; what is added stands in ``engine.options.RunOptions``.
+LAVIS's YAML keys keep their meaning; the added ones are in ``engine.options.RunOptions``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @registry.register_runner("xformer_runner")
 class XFormerRunner(PortableRunner):
-    """Trains, validates, saves and resumes; a resumed run ends with the weights of an unbroken one."""
+    """Trains, validates, saves and resumes; a resumed run ends with the weights of an uninterrupted one."""
 
     def __init__(self, cfg: Any, task: Any, model: nn.Module, datasets: dict[str, Any], job_id: str) -> None:
         super().__init__(cfg, task, model, datasets, job_id)
@@ -69,7 +69,7 @@ class XFormerRunner(PortableRunner):
         )
 
     def _lavis_train_step(self, model: nn.Module, samples: Any) -> dict[str, Any]:
-        """Give a model of LAVIS what its tasks give; its ALBEF and BLIP ramp their distillation up by these."""
+        """Pass a LAVIS model what LAVIS's tasks pass: ALBEF and BLIP ramp up their distillation by the position."""
         position = self.state.position
         place = {"epoch": position.epoch, "num_iters_per_epoch": self.batches_per_epoch, "iters": position.batches}
         return {"loss": self.task.train_step(model=model, samples={**samples, **place})}
@@ -77,7 +77,7 @@ class XFormerRunner(PortableRunner):
     # --- training ---------------------------------------------------------------
 
     def train(self) -> dict[str, Any]:
-        """Train to the end, from wherever the run stands; return and write its summary."""
+        """Train from the run's current position to the end; return and write its summary."""
         with self.interruption:
             if self.evaluate_only:
                 return self._evaluate_only()
@@ -120,13 +120,13 @@ class XFormerRunner(PortableRunner):
         return means
 
     def _count_corrupt(self) -> None:
-        """Add what any rank has skipped since the start to what earlier parts of the run had."""
+        """Add the samples that any rank has skipped since the last (re)start to those skipped before."""
         self.state.corrupt.update(name for names in launch.collect(self.corrupt()) for name in names)
 
     def eval_epoch(self, split_name: str, cur_epoch: int | str, skip_reload: bool = False) -> dict[str, Any] | None:
         """Evaluate a split with seeded randomness; the training's random state is untouched.
 
-        ``cur_epoch`` may be ``best``: the best checkpoint is loaded first, but for ``skip_reload``.
+        ``cur_epoch`` may be ``best``: the best checkpoint is loaded first, unless ``skip_reload``.
         """
         loader = self.dataloaders.get(split_name)
         if loader is None:
@@ -142,7 +142,7 @@ class XFormerRunner(PortableRunner):
             if results is None:
                 return None
             figures = self.task.after_evaluation(val_result=results, split_name=split_name, epoch=cur_epoch)
-            return figures and {name: plain(value) for name, value in figures.items()}  # a checkpoint may hold them
+            return figures and {name: plain(value) for name, value in figures.items()}  # a checkpoint holds them
 
     def _validate(self, epoch: int) -> None:
         """Evaluate the validation splits; the best epoch's checkpoint gets a second name."""
@@ -151,9 +151,9 @@ class XFormerRunner(PortableRunner):
             if figures is None:
                 continue
             if "agg_metrics" not in figures:
-                raise UserError(f"{type(self.task).__name__} gives no 'agg_metrics' for '{split}'")
+                raise UserError(f"{type(self.task).__name__} returns no 'agg_metrics' for '{split}'")
             decides = split == ("val" if "val" in self.valid_splits else self.valid_splits[0])
-            decides = decides and not self._save_error  # a best epoch without its file would be a lie
+            decides = decides and not self._save_error  # no best epoch without its checkpoint
             if decides and figures["agg_metrics"] > self.state.best.get("agg_metrics", -math.inf):
                 self.state.best = {"epoch": epoch, "split": split, **figures}
                 self._name_best(epoch)
@@ -161,13 +161,13 @@ class XFormerRunner(PortableRunner):
             self.log_stats({**figures, "best_epoch": self.state.best.get("epoch")}, split)
 
     def _finish(self) -> dict[str, Any]:
-        """Evaluate the test splits with the best weights, where nothing was validated the last, and write the summary.
+        """Evaluate the test splits with the best weights (the last if not validated), and write the summary.
 
         Raises:
             UserError: the last checkpoint could not be written.
         """
         if self._save_error:
-            raise UserError(f"{self._save_error}; make room, then run.resume=auto goes on from the one before")
+            raise UserError(f"{self._save_error}; make room, then run.resume=auto resumes from the one before")
         if not self.state.best:
             self._name_best(self.max_epoch - 1)
         test = self.evaluate(cur_epoch="best") or {}
@@ -207,7 +207,7 @@ class XFormerRunner(PortableRunner):
         super().log_config()
         if not is_main():
             return
-        (self.output_dir / jobs.SUMMARY_NAME).unlink(missing_ok=True)  # of a run that now trains for longer
+        (self.output_dir / jobs.SUMMARY_NAME).unlink(missing_ok=True)  # of a finished run, now trained for longer
         write_json(self.output_dir / jobs.CONFIG_NAME, self.config.to_dict())
         self.metrics_log = MetricsLog(
             self.output_dir,
@@ -221,16 +221,16 @@ class XFormerRunner(PortableRunner):
         try:
             super().log_stats(stats, split_name)
         except OSError as error:
-            logger.warning("log.txt can't be written: %s; going on", error)
+            logger.warning("log.txt can't be written: %s; continuing", error)
 
     def log(self, kind: str, values: dict[str, Any], **about: str) -> None:
-        """Write a record of the present position to ``log.jsonl``, on the main process."""
+        """Write a record at the current position to ``log.jsonl``, on the main process."""
         if self.metrics_log is not None:
             position = self.state.position
             self.metrics_log.write(kind, **about, epoch=position.epoch, step=position.steps, values=values)
 
     def _announce(self) -> None:
-        """Say what is about to be done."""
+        """Log what is about to run."""
         batch = f"{self.config.run_cfg.batch_size_train} x {world_size()} x {self.accum_grad_iters}"
         steps = f"{self.max_epoch} epochs of {self.steps_per_epoch} steps"
         told = {
@@ -246,23 +246,23 @@ class XFormerRunner(PortableRunner):
     # --- checkpoints ------------------------------------------------------------
 
     def _name_best(self, epoch: int) -> None:
-        """Give the checkpoint of an epoch's end a second name: the best."""
+        """Give the checkpoint from an epoch's end its second name, that of the best."""
         saved = self.output_dir / checkpoint.name_of(epoch)
         if is_main() and saved.exists():
             checkpoint.alias(saved, self.output_dir / checkpoint.BEST)
 
     def _save_checkpoint(self) -> None:
-        """Save the present position; all ranks call it."""
+        """Save the current position; must be called on all ranks."""
         self._count_corrupt()
         states = launch.collect(rng.capture())
         position = self.state.position
         name = checkpoint.name_of(position.epoch, None if self.state.epoch_done else position.steps)
         self._save_error = launch.share(self._write(name, states) if is_main() else "")
         if self._save_error:
-            logger.warning("%s; going on, earlier checkpoints are whole", self._save_error)
+            logger.warning("%s; continuing, earlier checkpoints are intact", self._save_error)
 
     def _write(self, name: str, states: list[dict[str, Any]]) -> str:
-        """Write a checkpoint and remove old ones; return what failed, or nothing."""
+        """Write a checkpoint and remove old ones; return what failed, empty on success."""
         try:
             checkpoint.write(self.output_dir / name, self.state.as_dict(states))
         except OSError as error:
@@ -271,10 +271,10 @@ class XFormerRunner(PortableRunner):
         return ""
 
     def _resume(self) -> dict[str, Any] | None:
-        """Go to where ``resume: auto`` or ``resume_ckpt_path`` says; return the summary of a run that has finished.
+        """Resume as ``resume: auto`` or ``resume_ckpt_path`` says; return the summary if the run has finished.
 
         Raises:
-            UserError: a checkpoint can't be gone on from, or would stand among those of another run.
+            UserError: a checkpoint can't be resumed from, or the folder holds another run's checkpoints.
         """
         if self.options.resume == "auto":
             found = checkpoint.newest(self.output_dir) if is_main() else None
@@ -289,8 +289,8 @@ class XFormerRunner(PortableRunner):
                 return summary
         if checkpoint.listed(self.output_dir):
             raise UserError(
-                f"{self.output_dir} holds the checkpoints of another run; run.resume=auto goes on with "
-                "them, another run.job_id begins anew"
+                f"{self.output_dir} holds the checkpoints of another run; run.resume=auto resumes it, "
+                "another run.job_id starts a new run"
             )
         if self.resume_ckpt_path is not None:
             self._go_on_from(self.resume_ckpt_path)
@@ -303,17 +303,17 @@ class XFormerRunner(PortableRunner):
         return epoch >= self.max_epoch or (epoch == self.max_epoch - 1 and self.state.epoch_done)
 
     def _go_on_from(self, path: str) -> None:
-        """Put the run where a checkpoint was saved, which may be one of LAVIS's own runner."""
+        """Resume from a checkpoint, which may be one of LAVIS's own runner."""
         self.state.restore(checkpoint.read(Path(path)), source=path)
         if not launch.share((self.output_dir / checkpoint.BEST).exists()):
             self.state.best = {}  # its weights are in another folder
         position = self.state.position
-        logger.info("going on from %s: epoch %d, step %d", path, position.epoch, position.steps)
+        logger.info("resuming from %s: epoch %d, step %d", path, position.epoch, position.steps)
         if self._trained:
             logger.info("its training has finished; run.max_epoch is %d", self.max_epoch)
 
     def _load_weights(self, path: str) -> None:
-        """Load the trained weights of a checkpoint, and nothing else of it."""
+        """Load only the trained weights of a checkpoint."""
         load_trainable(self.unwrap_dist_model(self.model), checkpoint.read(Path(path))["model"], source=path)
 
     def _load_best(self) -> None:

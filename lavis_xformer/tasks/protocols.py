@@ -96,9 +96,7 @@ class WithProtocol:
         task.protocol, task.config = protocol, cfg.to_dict()
         return task
 
-    def write(
-        self, split: str, figures: Mapping[str, float], *, scorer: str, said: Sequence[Row], **more: Any
-    ) -> None:
+    def write(self, split: str, figures: Mapping[str, float], *, scorer: str, said: Sequence[Row], **more: Any) -> None:
         """Write ``result/<split>_<dataset>.json``, see :func:`write_result`."""
         write_result(self.config, split, asdict(self.protocol), figures, scorer=scorer, answers=list(said), **more)
 

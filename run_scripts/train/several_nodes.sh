@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Trains on all GPUs of NODES machines. The same line on each of them, HEAD being the name of any one; all must see the
-# same files below the current folder, and the same caches (LAVIS_XFORMER_CACHE, ~/.cache): one machine downloads for
-# all. Where they share this folder too, set it up on one of them first:
+# Trains on all GPUs of NODES machines. Run the same line on each of them, with the name of any one as HEAD. All must
+# see the same files in the current folder and the same caches (LAVIS_XFORMER_CACHE, ~/.cache): one machine downloads
+# for all. If they also share this repository's folder, set it up on one of them first:
 #   bash run_scripts/setup_env.sh
 #   NODES=2 HEAD=node-0 bash run_scripts/train/several_nodes.sh projects/xformer/train/pretrain_stage1.yaml
 source "$(dirname "${BASH_SOURCE[0]}")/../setup_env.sh"

@@ -1,4 +1,4 @@
-"""Questions about a scene with their answers, and how much of them a blind guesser would get right.
+"""Questions about a scene with their answers, and how many of them a blind guesser would get right.
 
 Every answer is one that the picture shows clearly: directions and places near a border, sizes that hardly
 differ, and objects that a name does not single out are never asked about.
@@ -30,10 +30,10 @@ from lavis_xformer.data.scenes.world import CELL_BORDERS, Scene, SceneObject, vi
 from lavis_xformer.errors import named
 
 CELL_MARGIN = 0.03
-"""How far from the border of a cell an object must be for its place to be asked."""
+"""How far from the border of a cell an object must be for its place to be asked about."""
 
 DETAIL_VISIBLE = 0.93
-"""Share of an object that must be seen for its mark or facing to be asked."""
+"""Share of an object that must be visible for its mark or facing to be asked about."""
 
 _NAMES = {"a", "an", *COLOURS, *SHAPES, *map(plural, SHAPES)}
 
@@ -53,7 +53,7 @@ def _count(scene: Scene, rng: Generator) -> Question | None:
 
 
 def _group_names(scene: Scene) -> dict[str, int]:
-    """Number of objects by every name of a group: shape, colour and shape, or colour."""
+    """Number of objects under every name of a group: shape, colour and shape, or colour."""
     numbers: Counter[str] = Counter()
     for item in scene.objects:
         numbers.update((item.shape, item.name, f"{item.colour} object"))
@@ -61,7 +61,7 @@ def _group_names(scene: Scene) -> dict[str, int]:
 
 
 def _count_group(scene: Scene, rng: Generator) -> Question | None:
-    """Ask for a number drawn first, larger ones more often, so that ones do not prevail."""
+    """Ask for a number that is drawn first, larger ones more often, so that 1 does not dominate."""
     if len(scene.objects) == 1:
         return None
     numbers = _group_names(scene)
@@ -72,7 +72,7 @@ def _count_group(scene: Scene, rng: Generator) -> Question | None:
 
 
 def _absent(scene: Scene, rng: Generator) -> str:
-    """Name something that is not there; mostly a near miss of what is there."""
+    """Name something that is not there: a shape, a colour, or both as a near miss of what is there."""
     shapes = {item.shape for item in scene.objects}
     colours = {item.colour for item in scene.objects}
     form = rng.integers(3)
@@ -115,7 +115,7 @@ def _attribute(scene: Scene, rng: Generator) -> Question | None:
 
 
 def _uncovered(scene: Scene) -> list[SceneObject]:
-    """The objects of which nearly all is seen, so that no detail hides behind another object."""
+    """The objects that are almost fully visible, so that no detail hides behind another object."""
     shares = visible_shares(scene.objects)
     return [o for o, share in zip(scene.objects, shares, strict=True) if share >= DETAIL_VISIBLE]
 
@@ -123,7 +123,7 @@ def _uncovered(scene: Scene) -> list[SceneObject]:
 def _of_one(
     scene: Scene, rng: Generator, among: Sequence[SceneObject], put: Callable[[SceneObject, str], Question]
 ) -> Question | None:
-    """Ask about one of the objects that can be named without doubt: ``put`` makes the question of it and its name."""
+    """Ask about one of the objects with an unambiguous name; ``put`` makes the question from it and its name."""
     asked = [put(item, item.name) for item in scene.singles() if item in among]
     largest = scene.largest()
     if largest in among and largest is not None and len(scene.objects) > 1:
@@ -139,7 +139,7 @@ def _mark(scene: Scene, rng: Generator) -> Question | None:
 
 
 def _facing(scene: Scene, rng: Generator) -> Question | None:
-    """Which way the largest or a named object faces, where one sees it."""
+    """Which way the largest or a named object faces, if that is visible."""
     directed = [item for item in _uncovered(scene) if item.directed]
     return _of_one(
         scene, rng, directed, lambda o, name: Question("facing", f"which way does the {name} face?", o.facing)
@@ -147,9 +147,9 @@ def _facing(scene: Scene, rng: Generator) -> Question | None:
 
 
 def _relation(scene: Scene, rng: Generator) -> Question | None:
-    """On which side one named object lies of another, of two that the question offers.
+    """On which side of a named object another one lies, given two sides to choose from.
 
-    Never "is it left of", answered by yes or no: its answer is the parity of the side asked for and the true one,
+    Never a yes/no question such as "is it left of": its answer is the parity of the side asked for and the true one,
     which a language model of a million weights did not learn in hours (docs/mini_world.md).
     """
     drawn = drawn_relation(scene, rng)
@@ -165,7 +165,7 @@ def _clearly_placed(item: SceneObject) -> bool:
 
 
 def _position(scene: Scene, rng: Generator) -> Question | None:
-    """In which of nine cells the largest or a named object lies."""
+    """In which of the nine cells the largest or a named object lies."""
     placed = [item for item in scene.objects if _clearly_placed(item)]
     return _of_one(scene, rng, placed, lambda o, name: Question("position", f"where is the {name}?", o.cell))
 
@@ -188,7 +188,7 @@ ANSWERS = sorted(
     | {*COLOURS, *SHAPES, *SIZES, *MARKS, *FACINGS}
     | {f"{row} {column}".strip() for row in ROWS for column in COLUMNS if row or column}
 )
-"""Every answer there is."""
+"""Every possible answer to a question of these kinds."""
 
 
 def ask(scene: Scene, rng: Generator, kind: str) -> Question | None:
@@ -208,7 +208,7 @@ def questions(
     Args:
         scene: what is asked about.
         rng: decides what is asked and how.
-        kinds: which kinds, in turn; those that the scene does not allow are passed over.
+        kinds: which kinds, in turn; those that the scene does not allow are skipped.
         n: how many questions; one of each kind if None.
 
     Returns:
@@ -231,7 +231,7 @@ def questions(
 
 
 def details_asked(scene: Scene, rng: Generator, n: int) -> list[Question]:
-    """Ask for all that is known of up to ``n`` objects which a name singles out; for training only."""
+    """Ask for all details of up to ``n`` objects with an unambiguous name; for training only."""
     named = [(item.name, item) for item in scene.singles()]
     largest = scene.largest()
     if largest and len(scene.objects) > 1:
@@ -240,7 +240,7 @@ def details_asked(scene: Scene, rng: Generator, n: int) -> list[Question]:
 
 
 def squares_asked(scene: Scene, rng: Generator) -> list[Question]:
-    """Ask on which squares up to three named objects lie, one by one and in pairs; to train a language model only."""
+    """Ask on which squares up to three named objects lie, one by one and in pairs; for language models only."""
     named = shuffled(rng, scene.singles())[:3]
     found = [(f"on which square is the {item.name}?", square(item)) for item in named]
     for first, second in pairwise(named):
@@ -250,20 +250,20 @@ def squares_asked(scene: Scene, rng: Generator) -> list[Question]:
 
 
 def inventory_asked(scene: Scene) -> Question:
-    """Ask for all that is known of all objects; for training only."""
+    """Ask for all details of all objects; for training only."""
     return Question("inventory", "what objects are there?", ". ".join(inventory(scene)))
 
 
 class Guess(NamedTuple):
-    """What a guesser that sees no picture gets right of a kind of question."""
+    """What a guesser without the picture gets right in a kind of question."""
 
-    answer: str  #: the kind's most frequent
-    share: float  #: right by always saying that
-    worded: float  #: right by the most frequent answer to each wording, the names in it left out
+    answer: str  #: the kind's most frequent (majority-class) answer
+    share: float  #: accuracy of always giving that answer
+    worded: float  #: accuracy of giving the most frequent answer to each wording, with names left out
 
 
 def majority_share(asked: Iterable[Question]) -> dict[str, Guess]:
-    """The best blind guess of each kind, and the share of questions that it answers."""
+    """The best blind guess for each kind, and the share of questions that it answers."""
     kinds: defaultdict[str, list[Question]] = defaultdict(list)
     for question in asked:
         kinds[question.kind].append(question)

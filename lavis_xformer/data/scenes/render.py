@@ -50,7 +50,7 @@ def _wave(along: Floats, sharpness: float = 4.0) -> Floats:
 
 
 def _pattern(ground: Ground, size: int, rng: Generator) -> Floats:
-    """Share of the light tint in each pixel, (S, S) or what broadcasts to it."""
+    """Share of the light tint in each pixel, (S, S) or broadcastable to it."""
     x, y = _axes(size)
     u = np.cos(ground.angle) * x + np.sin(ground.angle) * y
     v = np.cos(ground.angle) * y - np.sin(ground.angle) * x

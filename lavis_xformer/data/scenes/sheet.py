@@ -1,4 +1,4 @@
-"""Contact sheet: scenes as a reader wants to see them, each with a caption, two questions and answers."""
+"""Contact sheet: scenes enlarged for a reader, each with a caption and two questions with their answers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ZOOM = 4  # pixels of the sheet per pixel of a scene
 GAP = 16
 COLUMNS, ROWS = 5, 3
 LINE = 17
-TEXT_LINES = 14  # room for the longest texts; what no card needs is cut off
+TEXT_LINES = 14  # room for the longest texts; what no card needs is cropped
 HEADER = 64
 
 
@@ -60,7 +60,7 @@ def _write(draw: ImageDraw.ImageDraw, top: int, text: str, answer: str = "") -> 
 
 
 def _card(scene: Scene, level: str) -> tuple[Image.Image, int]:
-    """One scene, enlarged without smoothing, with what is said and asked about it; and where the text ends."""
+    """One scene, enlarged without smoothing, with its caption and questions; and where the text ends."""
     side = SIDE * ZOOM
     card = Image.new("RGB", (side + GAP, side + GAP + TEXT_LINES * LINE), CARD)
     picture = Image.fromarray(render(scene, SIDE)).resize((side, side), Image.Resampling.NEAREST)
@@ -80,7 +80,7 @@ def contact_sheet(preset: str, seed: int, path: str | Path, split: str = "train"
     Args:
         preset: a name of :data:`lavis_xformer.data.scenes.PRESETS`.
         seed: of the world.
-        path: where the picture goes; its ending decides the format.
+        path: where the picture goes; its extension decides the format.
         split: whose scenes.
 
     Raises:
@@ -110,13 +110,13 @@ def contact_sheet(preset: str, seed: int, path: str | Path, split: str = "train"
 
 
 def answer_table(preset: str, seed: int, split: str, scenes: int) -> str:
-    """Return a line for each kind of question: its most frequent answer, the share that has it, and by its wording.
+    """Return a line for each kind of question: its most frequent answer, that answer's share, and the share by wording.
 
     Args:
         preset: a name of :data:`lavis_xformer.data.scenes.PRESETS`.
         seed: of the world.
         split: whose scenes.
-        scenes: how many; every kind is asked once about each that allows it.
+        scenes: number of scenes; every kind is asked once about each scene that allows it.
     """
     drawn = (make_scene(seed, split, index, preset) for index in range(scenes))
     asked = (one for scene in drawn for one in questions(scene, scene_rng(seed, split, scene.index, 3)))

@@ -49,7 +49,7 @@ def _heart() -> NDArray[np.float64]:
 
 
 def _moon() -> NDArray[np.float64]:
-    """A crescent open upwards: a disc less another disc above it."""
+    """A crescent open upwards: a disc minus another disc above it."""
     outer, inner, lift = 0.97, 0.72, 0.62
     crossing = (outer**2 - inner**2 + lift**2) / (2 * lift)
     tip = float(np.degrees(np.arcsin(crossing / outer)))

@@ -1,4 +1,4 @@
-"""What can be said of a scene: captions from coarse to fine, and a complete description."""
+"""What can be said about a scene: captions from coarse to fine, and a complete description."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lavis_xformer.errors import named
 Item = TypeVar("Item")
 
 BOARD = 9
-"""Columns and rows of the board on which descriptions place objects; what is clearly apart never shares one."""
+"""Columns and rows of the board on which descriptions place objects; objects clearly apart never share one."""
 OPENINGS = ("", "", "a picture of ", "an image with ")
 
 
@@ -43,7 +43,7 @@ def _on_ground(scene: Scene, rng: Generator, share: float) -> str:
 
 
 def coarse_caption(scene: Scene, rng: Generator) -> str:
-    """Say what there is; seldom how many or where, never a mark.
+    """Say what there is; rarely how many or where, never a mark.
 
     At most three groups are named, by shape or by colour and shape.
     """
@@ -61,7 +61,7 @@ def coarse_caption(scene: Scene, rng: Generator) -> str:
 
 
 def drawn_relation(scene: Scene, rng: Generator) -> tuple[SceneObject, str, SceneObject] | None:
-    """Two objects that are named without doubt and on which side the first clearly lies; none where there are none."""
+    """Draw two unambiguously named objects and a clear relation of the first to the second; None if there is none."""
     pairs = [pair for pair in combinations(scene.singles(), 2) if relations(*pair)]
     if not pairs:
         return None
@@ -84,13 +84,13 @@ def caption(scene: Scene, rng: Generator) -> str:
 
 
 def full_name(item: SceneObject, rng: Generator | None = None) -> str:
-    """Name an object with all that is seen of it but its place; the facing sometimes, if ``rng`` is given."""
+    """Name an object with all that is visible of it except its place; with ``rng``, the facing only sometimes."""
     facing = item.directed and (rng is None or rng.random() < 0.4)
     return f"{item.size} {item.mark} {item.name}" + (f" facing {item.facing}" if facing else "")
 
 
 def fine_caption(scene: Scene, rng: Generator) -> str:
-    """Tell how many objects there are, and of two of them size, mark, facing and place."""
+    """Say how many objects there are, and the size, mark, facing and place of two; or describe all of up to three."""
     total = len(scene.objects)
     ground = _on_ground(scene, rng, 0.6)
     told = shuffled(rng, scene.objects)[: 3 if total == 3 and not ground else 2]
@@ -109,7 +109,7 @@ LEVELS: dict[str, Callable[[Scene, Generator], str]] = {
 
 
 def captions(scene: Scene, level: str, n: int) -> list[str]:
-    """Write ``n`` captions of a level; the same scene gives the same captions, the first being the same for any n.
+    """Write ``n`` captions of a level; the same scene gives the same captions, and a larger ``n`` only adds to them.
 
     Raises:
         UserError: there is no such level.
@@ -120,7 +120,7 @@ def captions(scene: Scene, level: str, n: int) -> list[str]:
 
 
 def _tally(scene: Scene) -> dict[str, int]:
-    """Number of objects by every plural that names some: all, of a shape, of a colour, of both."""
+    """Number of objects under every plural that names some: all, by shape, by colour, by both."""
     objects = scene.objects
     tally = {"objects": len(objects)}
     tally |= {plural(shape): scene.count(shape=shape) for shape in SHAPES}
@@ -138,25 +138,25 @@ def square(item: SceneObject) -> str:
 def details(item: SceneObject) -> str:
     """Square, place, size, mark and facing of an object: ``2/3, top left, small dotted facing up``.
 
-    What is compared or takes two words stands first, always as far from the name before it.
+    What questions compare, or what takes two words, comes first, at a fixed distance from the name before it.
     """
     facing = f" facing {item.facing}" if item.directed else ""
     return f"{square(item)}, {item.cell}, {item.size} {item.mark}{facing}"
 
 
 def inventory(scene: Scene) -> list[str]:
-    """All there is to say of every object, from left to right: ``red star: 1/5, left, small dotted facing up``."""
+    """All there is to say about every object, from left to right: ``red star: 1/5, left, small dotted facing up``."""
     return [f"{item.name}: {details(item)}" for item in sorted(scene.objects, key=lambda item: item.x)]
 
 
 def notes(scene: Scene) -> tuple[list[str], list[str]]:
-    """Write all there is to say of a scene as notes.
+    """Write all there is to say about a scene as notes.
 
-    Whatever is asked is looked up in one of them by its name, or in two that are compared by their squares.
+    Every question can be answered by looking up one of them by name, or by comparing the squares of two.
 
     Returns:
-        The ground, then the inventory, then the largest object where one is clearly larger; and, by itself, the number
-        of each group.
+        The ground, then the inventory, then the largest object if one is clearly larger; and, separately, the number
+        of objects in each group.
     """
     things = [f"{with_article(scene.ground.name)} ground", *inventory(scene)]
     largest = scene.largest()
@@ -166,7 +166,7 @@ def notes(scene: Scene) -> tuple[list[str], list[str]]:
 
 
 def _single_names(scene: Scene) -> list[str]:
-    """Whose colour or shape no other object has, by that name alone: ``star: red``, ``red object: star``."""
+    """Name objects with a unique shape or colour by that alone: ``star: red``, ``red object: star``."""
     told = []
     for item in scene.objects:
         if scene.count(shape=item.shape) == 1:

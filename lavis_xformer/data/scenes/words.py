@@ -1,4 +1,4 @@
-"""The closed vocabulary of the scenes: names of what there is, and the few words to speak about it."""
+"""The closed vocabulary of the scenes: names of what there is, and the few words needed to talk about it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def with_article(phrase: str) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """Say how many, in words: ``one red circle`` as ``a red circle``, more as ``three red circles``."""
+    """Say how many, in words: ``a red circle`` for one, ``three red circles`` for more."""
     return with_article(noun) if count == 1 else f"{NUMBERS[count]} {plural(noun)}"
 
 

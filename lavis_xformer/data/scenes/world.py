@@ -35,7 +35,7 @@ CELL_BORDERS = (0.385, 0.615)
 CLEARLY = 0.12
 """How far apart two centres must be along an axis for one to be left of, or above, the other."""
 DIAMETERS = {"small": (0.165, 0.2), "medium": (0.245, 0.29), "large": (0.34, 0.44)}
-FEW, MANY = np.array([0.1, 0.25, 0.65]), np.array([0.76, 0.2, 0.04])  # shares of the sizes
+FEW, MANY = np.array([0.1, 0.25, 0.65]), np.array([0.76, 0.2, 0.04])  # shares of the sizes with few and many objects
 _REFERENCE = 64  # side of the grid on which visibility is measured
 
 
@@ -44,14 +44,14 @@ class Preset:
     """Difficulty of a world, in numbers."""
 
     objects: tuple[int, int] = (1, 9)  # fewest and most objects; every number is equally likely
-    kinds: int = 4  # most different (colour, shape) pairs in one scene
-    overlap: float = 0.25  # how much of the sum of two radii two objects may share
-    visible: float = 0.7  # least share of every object that no later object covers
+    kinds: int = 4  # maximum number of distinct (colour, shape) pairs in one scene
+    overlap: float = 0.25  # share of the sum of two radii by which two objects may overlap
+    visible: float = 0.7  # minimum share of every object that no later object covers
     marked: float = 0.8  # share of objects that carry a mark
     contrast: float = 0.75  # how far the ink of a mark is from its object's colour, 0 to 1
-    jitter: float = 14.0  # how far an object's colour strays from its name's, in grey levels
+    jitter: float = 14.0  # maximum deviation of an object's colour from its name's, in grey levels
     noise: float = 5.0  # standard deviation of the pixel noise, in grey levels
-    clutter: int = 12  # most grey strokes scattered on the ground
+    clutter: int = 12  # maximum number of grey strokes scattered on the ground
     grounds: tuple[str, ...] = GROUNDS
 
 
@@ -94,7 +94,7 @@ class SceneObject:
 
     @property
     def directed(self) -> bool:
-        """Whether one sees which way it faces."""
+        """Whether it shows which way it faces."""
         return self.shape in DIRECTED
 
     @property
@@ -126,7 +126,7 @@ class Ground:
     phase: float
     noise: float
     clutter: int
-    grain: int  # seed of everything on the ground that has no name
+    grain: int  # seed of the grainy pattern, the clutter and the pixel noise
 
 
 @dataclass(frozen=True)
@@ -153,21 +153,21 @@ class Scene:
         return Counter((o.colour, o.shape) for o in self.objects)
 
     def singles(self) -> list[SceneObject]:
-        """Objects that colour and shape name without doubt."""
+        """Objects that colour and shape identify uniquely."""
         groups = self.groups()
         return [o for o in self.objects if groups[o.colour, o.shape] == 1]
 
     def largest(self) -> SceneObject | None:
-        """The object that is larger than all others by a third in area and spans no less; None if there is none."""
+        """The object that is at least a third larger in area than any other and no narrower; None if there is none."""
         first, *rest = sorted(self.objects, key=lambda o: -o.area)
         clear = all(3 * first.area >= 4 * o.area and first.diameter >= o.diameter for o in rest)
         return first if clear else None
 
 
 def relations(first: SceneObject, second: SceneObject) -> list[str]:
-    """Where the first lies as seen from the second: of ``left of``, ``right of``, ``above``, ``below``.
+    """Where the first lies as seen from the second: any of ``left of``, ``right of``, ``above``, ``below``.
 
-    Only what is clear (:data:`CLEARLY`) is said, so the list may be empty.
+    Only clear relations (:data:`CLEARLY`) are returned, so the list may be empty.
     """
     dx, dy = first.x - second.x, first.y - second.y
     across = ["left of" if dx < 0 else "right of"] if abs(dx) >= CLEARLY else []
@@ -188,7 +188,7 @@ def visible_shares(objects: Sequence[SceneObject], size: int = _REFERENCE) -> ND
 
 
 def scene_rng(seed: int, split: str, index: int, *purpose: int) -> Generator:
-    """A generator of its own for each scene, and for each purpose beside drawing it."""
+    """A separate generator for each scene, and for each purpose other than drawing it."""
     return np.random.default_rng([seed, zlib.crc32(split.encode()), index, *purpose])
 
 
@@ -219,7 +219,7 @@ def make_scene(seed: int, split: str, index: int, preset: str = "standard") -> S
 
 @dataclass(frozen=True)
 class _Look:
-    """All of an object but its size and place."""
+    """Everything about an object except its size and place."""
 
     shape: str
     colour: str
@@ -236,7 +236,7 @@ def _rgb(values: NDArray[np.float64]) -> RGB:
 
 
 def _kinds(rng: Generator, number: int, rules: Preset) -> list[int]:
-    """Number the (colour, shape) of each object: each kind occurs once, and few of them more often."""
+    """Draw the number of each object's (colour, shape): every kind drawn occurs once, and a few of them more often."""
     kinds = rng.integers(len(SHAPES) * len(COLOURS), size=min(rng.integers(1, rules.kinds + 1), number))
     weights = np.cumsum(rng.standard_exponential(len(kinds)) ** 2)
     more = np.searchsorted(weights, rng.random(number - len(kinds)) * weights[-1])
@@ -265,9 +265,9 @@ def _look(rng: Generator, kind: int, rules: Preset) -> _Look:
 
 
 def _arrange(rng: Generator, looks: Sequence[_Look], rules: Preset) -> tuple[SceneObject, ...] | None:
-    """Give every object a size and a place; None where one finds no place.
+    """Give every object a size and a place; None if one does not fit.
 
-    The more objects, the smaller they tend to be, so that the area they cover says little of their number.
+    The more objects, the smaller they tend to be, so that the area they cover says little about their number.
     """
     share = min(max((len(looks) - 1) / 8 + rng.uniform(-0.4, 0.4), 0.0), 1.0)
     edges = np.cumsum((1 - share) * FEW + share * MANY)
