@@ -13,6 +13,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lavis_xformer.errors import UserError
@@ -73,7 +74,8 @@ def export(
         half: whether to round the weights to float16.
 
     Raises:
-        UserError: the checkpoint can't be read, doesn't fit, or is of an unknown model; or the folder is not empty.
+        UserError: the checkpoint can't be read, doesn't fit, or is of an unknown model; or the folder is a file or not
+            empty.
     """
     import lavis_xformer
 
@@ -83,8 +85,8 @@ def export(
     from safetensors.torch import save_file
 
     target = Path(folder)
-    if target.exists() and any(target.iterdir()):
-        raise UserError(f"{target} is not empty; name a new folder")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is {'not empty' if target.is_dir() else 'a file'}; name a new folder")
     cfg, facts = _configuration(Path(checkpoint), arch, model_type)
     model = registry.get_model_class(cfg.model.arch).from_config(cfg.model)
     if str(checkpoint) not in (cfg.model.get("pretrained"), cfg.model.get("blip2_pretrained")):  # else loaded above
@@ -97,11 +99,15 @@ def export(
     cfg.model |= {"blip2_pretrained": None, "train_only": None}
     _fit_processors(cfg, model)
 
-    target.mkdir(parents=True, exist_ok=True)
-    save_file(weights, target / WEIGHTS, metadata={"format": "pt"})
-    (target / WEIGHTS).chmod(0o644)
-    OmegaConf.save(cfg, target / CONFIG)
-    (target / CARD).write_text(_card(cfg, target, Path(checkpoint), weights, facts), encoding="utf-8")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as staging:  # nothing is left if it fails
+        written = Path(staging) / target.name
+        written.mkdir()
+        save_file(weights, written / WEIGHTS, metadata={"format": "pt"})
+        (written / WEIGHTS).chmod(0o644)
+        OmegaConf.save(cfg, written / CONFIG)
+        (written / CARD).write_text(_card(cfg, written, Path(checkpoint), weights, facts), encoding="utf-8")
+        written.replace(target)
     return target
 
 

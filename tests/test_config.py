@@ -275,6 +275,8 @@ def test_a_schedule_takes_the_keys_that_it_reads(load):
         ("run.accum_grad_iters=0", r"run\.accum_grad_iters is 0; it must be at least 1"),
         ("run.batch_size_train=0", r"run\.batch_size_train is 0; it must be at least 1"),
         ("run.num_workers=-1", r"run\.num_workers is -1; it must be at least 0"),
+        ("run.init_lr=.nan", r"run\.init_lr is nan; it must be a finite number"),
+        ("run.max_epoch=True", r"run\.max_epoch is True; it must be a whole number"),
         ("run.num_beams=0", r"run\.num_beams is 0; it must be at least 1"),
         ("run.max_epoch=1.7", r"run\.max_epoch is 1\.7; it must be a whole number"),
         ("run.init_lr=abc", r"run\.init_lr is 'abc'; it must be of type float"),

@@ -220,11 +220,25 @@ def test_another_part_alone_is_exported_with_a_fusion_that_does_nothing(
     assert "| newly initialised | fusion (not in the checkpoint) |" in (folder / "README.md").read_text()
 
 
+def test_an_export_that_fails_leaves_nothing(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("safetensors.torch.save_file", full_disk)
+        with pytest.raises(OSError, match="no space left"):
+            export(checkpoint, tmp_path / "some" / "out")
+    assert list((tmp_path / "some").iterdir()) == []
+    assert export(checkpoint, tmp_path / "some" / "out").is_dir(), "the next try is not in its way"
+
+
 def test_what_cannot_be_exported_or_read_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(UserError, match="full is not empty"):
         export(checkpoint, tmp_path / "full")
+    with pytest.raises(UserError, match="file is a file; name a new folder"):
+        export(checkpoint, tmp_path / "full" / "file")
     torch.save({"model": {"w": torch.zeros(1)}}, tmp_path / "bare.pth")
     with pytest.raises(UserError, match=r"doesn't name its model.*--model"):
         export(tmp_path / "bare.pth", tmp_path / "new")

@@ -63,6 +63,7 @@ def test_a_run_learns_and_leaves_everything(unbroken):
     assert {"loss_itc", "loss_rec", "lr", "grad_norm", "images_per_s", "data_wait"} <= steps[0].keys()
     assert unbroken.summary["best"]["agg_metrics"] == max(r["agg_metrics"] for r in evals)
     assert unbroken.summary["device"] == "cpu"
+    assert unbroken.summary["amp"] == "no"
     assert unbroken.summary["peak_memory_mb"] > 100
     assert {path.name for path in unbroken.output_dir.glob("*.pth")} == {
         "checkpoint_0.pth", "checkpoint_1.pth", "checkpoint_2.pth", "checkpoint_best.pth"
@@ -222,6 +223,19 @@ def test_a_loss_that_is_not_finite_names_term_step_and_images(tmp_path):
     content = torch.load(bundle, weights_only=True)
     assert any("i3" in samples["image_id"] for samples in content["window"])
     assert all(value.isfinite().all() for value in content["model"].values())
+
+
+def test_a_full_disk_does_not_keep_it_from_saving_what_was_trained(tmp_path, monkeypatch):
+    def full_disk(content, path):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    runner = toy_training.make_runner(tmp_path, broken=[7])
+    monkeypatch.setattr("lavis_xformer.engine.loop.torch.save", full_disk)
+    monkeypatch.setattr(runner, "_save_checkpoint", lambda: checkpoints.append(runner.state.position.steps))
+    checkpoints = []
+    with pytest.raises(UserError, match=r"random state are in no file \(see the warning above\)"):
+        runner.train()
+    assert len(checkpoints) == 1
 
 
 def test_what_was_trained_before_it_is_saved_and_repeats_or_skips_it(tmp_path):

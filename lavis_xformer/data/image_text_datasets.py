@@ -31,7 +31,6 @@ Processor = Callable[[Any], Any]
 Sample = dict[str, Any]
 
 SPLITS = ("train", "val", "test")
-PROCESSOR_KEYS = frozenset(f"vis_processor.*.{key}" for key in ("mae_image_size", "mae_mean", "mae_std", "hflip"))
 
 
 class PhotoDataset(BaseDataset):
@@ -173,8 +172,6 @@ class LocalFilesBuilder(BaseDatasetBuilder):
 
     A subclass defines in :meth:`build_split` what the files hold.
     """
-
-    CONFIG_KEYS = PROCESSOR_KEYS
 
     def build_datasets(self) -> dict[str, Any]:
         """Read, check and wrap every split that is given.

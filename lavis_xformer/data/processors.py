@@ -60,7 +60,7 @@ class _TwoViewProcessor(BaseProcessor):
         """
         super().__init__()
         self.clip_size = _side("image_size", image_size)
-        self.mae_size = _side("mae_image_size", mae_image_size or image_size)
+        self.mae_size = _side("mae_image_size", image_size if mae_image_size is None else mae_image_size)
         self.clip_normalize = transforms.Normalize(mean, std)
         self.mae_normalize = transforms.Normalize(mae_mean, mae_std)
 

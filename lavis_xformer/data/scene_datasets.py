@@ -154,7 +154,7 @@ class SceneBuilder(BaseDatasetBuilder):
         return {
             name: self._split(name, part)
             for name, part in parts.items()
-            if whole("scenes", part.get("scenes"), least=0)
+            if whole(f"splits.{name}.scenes", part.get("scenes"), least=0)
         }
 
     def _split(self, name: str, part: Mapping[str, Any]) -> SceneDataset:
@@ -196,7 +196,7 @@ class ScenePairBuilder(SceneBuilder):
     def _dataset(self, name: str, part: Mapping[str, Any], shared: Sample) -> SceneDataset:
         level = part.get("captions", "medium")
         named(LEVELS, level, "caption level")
-        each = whole("captions_per_image", part.get("captions_per_image", 1), least=1)
+        each = whole(f"splits.{name}.captions_per_image", part.get("captions_per_image", 1), least=1)
         cls = ScenePairDataset if name == "train" else ScenePairEvalDataset
         return cls(level=level, captions_per_image=each, **shared)
 

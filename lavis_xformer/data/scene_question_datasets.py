@@ -140,11 +140,11 @@ class SceneQuestionBuilder(SceneBuilder):
         kinds = tuple(self.config.get("kinds") or QUESTION_KINDS)
         for kind in kinds:
             named(KINDS, kind, "question kind")
-        each = whole("questions_per_image", part.get("questions_per_image", 1), least=1)
+        each = whole(f"splits.{name}.questions_per_image", part.get("questions_per_image", 1), least=1)
         asked = {"kinds": kinds, "questions_per_image": each, **shared}
         if not part.get("dialogue", False):
             return SceneQuestionDataset(**asked)
         if name != "train":
             raise UserError(f"splits.{name}.dialogue: only 'train' may ask several questions at once")
-        more = whole("details_per_image", part.get("details_per_image", 0), least=0)
+        more = whole(f"splits.{name}.details_per_image", part.get("details_per_image", 0), least=0)
         return SceneDialogueDataset(details_per_image=more, inventory=bool(part.get("inventory", False)), **asked)

@@ -21,7 +21,7 @@ from lavis_xformer.engine.log import Averages, Progress, peak_memory_mb
 from lavis_xformer.engine.options import RunOptions
 from lavis_xformer.engine.step import Stepper
 from lavis_xformer.engine.weights import trainable_state
-from lavis_xformer.errors import UserError, lost_worker, worker_is_gone
+from lavis_xformer.errors import UserError, first_line, lost_worker, worker_is_gone
 
 logger = logging.getLogger(__name__)
 
@@ -220,16 +220,18 @@ class EpochLoop:
             self.position.skipped += 1
             logger.warning("%s; skipped (%d)", about, self.position.skipped)
             return
-        bundle = self._save_bundle(bad, terms, window, before) if bad else None
+        saved = launch.collect(self._save_bundle(bad, terms, window, before) if bad else "")
+        where = ", ".join(path for path in saved if path) or "no file (see the warning above)"
         self.stepper.discard()
         rng.restore(before)
         self._save_what_is_done()
         raise UserError(
-            f"{about}; the batch, weights and random state are in {bundle}; "
+            f"{about}; the batch, weights and random state are in {where}; "
             "run.skip_nonfinite sets how many such steps to skip"
         )
 
-    def _save_bundle(self, bad: list[str], terms: dict[str, float], window: list[Any], before: dict[str, Any]) -> Path:
+    def _save_bundle(self, bad: list[str], terms: dict[str, float], window: list[Any], before: dict[str, Any]) -> str:
+        """Save what reproduces a non-finite step; return the file's path, or nothing if it can't be written."""
         path = self.folder / f"nonfinite_step{self.position.steps}_rank{rank()}.pt"
         model = getattr(self.stepper.model, "module", self.stepper.model)
         content = {
@@ -240,8 +242,12 @@ class EpochLoop:
             "rng": before,
             "model": trainable_state(model),
         }
-        torch.save(content, path)
-        return path
+        try:
+            torch.save(content, path)
+        except (OSError, RuntimeError) as error:  # RuntimeError: how torch's zip writer reports a full disk
+            logger.warning("%s could not be written: %s", path, first_line(error))
+            return ""
+        return str(path)
 
     def _progress(self, batches: int) -> Progress:
         return Progress(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -107,8 +108,10 @@ def _checked(name: str, value: object, kind: type) -> object:
 def _number(name: str, value: Any, kind: type) -> Any:
     try:
         converted = kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"run.{name} is {value!r}; it must be of type {kind.__name__}") from None
-    if kind is int and isinstance(value, float) and converted != value:
+    if kind is int and (isinstance(value, bool) or (isinstance(value, float) and converted != value)):
         raise UserError(f"run.{name} is {value!r}; it must be a whole number")
+    if kind is float and (isinstance(value, bool) or not math.isfinite(converted)):
+        raise UserError(f"run.{name} is {value!r}; it must be a finite number")
     return converted

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError
 
 
 def trainable_names(model: nn.Module) -> set[str]:
@@ -54,8 +54,7 @@ def load_trainable(model: nn.Module, state: dict[str, Tensor], *, source: str) -
     if missing:
         raise UserError(f"{source} lacks trained weights of this model: {_some(missing)}")
     if unknown:
-        hint = nearest(unknown[0], known) if len(known) < 30 else "is it from another model?"
-        raise UserError(f"{source} has weights unknown to this model: {_some(unknown)}; {hint}")
+        raise UserError(f"{source} has weights unknown to this model: {_some(unknown)}; is it from another model?")
     if shapes:
         raise UserError(f"{source} has weights of another shape: {_some(shapes)}")
     model.load_state_dict(state, strict=False)  # anything missing is frozen, as checked above

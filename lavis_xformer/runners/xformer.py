@@ -183,6 +183,7 @@ class XFormerRunner(PortableRunner):
             "best": self.state.best,
             "test": test,
             "device": self.device.type,
+            "amp": self.amp,
             "peak_memory_mb": round(peak_memory_mb(self.device), 1),
             "versions": jobs.versions(),
         }

@@ -232,18 +232,18 @@ def questions(
 
 def details_asked(scene: Scene, rng: Generator, n: int) -> list[Question]:
     """Ask for all details of up to ``n`` objects with an unambiguous name; for training only."""
-    named = [(item.name, item) for item in scene.singles()]
+    nameable = [(item.name, item) for item in scene.singles()]
     largest = scene.largest()
     if largest and len(scene.objects) > 1:
-        named.append(("largest object", largest))
-    return [Question("details", f"what is the {name}?", details(item)) for name, item in shuffled(rng, named)[:n]]
+        nameable.append(("largest object", largest))
+    return [Question("details", f"what is the {name}?", details(item)) for name, item in shuffled(rng, nameable)[:n]]
 
 
 def squares_asked(scene: Scene, rng: Generator) -> list[Question]:
     """Ask on which squares up to three named objects lie, one by one and in pairs; for language models only."""
-    named = shuffled(rng, scene.singles())[:3]
-    found = [(f"on which square is the {item.name}?", square(item)) for item in named]
-    for first, second in pairwise(named):
+    items = shuffled(rng, scene.singles())[:3]
+    found = [(f"on which square is the {item.name}?", square(item)) for item in items]
+    for first, second in pairwise(items):
         text = f"on which squares are the {first.name} and the {second.name}?"
         found.append((text, f"{square(first)} {square(second)}"))
     return [Question("square", *asked) for asked in found]

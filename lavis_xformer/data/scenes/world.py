@@ -249,9 +249,9 @@ def _look(rng: Generator, kind: int, rules: Preset) -> _Look:
     """Draw an object's attributes; ``kind`` numbers its (colour, shape)."""
     colour = list(COLOURS)[kind // len(SHAPES)]
     mark, facing, tilt = (int(v) for v in rng.integers((len(MARKS) - 1, len(FACINGS), 3)))
-    named = np.array(COLOURS[colour], float)
-    body = np.clip(named + rng.uniform(-rules.jitter, rules.jitter, 3), 0, 255)
-    dark = named @ (0.3, 0.59, 0.11) < 120
+    pure = np.array(COLOURS[colour], float)
+    body = np.clip(pure + rng.uniform(-rules.jitter, rules.jitter, 3), 0, 255)
+    dark = pure @ (0.3, 0.59, 0.11) < 120
     ink = body + rules.contrast * ((255.0 if dark else 0.0) - body)
     return _Look(
         SHAPES[kind % len(SHAPES)],
