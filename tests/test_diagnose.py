@@ -45,9 +45,9 @@ def test_gradient_norms_are_those_of_backward(make_stage2: Any, batch: dict[str,
     model(batch)["loss_lm"].backward()
     assert found["lm > queries Z"] == pytest.approx(float(model.query_tokens.grad.norm()), rel=1e-4)
     total = torch.stack([p.grad.square().sum() for p in model.fusion.enrich_blocks.parameters()]).sum().sqrt()
-    assert found["lm > CA2 (Zq asks M')"] == pytest.approx(float(total), rel=1e-4)
-    assert found["rec > CA2 (Zq asks M')"] == 0, "M' is decoded before the second cross-attention"
-    assert found["rec > CA1 (M asks Zq)"] > 0
+    assert found["lm > CA2 (Zq attends to M')"] == pytest.approx(float(total), rel=1e-4)
+    assert found["rec > CA2 (Zq attends to M')"] == 0, "M' is decoded before the second cross-attention"
+    assert found["rec > CA1 (M attends to Zq)"] > 0
 
 
 def test_blip2_has_gradients_alone(make_xformer: Any, batch: dict[str, Any]) -> None:
@@ -61,7 +61,7 @@ def test_losses_that_train_nothing_have_no_gradients(make_xformer: Any, batch: d
     model = make_xformer("dual", init="normal").eval()
     train_only(model, ["fusion"])
     found = diagnose.look(model, [batch])
-    assert found["gradients"]["itc > CA2 (Zq asks M')"] > 0
+    assert found["gradients"]["itc > CA2 (Zq attends to M')"] > 0
     assert {name.split(" > ")[0] for name in found["gradients"]} == {"itc", "itm", "rec"}, "captions bypass the fusion"
     model.fusion.requires_grad_(False)
     model.vision_proj.requires_grad_(True)
@@ -84,4 +84,4 @@ def test_the_command_on_the_shipped_model(tmp_path: Path, capsys: pytest.Capture
     assert found["with_own_m"]["loss_itc"] != found["with_anothers_m"]["loss_itc"]
     assert found["with_own_m"]["loss_rec"] == pytest.approx(found["with_anothers_m"]["loss_rec"], rel=0.2)
     said = capsys.readouterr().out
-    assert all(part in said for part in ("own M", "Z' size", "enrich_blocks.0 entropy", "CA1 (M asks Zq)", "from M'"))
+    assert all(part in said for part in ("own M", "Z' size", "enrich_blocks.0 entropy", "CA1 (M attends to Zq)", "from M'"))

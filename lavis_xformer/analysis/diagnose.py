@@ -28,8 +28,8 @@ from lavis_xformer.models.attention_maps import recording
 
 #: parts of a fusion that aligns M, and of any model, as patterns of weight names; the first that matches counts
 CROSS_ATTENTIONS = {
-    "CA1 (M asks Zq)": r"fusion\.(mae_in|align_blocks|mae_out)\.",
-    "CA2 (Zq asks M')": r"fusion\.enrich_blocks\.",
+    "CA1 (M attends to Zq)": r"fusion\.(mae_in|align_blocks|mae_out)\.",
+    "CA2 (Zq attends to M')": r"fusion\.enrich_blocks\.",
 }
 PARTS = {
     "queries Z": r"query_tokens$",
