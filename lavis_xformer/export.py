@@ -9,9 +9,10 @@ loaded from where ``config.yaml`` says.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -99,16 +100,23 @@ def export(
     cfg.model |= {"blip2_pretrained": None, "train_only": None}
     _fit_processors(cfg, model)
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as staging:  # nothing is left if it fails
-        written = Path(staging) / target.name
-        written.mkdir()
+    with _replacing_folder(target) as written:
         save_file(weights, written / WEIGHTS, metadata={"format": "pt"})
         (written / WEIGHTS).chmod(0o644)
         OmegaConf.save(cfg, written / CONFIG)
         (written / CARD).write_text(_card(cfg, written, Path(checkpoint), weights, facts), encoding="utf-8")
-        written.replace(target)
     return target
+
+
+@contextlib.contextmanager
+def _replacing_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder to fill, which then becomes ``target``; if the block fails, nothing is left of it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as staging:
+        written = Path(staging) / target.name
+        written.mkdir()
+        yield written
+        written.replace(target)
 
 
 def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -> tuple[Any, dict[str, Any]]:

@@ -129,7 +129,7 @@ def test_a_model_that_loads_nothing_says_so(
     with caplog.at_level("INFO"):
         for keys in ({"pretrained": None}, {"pretrained": "unread.pth", "load_pretrained": False}):
             assert load_pretrained(model, config(**keys)) == LoadReport()
-    assert "model.pretrained names no checkpoint, so nothing is loaded" in caplog.messages[0]
+    assert "model.pretrained names no checkpoint; all trainable weights are untrained" in caplog.messages[0]
     assert "model.load_pretrained is False" in caplog.messages[1]
 
 

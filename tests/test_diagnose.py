@@ -84,4 +84,6 @@ def test_the_command_on_the_shipped_model(tmp_path: Path, capsys: pytest.Capture
     assert found["with_own_m"]["loss_itc"] != found["with_anothers_m"]["loss_itc"]
     assert found["with_own_m"]["loss_rec"] == pytest.approx(found["with_anothers_m"]["loss_rec"], rel=0.2)
     said = capsys.readouterr().out
-    assert all(part in said for part in ("own M", "Z' size", "enrich_blocks.0 entropy", "CA1 (M attends to Zq)", "from M'"))
+    assert all(
+        part in said for part in ("own M", "Z' size", "enrich_blocks.0 entropy", "CA1 (M attends to Zq)", "from M'")
+    )

@@ -102,11 +102,7 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
     report = LoadReport()
     if not (own or blip2):
         reason = "model.pretrained names no checkpoint" if wanted else "model.load_pretrained is False"
-        logger.info(
-            "%s: %s, so nothing is loaded: all trainable weights are untrained",
-            type(model).__name__,
-            reason,
-        )
+        logger.info("%s: %s; all trainable weights are untrained", type(model).__name__, reason)
     if blip2:
         report += _load_blip2(model, blip2)
         train_only(model, parts)
@@ -114,10 +110,7 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
         may_miss = model.NEW_WEIGHTS if blip2 else NOTHING
         report += _load_own(model, own, key=key, cfg=cfg, may_miss=may_miss, held=report.loaded)
     if lost := [name for name in report.missing_new if not model.get_parameter(name).requires_grad]:
-        logger.warning(
-            "model.train_only freezes weights that are in no file and no checkpoint: %s",
-            listing(lost),
-        )
+        logger.warning("model.train_only freezes weights that are in no file and no checkpoint: %s", listing(lost))
     return report
 
 

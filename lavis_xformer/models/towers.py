@@ -92,11 +92,7 @@ def build_clip(
         except OSError as error:
             raise offline_error(name, "vit_model", error) from error
     elif (folder := Path(path)).is_dir():
-        config = json.loads(_existing(folder / "config.json", "vit_model").read_text())
-        if missing := [key for key in EVA_KEYS if key not in config]:
-            raise UserError(f"model.vit_model: '{name}' is not an EVA ViT: its config.json lacks {', '.join(missing)}")
-        sizes = {key: config[key] for key in EVA_KEYS}
-        model = eva_vit(**{**sizes, "img_size": image_size}, **options)
+        model = eva_vit(**{**_eva_sizes(folder), "img_size": image_size}, **options)
         state = load_file(_existing(folder / "model.safetensors", "vit_model"))
     elif folder.is_file():
         raise UserError(
@@ -107,6 +103,13 @@ def build_clip(
     interpolate_pos_embed(model, state)
     load_exactly(model, state, source=f"vit_model '{name}'")
     return model
+
+
+def _eva_sizes(folder: Path) -> dict[str, Any]:
+    config = json.loads(_existing(folder / "config.json", "vit_model").read_text())
+    if missing := [key for key in EVA_KEYS if key not in config]:
+        raise UserError(f"model.vit_model: '{folder}' is not an EVA ViT: its config.json lacks {', '.join(missing)}")
+    return {key: config[key] for key in EVA_KEYS}
 
 
 def _is_mae(path: Path) -> bool:
