@@ -6,7 +6,6 @@ process: the doctor works where nothing else does.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from typing import Literal
 
 from packaging.requirements import Requirement
 
+from lavis_xformer.arguments import command_parser
 from lavis_xformer.autoload import SWITCH, LavisFinder
 from lavis_xformer.errors import UserError
 from lavis_xformer.paths import CACHE_VARIABLE, cache_folder
@@ -67,7 +67,7 @@ class Finding:
 
 def main(argv: Sequence[str]) -> int:
     """Run all checks, print a line for each, and return 1 where something is wrong, else 0."""
-    parser = argparse.ArgumentParser(prog="lavis-xformer doctor", description=__doc__)
+    parser = command_parser("doctor", __doc__)
     parser.add_argument("--cfg-path", help="a run's YAML, whose names, keys and files are checked too")
     parser.add_argument("--options", nargs="+", action="extend", default=[], help="section.key=value, as for the run")
     arguments = parser.parse_args(argv)

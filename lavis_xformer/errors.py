@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import re
 from collections.abc import Iterable, Mapping
@@ -46,17 +45,6 @@ def named(options: Mapping[str, Found], name: str, what: str) -> Found:
     if name not in options:
         raise UserError(f"no {what} named {name!r}: {nearest(name, options)}")
     return options[name]
-
-
-def at_least(least: int, args: argparse.Namespace, *names: str) -> None:
-    """Check numbers of a command line.
-
-    Raises:
-        UserError: one of them is less than ``least``; the message names its option.
-    """
-    for name in names:
-        if (value := getattr(args, name)) < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least {least}")
 
 
 def lost_worker(error: BaseException) -> str | None:

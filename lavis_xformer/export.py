@@ -8,7 +8,6 @@ loaded from where ``config.yaml`` says.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import logging
@@ -17,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from lavis_xformer.arguments import command_parser
 from lavis_xformer.errors import UserError
 
 CONFIG, WEIGHTS, CARD = "config.yaml", "model.safetensors", "README.md"
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(prog="lavis-xformer export", description="write a checkpoint as a folder")
+    parser = command_parser("export", __doc__)
     parser.add_argument("checkpoint", help="from training with this package, or one of LAVIS's BLIP-2 files")
     parser.add_argument("folder", help="where to write; new or empty")
     parser.add_argument("--model", help="the model, if the checkpoint doesn't name it: xformer, xformer_opt, ...")

@@ -96,7 +96,11 @@ def test_every_command_exists_and_shows_its_help(name: str, capsys):
     with pytest.raises(SystemExit) as stopped:
         import_module(cli.COMMANDS[name][0]).main(["--help"])
     assert stopped.value.code == 0
-    assert "usage:" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"usage: lavis-xformer {name} " in said
+    assert f"lavis-xformer {name}" in said.split("\n\n")[1], "what it does"
+    for unwanted in ("``", ":func:", "::", "B: batch"):
+        assert unwanted not in said
 
 
 def test_options_may_come_in_several_parts():

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lavis_xformer.errors import UserError, at_least
+from lavis_xformer.arguments import at_least, command_parser
+from lavis_xformer.errors import UserError
 
 ENLARGED = 256  # side of a drawn image in pixels
 
@@ -81,10 +82,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="lavis-xformer attend", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("images", nargs="*", type=Path, help="files")
+    parser = command_parser("attend", __doc__)
+    parser.add_argument("images", nargs="*", type=Path, help="photos (default: scenes)")
     parser.add_argument("--model", default="xformer_opt", help="xformer, xformer_opt, ... (default: %(default)s)")
     parser.add_argument("--type", help="one of the model's types, or an exported folder (default: mini)")
     parser.add_argument("--text", help="a caption: show which regions support it")
@@ -93,7 +92,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--queries", type=int, nargs="+", default=[], help="also draw each of these, from 0")
     parser.add_argument("--layer", type=int, default=-1, help="Q-Former layer attending to C, by index (default: last)")
     parser.add_argument("--scenes", type=int, default=3, help="number of scenes if no image is given (default: 3)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("attention.png"), help="output file (default: %(default)s)")
     args = parser.parse_args(argv)
     at_least(1, args, "scenes")

@@ -12,7 +12,6 @@ B: batch, Q: queries, D: width of the Q-Former, L: queries of an attention, S: i
 
 from __future__ import annotations
 
-import argparse
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lavis_xformer.errors import at_least
+from lavis_xformer.arguments import at_least, command_parser
 from lavis_xformer.models.attention_maps import recording
 
 #: parts of a fusion that aligns M, and of any model, as patterns of weight names; the first that matches counts
@@ -44,13 +43,13 @@ Figures = dict[str, float]
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(prog="lavis-xformer diagnose", description=__doc__)
+    parser = command_parser("diagnose", __doc__)
     parser.add_argument("--cfg-path", required=True, help="the training's YAML")
     parser.add_argument(
         "--options", nargs="+", action="extend", default=[], help="such as model.pretrained=.../checkpoint_best.pth"
     )
-    parser.add_argument("--split", default="val", help="split whose samples are used")
-    parser.add_argument("--batches", type=int, default=8, help="number of batches for checks 2 to 4")
+    parser.add_argument("--split", default="val", help="split whose samples are used (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=8, help="batches for checks 2 to 4 (default: %(default)s)")
     args = parser.parse_args(argv)
     at_least(1, args, "batches")
     from lavis_xformer import launch, register

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import json
@@ -10,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lavis_xformer.arguments import command_parser
 from lavis_xformer.errors import UserError
 
 Record = dict[str, Any]
@@ -201,7 +201,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
-    parser = argparse.ArgumentParser(prog="lavis-xformer report", description=__doc__)
+    parser = command_parser("report", __doc__)
     parser.add_argument("run_dir", type=Path, help="the folder of a run, with its log.jsonl")
     page, picture = write_report(parser.parse_args(argv).run_dir)
     print(f"{page}\n{picture}")

@@ -8,7 +8,6 @@ The command can be stopped and restarted at any time.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import itertools
 import os
@@ -23,12 +22,13 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 
+from lavis_xformer.arguments import at_least, command_parser
 from lavis_xformer.compare import inputs
 from lavis_xformer.compare.figures import draw
 from lavis_xformer.compare.plan import BEST, INPUTS, Cell, Plan, read_plan
 from lavis_xformer.compare.results import collect
 from lavis_xformer.compare.tables import markdown
-from lavis_xformer.errors import UserError, at_least
+from lavis_xformer.errors import UserError
 from lavis_xformer.files import read_json, write_json, write_text
 
 SAID = "console.txt"
@@ -39,12 +39,14 @@ TERMINATED = threading.Event()  # SIGTERM was received
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    parser = argparse.ArgumentParser(prog="lavis-xformer compare", description=__doc__)
+    parser = command_parser("compare", __doc__)
     parser.add_argument("plan", help="the comparison's YAML, such as projects/xformer/compare/quick.yaml")
     parser.add_argument("--only", nargs="+", default=[], metavar="VARIANT", help="run these variants only")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="run these seeds only")
     parser.add_argument("--lenient", action="store_true", help="also keep runs of other code or other versions")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs in parallel; small ones can share a GPU")
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs in parallel, even on one GPU (default: 1)"
+    )
     parser.add_argument("--list", action="store_true", help="list the runs and which are finished; run nothing")
     args = parser.parse_args(argv)
     at_least(1, args, "jobs")

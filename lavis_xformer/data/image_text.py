@@ -1,4 +1,4 @@
-"""A user's own images and texts: what the rows must hold, and ``lavis-xformer validate``.
+"""``lavis-xformer validate FILE``: check a user's own images and texts, before a training does.
 
 Ten images with captions, as JSON lines (a JSON list of the same objects works too)::
 
@@ -7,8 +7,8 @@ Ten images with captions, as JSON lines (a JSON list of the same objects works t
     ...
     {"image": "more/010.png", "caption": "an empty street at night"}
 
-Checked with ``lavis-xformer validate captions.jsonl --image-root photos/`` and used by the dataset
-builder ``image_text_json`` (see configs/datasets/image_text_json.yaml). Questions work the same way::
+These are checked with ``lavis-xformer validate captions.jsonl --image-root photos/`` and used by the dataset builder
+``image_text_json`` (see configs/datasets/image_text_json.yaml). Questions work the same way::
 
     {"image": "001.jpg", "question": "what colour is the kite?", "answer": ["red", "red", "orange"]}
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lavis_xformer.arguments import command_parser
 from lavis_xformer.data.photos import PhotoError, open_photo
 from lavis_xformer.data.records import Row, absent_images, expand, read_rows, report, strings
 
@@ -231,16 +232,16 @@ def undecodable(records: Sequence[Record], image_root: str | Path) -> list[tuple
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lavis-xformer validate", description="Check a file of images and texts.")
+    parser = command_parser("validate", __doc__)
     add = parser.add_argument
     add("file", help="JSON list, JSON object that holds a list, JSON lines, or CSV")
-    add("--image-root", default=".", help="folder that the rows' image paths are relative to")
-    add("--image-key", default="image")
-    add("--caption-key", default="caption", help="holds a string or a list of strings")
+    add("--image-root", default=".", help="folder that the rows' image paths are relative to (default: here)")
+    add("--image-key", default="image", help="holds the path of the image (default: %(default)s)")
+    add("--caption-key", default="caption", help="holds a string or a list of strings (default: %(default)s)")
     add("--id-key", help="rows with the same id show the same image (default: with the same path)")
     add("--question-key", help="check questions and answers in place of captions")
-    add("--answer-key", default="answer", help='"" if there are only questions')
+    add("--answer-key", default="answer", help='"" if there are only questions (default: %(default)s)')
     add("--rows-key", help="key of the list, if the file is an object with several lists")
     add("--fast", action="store_true", help="don't decode the images")
-    add("--show", type=int, default=10, metavar="N", help="number of problems to show")
+    add("--show", type=int, default=10, metavar="N", help="number of problems to show (default: %(default)s)")
     return parser

@@ -6,7 +6,6 @@ Each part's training state is kept in ``<out>/.state``; ``--resume`` continues f
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
@@ -24,9 +23,10 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, OPTForCausalLM, T5ForConditionalGeneration, ViTMAEForPreTraining
 
 from lavis_xformer import __version__
+from lavis_xformer.arguments import at_least, command_parser
 from lavis_xformer.assets import write_sums
 from lavis_xformer.data.scenes import vocabulary
-from lavis_xformer.errors import UserError, at_least
+from lavis_xformer.errors import UserError
 from lavis_xformer.mini import pool
 from lavis_xformer.mini.cards import write_card
 from lavis_xformer.mini.clip import ClipConfig, MiniClip, clip_loss, retrieval, shipped_state
@@ -245,14 +245,14 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: a number is out of range, the folder is a file, or the device does not exist.
     """
-    parser = argparse.ArgumentParser(prog="lavis-xformer build-mini", description=__doc__)
+    parser = command_parser("build-mini", __doc__)
     parser.add_argument("--preset", choices=list(RECIPES), default="quick", help=PRESETS)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the set to")
     parser.add_argument("--only", choices=sorted(PARTS), action="append", help="build this part only; may be repeated")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of scenes, texts and weights (default: %(default)s)")
     parser.add_argument("--longer", type=float, default=1.0, metavar="FACTOR", help="multiply every part's steps")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: cpu)")
     args = parser.parse_args(argv)
     at_least(0, args, "seed")
     if not 0 < args.longer < math.inf:

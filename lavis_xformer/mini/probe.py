@@ -10,7 +10,6 @@ per task.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from operator import itemgetter
@@ -22,8 +21,9 @@ from scipy.stats import t as student
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from lavis_xformer.arguments import at_least, command_parser
 from lavis_xformer.assets import resolve
-from lavis_xformer.errors import UserError, at_least, nearest
+from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.mini.features import Encoder, Standardise, encoders, extract
 from lavis_xformer.mini.positions import position_r2
 from lavis_xformer.mini.spectrum import similarity_curves
@@ -214,15 +214,15 @@ def main(argv: list[str]) -> int:
     Raises:
         UserError: the set of models or a source of tokens does not exist, or a number is less than 1 or too small.
     """
-    parser = argparse.ArgumentParser(prog="lavis-xformer probe", description=__doc__)
-    parser.add_argument("--set", default="assets://mini", help="folder with clip and mae")
-    parser.add_argument("--out", type=Path, default=Path("output/probe"))
-    parser.add_argument("--report", choices=("val", "test"), default="val", help="choose on val, report test once")
-    parser.add_argument("--sources", help="comma-separated (default: all)")
-    parser.add_argument("--scenes", type=int, default=8000)
-    parser.add_argument("--held-out", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser = command_parser("probe", __doc__)
+    parser.add_argument("--set", default="assets://mini", help="folder with clip and mae (default: the shipped one)")
+    parser.add_argument("--out", type=Path, default=Path("output/probe"), help="folder to write (default: %(default)s)")
+    parser.add_argument("--report", choices=("val", "test"), default="val", help="what to report on (default: val)")
+    parser.add_argument("--sources", help="sources of tokens, comma-separated (default: all)")
+    parser.add_argument("--scenes", type=int, default=8000, help="to train on (default: %(default)s)")
+    parser.add_argument("--held-out", type=int, default=2000, help="to stop by, and to report on (default: 2000)")
+    parser.add_argument("--steps", type=int, default=800, help="of training (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="number of probes per source (default: %(default)s)")
     args = parser.parse_args(argv)
     at_least(1, args, "scenes", "held_out", "steps", "seeds")
     begin = time.monotonic()

@@ -1,14 +1,14 @@
-"""Contact sheet: scenes enlarged for a reader, each with a caption and two questions with their answers."""
+"""``lavis-xformer scenes``: a contact sheet of enlarged scenes, each with a caption and two questions with answers."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from lavis_xformer.arguments import command_parser
 from lavis_xformer.data.scenes.qa import QUESTION_KINDS, majority_share, questions
 from lavis_xformer.data.scenes.render import render
 from lavis_xformer.data.scenes.text import LEVELS, captions
@@ -127,9 +127,9 @@ def answer_table(preset: str, seed: int, split: str, scenes: int) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Run ``lavis-xformer scenes``; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="lavis-xformer scenes", description=__doc__)
+    parser = command_parser("scenes", __doc__)
     parser.add_argument("--out", default="scenes.png", help="picture to write (default: %(default)s)")
-    parser.add_argument("--preset", default="standard", help=", ".join(PRESETS))
+    parser.add_argument("--preset", default="standard", help=f"{', '.join(PRESETS)} (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the world (default: 0)")
     parser.add_argument("--split", default="train", help="train, val or test (default: train)")
     parser.add_argument("--answers", type=int, metavar="N", help="also count the answers to questions about N scenes")

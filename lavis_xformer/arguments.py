@@ -1,0 +1,44 @@
+"""Command lines of the subcommands: help taken from a module's docstring, and checks of numbers."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import shutil
+import textwrap
+
+from lavis_xformer.errors import UserError
+
+_LEGEND = re.compile(r"[A-Z]: ")  # a paragraph that explains the letters of shapes
+_VERBATIM = re.compile(r" |\d\. ")  # a paragraph that is an example or a list
+_MARKUP = re.compile(r"``|:\w+:`(\w+)`|:(?=:\Z)")
+
+
+def command_parser(command: str, doc: str | None) -> argparse.ArgumentParser:
+    """Return the parser of a subcommand; its help shows the module's docstring, without the legend of shapes."""
+    paragraphs = [part for part in inspect.cleandoc(doc or "").split("\n\n") if not _LEGEND.match(part)]
+    return argparse.ArgumentParser(
+        prog=f"lavis-xformer {command}",
+        description="\n\n".join(_plain(part) for part in paragraphs),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def at_least(least: int, args: argparse.Namespace, *names: str) -> None:
+    """Check numbers of a command line.
+
+    Raises:
+        UserError: one of them is less than ``least``; the message names its option.
+    """
+    for name in names:
+        if (value := getattr(args, name)) < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least {least}")
+
+
+def _plain(paragraph: str) -> str:
+    """Remove a paragraph's markup and fit it to the terminal; examples and lists keep their lines."""
+    text = _MARKUP.sub(lambda found: found[1] or "", paragraph)
+    if _VERBATIM.match(text):
+        return text
+    return textwrap.fill(" ".join(text.split()), shutil.get_terminal_size().columns - 2)
