@@ -100,7 +100,7 @@ def export(
     cfg.model |= {"blip2_pretrained": None, "train_only": None}
     _fit_processors(cfg, model)
 
-    with _replacing_folder(target) as written:
+    with _staging(target) as written:
         save_file(weights, written / WEIGHTS, metadata={"format": "pt"})
         (written / WEIGHTS).chmod(0o644)
         OmegaConf.save(cfg, written / CONFIG)
@@ -109,14 +109,14 @@ def export(
 
 
 @contextlib.contextmanager
-def _replacing_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder to fill, which then becomes ``target``; if the block fails, nothing is left of it."""
+def _staging(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder whose files move to ``target`` at the end; if the block fails, nothing is left."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as staging:
-        written = Path(staging) / target.name
-        written.mkdir()
-        yield written
-        written.replace(target)
+    with TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
+        yield Path(folder)
+        target.mkdir(exist_ok=True)
+        for file in Path(folder).iterdir():
+            file.replace(target / file.name)
 
 
 def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -> tuple[Any, dict[str, Any]]:
