@@ -37,12 +37,13 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] in (["-V"], ["--version"]):
+    asked = [word for word in argv if word != TRACEBACK_FLAG]
+    if asked[:1] in (["-V"], ["--version"]):
         print(f"lavis_xformer {__version__}")
         return 0
-    if not argv or argv[0] in ("-h", "--help"):
+    if not asked or asked[0] in ("-h", "--help"):
         print(usage())
-        return 0 if argv else 2
+        return 0 if asked else 2
     return run(_dispatch, argv)
 
 

@@ -96,7 +96,7 @@ def process_group(device: str) -> Iterator[Placement]:
         return
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-        init_method=f"tcp://{place.address}:{place.port}" if "RANK" not in os.environ else "env://",
+        init_method=f"tcp://{place.address}:{place.port}",
         rank=place.rank,
         world_size=place.world_size,
         timeout=TIMEOUT,

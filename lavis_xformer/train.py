@@ -46,8 +46,8 @@ def execute(config: Any) -> int:
 
     with launch.process_group(launch.device_of(str(config.run_cfg.get("device", "auto")))) as place:
         runner = build_runner(config, place)
-        summary = runner.train()  # None from LAVIS's own runners
-        if summary is not None and place.rank == 0:
+        summary = runner.train()
+        if place.rank == 0:
             conclude(runner, summary)
     return 0
 
@@ -58,11 +58,11 @@ def build_runner(config: Any, place: Any) -> Any:
     Raises:
         UserError: a key or a file is missing or wrong.
     """
-    import torch
     from lavis.common.registry import registry
     from lavis.tasks import setup_task
 
     from lavis_xformer import launch
+    from lavis_xformer.config.load import DEFAULT_RUNNER
     from lavis_xformer.engine import rng
     from lavis_xformer.engine.log import setup_logging
     from lavis_xformer.engine.options import RunOptions, check_lavis_keys
@@ -70,10 +70,9 @@ def build_runner(config: Any, place: Any) -> Any:
 
     setup_logging(shown=place.rank == 0)
     check_lavis_keys(config.run_cfg)
-    runner_class = registry.get_runner_class(config.run_cfg.get("runner", "runner_base"))
-    trains = not config.run_cfg.get("evaluate", False)
-    if trains and runner_class.__module__.startswith("lavis.") and not torch.cuda.is_available():
-        raise UserError("run.runner: LAVIS's own runners train on a GPU only; set it to xformer_runner")
+    runner_class = registry.get_runner_class(config.run_cfg.get("runner", DEFAULT_RUNNER))
+    if runner_class.__module__.startswith("lavis."):
+        raise UserError(f"run.runner: LAVIS's own runners can't be started from here; set it to {DEFAULT_RUNNER}")
     options = RunOptions.from_config(config.run_cfg)
     job_id = choose_job(config, options)
     rng.seed_everything(options.seed)
@@ -101,6 +100,8 @@ def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
     """Draw the curves and print the results, where everything is, and what to try next."""
     for split, figures in held_out(summary).items():
         print(f"\n{split}:\n{table(runner.task, figures)}")
+    names = summary.get("corrupt", [])
+    print_corrupt(names, summary.get("corrupt_count", len(names)))
     if not summary["finished"]:
         print(f"\nlog         {show(runner.output_dir / 'log.txt')}")
         return
@@ -108,8 +109,6 @@ def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
     from lavis_xformer.engine import checkpoint
     from lavis_xformer.errors import UserError
 
-    names = summary.get("corrupt", [])
-    print_corrupt(names, summary.get("corrupt_count", len(names)))
     folder, drawn = runner.output_dir, ""
     with contextlib.suppress(UserError):  # nothing was left to train: the log here has no step
         page, picture = write_report(folder)

@@ -50,7 +50,7 @@ def test_what_may_pass_sets_no_checkpoint_aside(tmp_path, monkeypatch, where, er
         failing.setattr(where, fail)
         with pytest.raises(UserError, match=r"can't be read right now .*left as it is"):
             checkpoint.newest(tmp_path)
-    assert checkpoint.newest(tmp_path)[0] == path
+    assert checkpoint.newest(tmp_path) == path
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 0.99])
@@ -82,7 +82,7 @@ def test_one_altered_byte_of_the_directory_is_recognised_and_the_one_before_take
     path.write_bytes(data)
     found = checkpoint.newest(tmp_path)
     assert found is not None
-    assert found[0].name == "checkpoint_0.pth"
+    assert found.name == "checkpoint_0.pth"
 
 
 @pytest.mark.parametrize("content", [{"state": 1}, [1, 2]])
@@ -99,8 +99,16 @@ def test_the_newest_good_one_is_found_and_bad_ones_are_set_aside(tmp_path):
     assert names[:3] == ["checkpoint_1.pth", "checkpoint_1_step10.pth", "checkpoint_1_step9.pth"]
     found = checkpoint.newest(tmp_path)
     assert found is not None
-    assert found[0].name == "checkpoint_1_step10.pth"
+    assert found.name == "checkpoint_1_step10.pth"
     assert (tmp_path / "checkpoint_1.pth.bad").exists()
+
+
+def test_the_best_is_resumed_where_nothing_else_is_whole(tmp_path):
+    save(tmp_path, "checkpoint_1.pth", checkpoint.BEST)
+    (tmp_path / "checkpoint_1.pth").write_bytes(b"PK torn")
+    assert checkpoint.newest(tmp_path) == tmp_path / checkpoint.BEST
+    (tmp_path / checkpoint.BEST).write_bytes(b"PK torn")
+    assert checkpoint.newest(tmp_path) is None
 
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path):

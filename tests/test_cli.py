@@ -86,7 +86,8 @@ def test_help_version_and_unknown_commands(capsys):
     assert "doctor" in capsys.readouterr().out
     assert cli.main(["--version"]) == 0
     assert __version__ in capsys.readouterr().out
-    assert cli.main([]) == 2
+    assert cli.main([]) == cli.main([cli.TRACEBACK_FLAG]) == 2
+    assert cli.main([cli.TRACEBACK_FLAG, "--help"]) == 0
     assert cli.main(["docter"]) == 2
     assert "did you mean 'doctor'" in capsys.readouterr().err
 

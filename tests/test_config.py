@@ -145,14 +145,45 @@ def test_keys_without_a_default_are_missed_before_anything_is_built(load):
         build_runner(load("run.evaluate=True", "run.num_workers=0"), Placement())
 
 
-def test_laviss_own_runners_are_refused_where_they_cant_train(load, monkeypatch):
+def test_laviss_own_runners_are_refused(load):
     from lavis_xformer.launch import Placement
     from lavis_xformer.train import build_runner
 
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     needed = [f"run.{key}=1" for key in (*NEEDED, *NEEDED_TO_TRAIN) if key != "lr_sched"]
-    with pytest.raises(UserError, match=r"run\.runner: LAVIS's own runners train on a GPU only"):
+    with pytest.raises(
+        UserError, match=r"run\.runner: LAVIS's own runners can't be started .* set it to xformer_runner"
+    ):
         build_runner(load("run.runner=runner_base", *needed), Placement())
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (f"{INFO}.annotations.train=/my.json", r"annotations\.train is '/my\.json'; it must hold keys such as storage"),
+        (f"{INFO}.annotations.train=[/my.json]", r"annotations\.train is \['/my\.json'\]; it must hold keys"),
+        (f"{INFO}.images=/my", r"build_info\.images is '/my'; it must hold keys such as storage"),
+        ("datasets.coco_caption.vis_processor.train=x", r"vis_processor\.train is 'x'; it must hold keys such as name"),
+        ("datasets.coco_caption=default", r"datasets\.coco_caption is 'default'; it must hold keys such as build_info"),
+        ("datasets.vg_caption=3", r"datasets\.vg_caption is 3; it must hold keys, or be empty"),
+        ("run.task=[a]", r"run\.task: there is no task '\['a'\]'"),
+        ("model.arch=[a]", r"model\.arch: there is no model '\['a'\]'"),
+        ("model.model_type=5", r"blip2 has no model type '5'"),
+        ("run.resume_ckpt_path=5", r"run\.resume_ckpt_path: there is no file 5"),
+    ],
+)
+def test_a_plain_value_where_keys_belong_is_one_line(load, option: str, message: str):
+    with pytest.raises(UserError, match=message):
+        load(option)
+
+
+def test_a_seed_fits_numpy():
+    assert RunOptions.from_config({"seed": 2**32 - 1}).seed == 2**32 - 1
+    with pytest.raises(UserError, match=r"run\.seed is 4294967296; it must be less than 2\*\*32"):
+        RunOptions.from_config({"seed": 2**32})
+
+
+def test_a_number_may_name_the_output_folder(load):
+    assert load("run.output_dir=5").run_cfg.output_dir.endswith("/5")
 
 
 def test_interface_of_lavis_is_kept(load):

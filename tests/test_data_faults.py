@@ -45,7 +45,7 @@ def photos(folder, count=24, bad=()):
 def make_runner(folder, train, val=(), **run):
     splits = {"one": {"train": train[0]}, **{f"more{i}": {"train": part} for i, part in enumerate(train[1:])}}
     splits["one"]["val"] = val or toy_training.ToyPairs(8, augmented=False)
-    return toy_training.make_runner(folder / "output", datasets=splits, max_epoch=2, **run)
+    return toy_training.make_runner(folder / "output", datasets=splits, **{"max_epoch": 2, **run})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -87,6 +87,10 @@ def test_evaluation_stops_unless_told_to_skip(tmp_path):
     assert (runner.output_dir / "checkpoint_0.pth").exists()
     summary = make_runner(tmp_path, [train], val, on_corrupt="skip", resume="auto").train()
     assert summary["corrupt"] == [f"{tmp_path}/v/5.png (sample 5)"]
+    once = make_runner(tmp_path, [train], val, on_corrupt="skip", job_id="once", max_epoch=1).train()
+    assert once["corrupt"] == summary["corrupt"], "those of the last evaluation count too"
+    asked = make_runner(tmp_path, [train], val, on_corrupt="skip", job_id="asked", evaluate=True).train()
+    assert (asked["corrupt"], asked["corrupt_count"]) == (summary["corrupt"], 1)
     with pytest.raises(UserError, match=r"run\.on_corrupt is 'ignore'; it must be one of skip, raise"):
         make_runner(tmp_path, [train], on_corrupt="ignore")
 

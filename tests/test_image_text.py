@@ -109,3 +109,7 @@ def test_validate_questions(photos: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "most common answers: 2 (3), 3 (1)" in capsys.readouterr().out
     assert main([*command, "--question-key", "q"]) == 1
     assert main([*command, "--question-key", "q", "--answer-key", ""]) == 0
+    assert main([*command, "--question-key", "q", "--answer-key", "a", "--id-key", "image"]) == 1
+    assert "row 1: 'image': '1.png' is not a unique whole number" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--show -1: it must be at least 0"):
+        main([*command, "--show", "-1"])

@@ -98,26 +98,13 @@ def test_a_corrupt_image_is_skipped_or_fatal(photos: Path, captions: Path, damag
     bad = photos / "4.png"
     bad.write_bytes(bad.read_bytes()[:50] if damage == "cut" else damage)  # type: ignore[arg-type]
     settings = {"image_root": str(photos), "splits": {"train": {"annotations": str(captions)}}}
-    dataset = build("image_text_json", **settings, on_corrupt="skip")["train"]
+    dataset = guard(build("image_text_json", **settings)["train"], on_corrupt="skip")
     assert dataset[8]["image_id"] == 5
     assert dataset.corrupt() == [f"{bad} (sample 8)", f"{bad} (sample 9)"]
-    dataset = build("image_text_json", **settings, on_corrupt="raise")["train"]
+    dataset = guard(build("image_text_json", **settings)["train"], on_corrupt="raise")
     with pytest.raises(DataFault) as error:
         dataset[8]
     assert str(error.value).count(str(bad)) == 1
-
-
-@pytest.mark.parametrize("name", ["image_text_json", "image_question_json"])
-def test_what_a_corrupt_image_does_is_the_runs_choice_unless_the_dataset_has_its_own(
-    photos: Path, captions: Path, questions: Path, name: str
-) -> None:
-    (photos / "4.png").write_bytes(b"")
-    rows = captions if name == "image_text_json" else questions
-    splits = {"val": {"annotations": str(rows), "image_root": str(photos)}}
-    with pytest.raises(DataFault, match=r"4\.png"):
-        guard(build(name, splits=splits)["val"], on_corrupt="raise")[4]
-    own = build(name, splits=splits, on_corrupt="skip")["val"]
-    assert guard(own, on_corrupt="raise")[4]["instance_id"] == "5"
 
 
 def test_questions_for_training_are_in_lavis_form(photos: Path, questions: Path) -> None:
@@ -161,7 +148,6 @@ def test_question_ids_must_be_unique_whole_numbers(photos: Path, questions: Path
         ({"splits": {"val": {"annotations": "gone.json"}}}, r"gone\.json: no such annotation file"),
         ({"image_root": "/nowhere"}, "/nowhere: no such image folder"),
         ({"caption_key": "text"}, r"10 of 10 rows are wrong: row 1: no caption under 'text'"),
-        ({"on_corrupt": "ignore"}, "on_corrupt: ignore"),
     ],
 )
 def test_a_wrong_configuration_is_named(photos: Path, captions: Path, settings: dict[str, Any], message: str) -> None:

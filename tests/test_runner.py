@@ -245,7 +245,7 @@ def test_what_was_trained_before_it_is_saved_and_repeats_or_skips_it(tmp_path):
     assert 1 < step <= 6, "else there was nothing to save in the first epoch"
     for _ in range(2):
         runner = toy_training.make_runner(tmp_path, broken=[7], resume="auto")
-        with pytest.raises(UserError, match=f"not finite in step {step - 1} of epoch 0: .*'i3'"):
+        with pytest.raises(UserError, match=f"not finite in step {step} of epoch 0: .*'i3'"):
             runner.train()
         assert [path.name for path in checkpoint.listed(runner.output_dir)] == [f"checkpoint_0_step{step - 1}.pth"]
     again = toy_training.make_runner(tmp_path, broken=[7], resume="auto", skip_nonfinite=9)
@@ -350,6 +350,7 @@ def test_a_run_from_another_folders_checkpoint_chooses_its_own_best(unbroken, tm
     summary = runner.train()
     assert summary["best"]["epoch"] in (2, 3)
     assert summary["best"]["agg_metrics"] == summary["test"]["val"]["agg_metrics"]
+    assert [record["epoch"] for record in records(runner, "test")] == [summary["best"]["epoch"]]
     assert (runner.output_dir / checkpoint.BEST).exists()
 
 

@@ -66,8 +66,8 @@ def _check_annotation(key: str, annotation: DictConfig, local: bool) -> None:
 
 def check_file(key: str, path: Any) -> None:
     """Raise a UserError that names ``key`` if ``path`` is set and no such file exists; nothing is downloaded."""
-    if path and not Path(path).is_file():
-        wrong = f"download {path} and give its path" if is_url(path) else f"there is no file {path}"
+    if path and not Path(str(path)).is_file():
+        wrong = f"download {path} and give its path" if is_url(str(path)) else f"there is no file {path}"
         raise UserError(f"{key}: {wrong}")
 
 

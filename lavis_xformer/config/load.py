@@ -15,7 +15,7 @@ project's YAML, ``--options``. Beyond LAVIS's ``Config``:
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,13 +26,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis_xformer.config.files import check_data_files, check_file
-from lavis_xformer.config.keys import check_keys
+from lavis_xformer.config.keys import check_keys, nodes
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.paths import project_path
 
 logger = logging.getLogger(__name__)
 
 SECTIONS = ("model", "datasets", "run")
+DEFAULT_RUNNER = "xformer_runner"
 
 
 def load_config(cfg_path: str, options: Sequence[str] | None = None) -> RunConfig:
@@ -53,16 +54,18 @@ class RunConfig(Config):
     def __init__(self, cfg_path: Path, options: Sequence[str]) -> None:
         """Merge the layers, then check keys, names and files, in this order."""
         project, chosen = read_yaml(cfg_path), parse_options(options)
+        _check_sections(project, chosen)
         user = _merge(project, chosen)
         _drop_and_fill_datasets(project, chosen, user)
         defaults, classes = _defaults(user)
+        _check_sections(defaults, user)
         _load_from_folder(chosen, user, classes["model"])
         check_keys(project, chosen, defaults, classes)
         self.config = _merge(defaults, user)
         _drop_null(self.config.run)
         for dataset in self.config.datasets.values():
             _drop_null((dataset.get("build_info") or {}).get("annotations") or {})
-        self.config.run.output_dir = str(Path(self.config.run.get("output_dir") or "output").absolute())
+        self.config.run.output_dir = str(Path(str(self.config.run.get("output_dir") or "output")).absolute())
         _check_fusion(self.config, classes["model"])
         _check_processors(self.config)
         check_data_files(self.config.datasets, user.datasets)
@@ -100,7 +103,7 @@ def find(kind: str, name: Any, key: str) -> Any:
         UserError: no class has that name.
     """
     known = registry.mapping[f"{kind}_name_mapping"]
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         noun = "dataset" if kind == "builder" else kind.replace("_", " ")
         said = f"the {noun} is missing" if name is None else f"there is no {noun} '{name}'"
         raise UserError(f"{key}: {said}: {nearest(str(name), known)}")
@@ -167,6 +170,8 @@ def _drop_and_fill_datasets(project: DictConfig, chosen: DictConfig, user: DictC
             project.datasets.pop(name, None)
         elif user.datasets[name] is None:
             user.datasets[name] = project.datasets[name] = {}
+        elif not isinstance(user.datasets[name], DictConfig):
+            raise UserError(f"datasets.{name} is {user.datasets[name]!r}; it must hold keys, or be empty")
     if not user.datasets:
         raise UserError("datasets: at least one dataset must be named")
 
@@ -175,10 +180,11 @@ def _defaults(user: DictConfig) -> tuple[DictConfig, dict[str, Any]]:
     """Find every registered class that the user names, and the default YAMLs of model and datasets."""
     run, arch = user.run, user.model.get("arch")
     classes = {"model": find("model", arch, "model.arch"), "task": find("task", run.get("task"), "run.task")}
-    classes["runner"] = find("runner", run.get("runner", "runner_base"), "run.runner")
+    classes["runner"] = find("runner", run.get("runner", DEFAULT_RUNNER), "run.runner")
     if run.get("lr_sched") is not None:
         classes["lr_sched"] = find("lr_scheduler", run.lr_sched, "run.lr_sched")
-    user.model.model_type = choose_model_type(arch, user.model.get("model_type"))
+    given = user.model.get("model_type")
+    user.model.model_type = choose_model_type(arch, None if given is None else str(given))
     layers = [_model_defaults(classes["model"], user.model.model_type)]
     for name, config in user.datasets.items():
         cls = classes[f"datasets.{name}"] = find("builder", name, "datasets")
@@ -188,6 +194,14 @@ def _defaults(user: DictConfig) -> tuple[DictConfig, dict[str, Any]]:
             raise UserError(f"datasets.{name}.type: '{kind}' is unknown: {known}")
         layers.append(OmegaConf.load(cls.default_config_path(kind)))
     return _merge(OmegaConf.create({"run": {}}), *layers), classes
+
+
+def _check_sections(lower: DictConfig, upper: DictConfig) -> None:
+    """Reject a plain value or a list where the lower layer has keys, such as the bare name of a processor."""
+    sections = {key: value for key, value in nodes(lower).items() if isinstance(value, Mapping)}
+    for key, value in nodes(upper).items():
+        if key in sections and value is not None and not isinstance(value, Mapping):
+            raise UserError(f"{key} is {value!r}; it must hold keys such as {', '.join(map(str, sections[key]))}")
 
 
 def _model_defaults(cls: Any, model_type: str) -> Any:
@@ -222,5 +236,8 @@ def _check_processors(config: DictConfig) -> None:
     for dataset, values in config.datasets.items():
         for kind in ("vis_processor", "text_processor"):
             for mode, processor in (values.get(kind) or {}).items():
+                key = f"datasets.{dataset}.{kind}.{mode}"
+                if processor is not None and not isinstance(processor, DictConfig):
+                    raise UserError(f"{key} is {processor!r}; it must hold keys such as name")
                 if processor is not None:
-                    find("processor", processor.get("name"), f"datasets.{dataset}.{kind}.{mode}.name")
+                    find("processor", processor.get("name"), f"{key}.name")

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lavis_xformer.arguments import command_parser
+from lavis_xformer.arguments import at_least, command_parser
 from lavis_xformer.data.photos import PhotoError, open_photo
 from lavis_xformer.data.records import Row, absent_images, expand, read_rows, report, strings
 
@@ -194,11 +194,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: the file or the image folder can't be read at all.
     """
     options = _parser().parse_args(argv)
+    at_least(0, options, "show")
     keys: Keys = (
         QuestionKeys(
             image=options.image_key,
             question=options.question_key,
             answer=options.answer_key,
+            question_id=options.id_key,
             answers_needed=bool(options.answer_key),
         )
         if options.question_key
@@ -206,6 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     rows = read_rows(options.file, rows_key=options.rows_key)
     records, problems = check(rows, keys, image_root=options.image_root)
+    if options.question_key and options.id_key:
+        problems += wrong_ids([record for record in records if isinstance(record, Question)], options.id_key)
     if not options.fast:
         problems += undecodable(records, options.image_root)
     print(f"{options.file}: {len(rows)} rows")
@@ -217,6 +221,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(problems) > options.show:
         print(f"    and {len(problems) - options.show} more (--show N shows more)")
     return 1 if problems else 0
+
+
+def wrong_ids(questions: Sequence[Question], key: str) -> list[tuple[int, str]]:
+    """Return the row number of each question whose own id, under ``key``, is not a unique whole number, and say so."""
+    counts = Counter(question.question_id for question in questions)
+    return [
+        (question.row, f"'{key}': '{question.question_id}' is not a unique whole number")
+        for question in questions
+        if counts[question.question_id] > 1 or not question.question_id.isdecimal()
+    ]
 
 
 def undecodable(records: Sequence[Record], image_root: str | Path) -> list[tuple[int, str]]:
@@ -238,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--image-root", default=".", help="folder that the rows' image paths are relative to (default: here)")
     add("--image-key", default="image", help="holds the path of the image (default: %(default)s)")
     add("--caption-key", default="caption", help="holds a string or a list of strings (default: %(default)s)")
-    add("--id-key", help="rows with the same id show the same image (default: with the same path)")
+    add("--id-key", help="id of the image (default: its path), or of the question")
     add("--question-key", help="check questions and answers in place of captions")
     add("--answer-key", default="answer", help='"" if there are only questions (default: %(default)s)')
     add("--rows-key", help="key of the list, if the file is an object with several lists")

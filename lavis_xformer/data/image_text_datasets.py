@@ -20,8 +20,7 @@ from lavis.datasets.datasets.base_dataset import BaseDataset
 from lavis.datasets.datasets.vqa_datasets import VQADataset
 from omegaconf import ListConfig
 
-from lavis_xformer.data.guard import guard
-from lavis_xformer.data.image_text import Pair, PairKeys, Question, QuestionKeys, Record, load
+from lavis_xformer.data.image_text import Pair, PairKeys, Question, QuestionKeys, Record, load, wrong_ids
 from lavis_xformer.data.photos import open_photo
 from lavis_xformer.data.records import expand, read_strings
 from lavis_xformer.errors import UserError, nearest
@@ -177,7 +176,7 @@ class LocalFilesBuilder(BaseDatasetBuilder):
         """Read, check and wrap every split that is given.
 
         Returns:
-            Datasets by split, guarded if ``on_corrupt`` is set; else the runner guards them, by ``run.on_corrupt``.
+            Datasets by split.
 
         Raises:
             UserError: no split is given, or a path, a key or a row is wrong.
@@ -191,10 +190,7 @@ class LocalFilesBuilder(BaseDatasetBuilder):
         if not given:
             split = next(iter(splits), "train")
             raise UserError(f"{self.name}: no annotation file: set datasets.{self.name}.splits.{split}.annotations")
-        built, on_corrupt = {split: self.build_split(split) for split in given}, self.config.get("on_corrupt")
-        if on_corrupt is None:
-            return built
-        return {split: guard(dataset, on_corrupt=on_corrupt) for split, dataset in built.items()}
+        return {split: self.build_split(split) for split in given}
 
     def build_split(self, split: str) -> BaseDataset:
         """Build one split."""
@@ -275,15 +271,15 @@ class ImageQuestionBuilder(LocalFilesBuilder):
         Raises:
             UserError: an id is not a whole number (LAVIS requires one) or not unique.
         """
-        own = bool(self.config.get("id_key"))
-        ids = [question.question_id if own else str(number) for number, question in enumerate(questions)]
-        for question_id, count in Counter(ids).items():
-            if count > 1 or not question_id.isdecimal():
-                raise UserError(
-                    f"{self.name}: id_key '{self.config.id_key}': '{question_id}' is not a unique whole "
-                    "number; leave id_key out to have the questions numbered"
-                )
+        own = self.config.get("id_key")
+        if own and (wrong := wrong_ids(questions, own)):
+            raise UserError(f"{self.name}: id_key {wrong[0][1]}; leave id_key out to have the questions numbered")
         return [
-            {"image": q.image, "question": q.question, "answers": list(q.answers), "question_id": int(question_id)}
-            for q, question_id in zip(questions, ids, strict=True)
+            {
+                "image": question.image,
+                "question": question.question,
+                "answers": list(question.answers),
+                "question_id": int(question.question_id) if own else number,
+            }
+            for number, question in enumerate(questions)
         ]

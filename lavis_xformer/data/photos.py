@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile
 
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, first_line
 
 PIXELS_VARIABLE = "LAVIS_XFORMER_MAX_PIXELS"
 _DEEP_GREY = ("I", "I;16", "I;16L", "I;16B", "I;16N")
@@ -126,4 +126,4 @@ def describe(error: BaseException) -> str:
         return "not an image that PIL can read, or an empty file"
     if isinstance(error, Image.DecompressionBombError):
         return f"{error} If it is not, set the environment variable {PIXELS_VARIABLE} to a higher value"
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return first_line(error)

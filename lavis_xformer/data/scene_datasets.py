@@ -137,11 +137,8 @@ class SceneBuilder(BaseDatasetBuilder):
 
     split_keys: tuple[str, ...]
 
-    def _download_data(self) -> None:
-        """Do nothing: scenes need no files."""
-
-    def build(self) -> dict[str, SceneDataset]:
-        """Build the dataset of every split that has scenes.
+    def build_datasets(self) -> dict[str, SceneDataset]:
+        """Build the dataset of every split that has scenes; nothing is downloaded.
 
         Raises:
             UserError: a key of the configuration is unknown, missing or wrong.
@@ -162,7 +159,7 @@ class SceneBuilder(BaseDatasetBuilder):
         for key in part:
             if key not in known:
                 raise UserError(f"splits.{name}: unknown key {key!r}: {nearest(key, known)}")
-        presets = [self.config.preset] if isinstance(self.config.preset, str) else list(self.config.preset) or [""]
+        presets = [self.config.preset] if isinstance(self.config.preset, str) else list(self.config.preset or [""])
         for preset in presets:
             named(PRESETS, preset, "scene preset")
         mode = "train" if name == "train" else "eval"

@@ -117,17 +117,19 @@ def _leave_what_passes(path: Path, error: Exception) -> None:
         raise UserError(f"{path} can't be read right now ({first_line(error)}); it is left as it is") from error
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return a run folder's newest intact checkpoint and its content, or ``None``; call it in one process only.
+def newest(folder: Path) -> Path | None:
+    """Return a run folder's newest intact checkpoint, else its best one, or ``None``; call it in one process only.
 
     Bad files are renamed to ``*.bad``, so that they are never considered again.
     """
-    for path in listed(folder):
+    for path in [*listed(folder), *folder.glob(BEST)]:
         try:
-            return path, read(path)
+            read(path)
         except BadCheckpoint as error:
             logger.warning("%s; trying the previous one", error)
             path.rename(f"{path}.bad")
+        else:
+            return path
     return None
 
 

@@ -215,7 +215,7 @@ class EpochLoop:
         ids = [image_ids(samples) for samples in window]
         found = f"rank {rank()}: {', '.join(bad)} for image ids {ids}" if bad else ""
         about = "; ".join(text for text in launch.collect(found) if text)
-        about = f"not finite in step {self.position.steps} of epoch {self.position.epoch}: {about}"
+        about = f"not finite in step {self.position.steps + 1} of epoch {self.position.epoch}: {about}"
         if self.position.skipped < self.options.skip_nonfinite:
             self.position.skipped += 1
             logger.warning("%s; skipped (%d)", about, self.position.skipped)
@@ -232,13 +232,13 @@ class EpochLoop:
 
     def _save_bundle(self, bad: list[str], terms: dict[str, float], window: list[Any], before: dict[str, Any]) -> str:
         """Save what reproduces a non-finite step; return the file's path, or nothing if it can't be written."""
-        path = self.folder / f"nonfinite_step{self.position.steps}_rank{rank()}.pt"
+        path = self.folder / f"nonfinite_step{self.position.steps + 1}_rank{rank()}.pt"
         model = getattr(self.stepper.model, "module", self.stepper.model)
         content = {
             "bad": bad,
             "terms": terms,
             "position": asdict(self.position),
-            "window": [to_device(samples, torch.device("cpu")) for samples in window],
+            "window": window,
             "rng": before,
             "model": trainable_state(model),
         }

@@ -65,6 +65,8 @@ class RunOptions:
             for name, value in given.items()
             if value is not None
         }
+        if values.get("seed", 0) >= 2**32:
+            raise UserError(f"run.seed is {values['seed']}; it must be less than 2**32, as numpy wants it")
         return cls(**values)
 
 

@@ -148,7 +148,7 @@ class PortableRunner(RunnerBase):
                 max_epoch=self.max_epoch,
                 min_lr=self.min_lr,
                 init_lr=self.init_lr,
-                decay_rate=run.get("lr_decay_rate", None),
+                decay_rate=float(run.get("lr_decay_rate", 1)),
                 warmup_start_lr=float(run.get("warmup_lr", -1)),
                 warmup_steps=int(run.get("warmup_steps", 0)),
                 steps_per_epoch=self.steps_per_epoch,
@@ -253,21 +253,22 @@ class PortableRunner(RunnerBase):
             UserError: ``run.iters_per_epoch`` or ``run.train_dataset_ratios`` does not fit the datasets.
         """
         parts = dataset if isinstance(dataset, tuple) else (dataset,)
-        mapped = [part for part in parts if not isinstance(part, IterableDataset)]
         streams = [s for part in parts if isinstance(part, IterableDataset) for s in getattr(part, "datasets", [part])]
-        sizes = [len(one) for part in mapped for one in getattr(part, "datasets", [part])]
+        mapped = next((part for part in parts if not isinstance(part, IterableDataset)), None)
+        sizes = [len(one) for one in getattr(mapped, "datasets", [mapped])] if mapped is not None else []
+        own, shares = None, [1.0] * (len(streams) + (mapped is not None))
         if ratios is not None:
             check_ratios(ratios, [f"{size} samples" for size in sizes] + ["a stream"] * len(streams))
-        own = ratios[: len(sizes)] if ratios is not None else None
-        shares = [*([sum(own or [1])] if mapped else []), *(ratios[len(sizes) :] if ratios else [1] * len(streams))]
+            own = ratios[: len(sizes)]
+            shares = [*([sum(own)] if own else []), *ratios[len(sizes) :]]
+        turns = iter(self._turns(shares, bool(streams)))
         loaders: list[EpochLoader] = []
-        for part, batches in zip([*mapped, *streams], self._turns(shares, bool(streams)), strict=True):
-            if part in streams:
-                loaders.append(self._stream_loader(part, number=len(loaders), batches=batches, **batch))
-                continue
-            part = self._guarded(part, usual="skip")
-            batch_of = {"collate_fn": getattr(part, "collater", None), **batch}
-            loaders.append(train_loader(part, seed=self.options.seed, ratios=own, batches=batches, **batch_of))
+        if mapped is not None:
+            mapped = self._guarded(mapped, usual="skip")
+            batch_of = {"collate_fn": getattr(mapped, "collater", None), "batches": next(turns), **batch}
+            loaders.append(train_loader(mapped, seed=self.options.seed, ratios=own, **batch_of))
+        for stream in streams:
+            loaders.append(self._stream_loader(stream, number=len(loaders), batches=next(turns), **batch))
         return loaders[0] if len(loaders) == 1 else JoinedLoader(loaders, seed=self.options.seed)
 
     def _turns(self, shares: Sequence[float], has_streams: bool) -> list[int]:

@@ -172,7 +172,8 @@ class XFormerRunner(PortableRunner):
             self._name_best(self.max_epoch - 1)
         test = self.evaluate(cur_epoch="best") or {}
         for split, figures in test.items():
-            self.log("test", figures or {}, split=split)
+            self.log("test", figures or {}, split=split, epoch=self.state.best.get("epoch", self.max_epoch - 1))
+        self._count_corrupt()  # of the evaluations too
         position = self.state.position
         summary = {
             "finished": True,
@@ -201,7 +202,8 @@ class XFormerRunner(PortableRunner):
         figures = {split: self.eval_epoch(split, "best", skip_reload=True) for split in splits}
         for split, values in figures.items():
             self.log_stats(values, split)
-        return {"finished": False, "best": {}, "test": figures}
+        skipped = sorted({name for names in launch.collect(self.corrupt()) for name in names})
+        return {"finished": False, "best": {}, "test": figures, "corrupt": skipped, "corrupt_count": len(skipped)}
 
     def log_config(self) -> None:
         """Write the configuration: LAVIS's ``log.txt``, and ``config.json``; open the log."""
@@ -224,11 +226,12 @@ class XFormerRunner(PortableRunner):
         except OSError as error:
             logger.warning("log.txt can't be written: %s; continuing", error)
 
-    def log(self, kind: str, values: dict[str, Any], **about: str) -> None:
+    def log(self, kind: str, values: dict[str, Any], **about: Any) -> None:
         """Write a record at the current position to ``log.jsonl``, on the main process."""
         if self.metrics_log is not None:
             position = self.state.position
-            self.metrics_log.write(kind, **about, epoch=position.epoch, step=position.steps, values=values)
+            about = {"epoch": position.epoch, **about}
+            self.metrics_log.write(kind, **about, step=position.steps, values=values)
 
     def _announce(self) -> None:
         """Log what is about to run."""
@@ -278,12 +281,10 @@ class XFormerRunner(PortableRunner):
             UserError: a checkpoint can't be resumed from, or the folder holds another run's checkpoints.
         """
         if self.options.resume == "auto":
-            found = checkpoint.newest(self.output_dir) if is_main() else None
-            path = launch.share(str(found[0]) if found else None)
-            del found  # gigabytes
+            path = launch.share(checkpoint.newest(self.output_dir) if is_main() else None)
             summary = launch.share(jobs.read_summary(self.output_dir))
             if path is not None:
-                self._go_on_from(path)
+                self._go_on_from(str(path))
                 if summary is None or not self._trained:
                     return None
                 logger.info("this run has finished: nothing to do in %s", self.output_dir)
