@@ -47,6 +47,16 @@ def gather(tensor: Tensor) -> Tensor:
     return _Gather.apply(tensor)
 
 
+def token_mean(loss: Tensor, tokens: Tensor) -> Tensor:
+    """Rescale a mean over this process's tokens, so that the mean over processes is the mean over all tokens.
+
+    Args:
+        loss: a scalar.
+        tokens: how many this process has, a scalar; texts differ in length.
+    """
+    return loss * (tokens / gather(tokens[None].float()).mean())
+
+
 class _Gather(torch.autograd.Function):
     """``all_gather`` whose backward pass sums over processes.
 

@@ -53,7 +53,8 @@ def from_folder(folder: str | Path, *, is_eval: bool = True, device: str = "cpu"
 
     if not (path := Path(folder) / CONFIG).is_file():
         raise UserError(f"{folder} is not an exported model: it has no {CONFIG}")
-    arch = OmegaConf.load(path).model.arch
+    if (arch := OmegaConf.select(OmegaConf.load(path), "model.arch")) is None:
+        raise UserError(f"{folder} is not an exported model: its {CONFIG} names no model.arch")
     return lavis_xformer.load_model_and_preprocess(arch, str(folder), is_eval=is_eval, device=device)
 
 
@@ -88,6 +89,8 @@ def export(
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target} is {'not empty' if target.is_dir() else 'a file'}; name a new folder")
+    if Path(checkpoint).is_dir():
+        raise UserError(f"{checkpoint} is a folder, exported already perhaps; name a checkpoint file")
     cfg, facts = _configuration(Path(checkpoint), arch, model_type)
     model = registry.get_model_class(cfg.model.arch).from_config(cfg.model)
     if str(checkpoint) not in (cfg.model.get("pretrained"), cfg.model.get("blip2_pretrained")):  # else loaded above
@@ -133,9 +136,11 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
         content = load_torch_file(checkpoint, key="pretrained")
     config = content.get("config") or {}
     its_arch = config.get("model", {}).get("arch", "")
-    if arch is None and its_arch.startswith("xformer"):
+    if its_arch.startswith("xformer") and arch in (None, its_arch):
+        if model_type not in (None, its_type := config["model"].get("model_type")):
+            raise UserError(f"--type {model_type}: {checkpoint} is of type {its_type}; leave --type out")
         cfg = OmegaConf.create({name: config[name] for name in ("model", "preprocess")})
-    elif arch is None:
+    elif arch is None or not arch.startswith("xformer"):
         what = f"is of LAVIS's {its_arch}" if its_arch else "doesn't name its model"
         raise UserError(f"{checkpoint} {what}; choose one of this package's with --model and --type")
     else:

@@ -80,3 +80,17 @@ def resize(image: Tensor, side: int) -> Tensor:
     if image.shape[-2:] == (side, side):
         return image
     return F.interpolate(image, (side, side), mode="bicubic", antialias=True)
+
+
+def other_rows(images: Tensor) -> list[int]:
+    """For each image of (B, ...), the row of a different one, half a batch away if possible; [] if all are equal.
+
+    Half a batch away because questions about the same image are adjacent.
+    """
+    if all(torch.equal(image, images[0]) for image in images):
+        return []
+    turns = range(len(images) // 2, len(images) // 2 + len(images))
+    return [
+        next(other for other in ((row - turn) % len(images) for turn in turns) if not torch.equal(images[other], image))
+        for row, image in enumerate(images)
+    ]

@@ -10,9 +10,14 @@ space, T: text tokens, V: vocabulary, N: image patches, P: values per patch.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lavis_xformer.errors import UserError, nearest
 
 LABEL_SMOOTHING = 0.1  # BLIP-2's, for ITC and ITG
 NEGATIVE_FLOOR = 1e-4  # BLIP-2's: gives every negative a nonzero probability
@@ -71,18 +76,6 @@ def hard_negatives(sim: Tensor, targets: Tensor, generator: torch.Generator | No
     weights = sim.softmax(dim=1).nan_to_num(0.0) + NEGATIVE_FLOOR  # (B, G)
     weights = weights.scatter(1, targets.unsqueeze(1), 0.0)
     return torch.multinomial(weights, 1, generator=generator).flatten()
-
-
-def other_rows(images: Tensor) -> list[int]:
-    """For each image of (B, ...), the row of a different one, half a batch away if possible; [] if all are equal.
-
-    Half a batch away because questions about the same image are adjacent.
-    """
-    count, rows = len(images), []
-    for row, image in enumerate(images):
-        turned = ((row - count // 2 - steps) % count for steps in range(count))
-        rows += [next((other for other in turned if not torch.equal(images[other], image)), None)]
-    return [row for row in rows if row is not None]
 
 
 def itm(logits: Tensor, labels: Tensor) -> Tensor:
@@ -147,3 +140,23 @@ def language_modelling(logits: Tensor, labels: Tensor, weights: Tensor | None = 
     if weights is not None:
         counts = counts * weights[:, None]
     return (loss * counts).sum() / counts.sum()
+
+
+def weights_of(given: Mapping[str, Any] | None, defaults: Mapping[str, float]) -> dict[str, float]:
+    """Return the weight of every loss: the defaults, overridden by what is given.
+
+    Raises:
+        UserError: there is no such loss, or its weight is not a number.
+    """
+    for name, weight in (given or {}).items():
+        if name not in defaults:
+            raise UserError(f"model.loss_weights: no loss '{name}'; {nearest(name, defaults)}")
+        if not isinstance(weight, int | float):
+            raise UserError(f"model.loss_weights.{name} is {weight!r}; it must be a number")
+    return {**defaults, **(given or {})}
+
+
+def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:
+    """Return ``loss``, the weighted sum of scalar terms, and each term as ``loss_<name>``."""
+    loss = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
+    return {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.images import clip_to_mae
 from lavis_xformer.losses import NO_TARGET, token_losses
 from lavis_xformer.models import towers
+from lavis_xformer.models.frozen import train_only
 
 
 def trained(model: Any) -> int:
@@ -103,6 +105,21 @@ def test_the_qformer_may_read_mae_alone(configured: Any, toy: Any, batch: dict[s
         configured(toy, fusion="none", vit_model=toy.mae_model, image_size=64)
     with pytest.raises(UserError, match=r"model\.freeze_vit is False, but a MAE as model\.vit_model stays frozen"):
         configured(toy, fusion="none", vit_model=toy.mae_model, freeze_vit=False)
+
+
+@pytest.mark.parametrize(("key", "file"), [("vit_model", "clip"), ("mae_model", "mae")])
+def test_torn_weights_of_an_encoder_are_one_line(
+    key: str, file: str, configured: Any, toy: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / file
+    shutil.copytree(toy[key], folder)
+    (weights,) = (path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(UserError, match=rf"model\.{key}: .*{file}.*(intact|can't be read)"):
+        configured(toy, **{key: str(folder)})
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=rf"model\.{key}: .*{file}.*(not valid JSON|can't be read)"):
+        configured(toy, **{key: str(folder)})
 
 
 def test_files_as_image_encoders_are_named_by_their_key(configured: Any, toy: Any, tmp_path: Path) -> None:
@@ -294,6 +311,8 @@ def test_mistakes_are_named(configured: Any, toy: Any) -> None:
             configured(toy, fusion=nothing)
     with pytest.raises(UserError, match=r"model\.token_positions: 'clip' is not a list; write \[clip\]"):
         configured(toy, token_positions="clip")
+    with pytest.raises(UserError, match=r"model\.train_only: 'fusion' is not a list; write \[fusion\]"):
+        train_only(configured(toy), "fusion")  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"model\.vit_weights are those of vit_model: eva_clip_g, not of "):
         configured(toy, vit_weights="eva_vit_g.pth")
     with pytest.raises(UserError, match=r"model\.clip_layer: 3, but this image encoder has blocks 1 to 2"):

@@ -243,8 +243,17 @@ def test_what_cannot_be_exported_or_read_is_one_line(checkpoint: Path, tmp_path:
     with pytest.raises(UserError, match=r"doesn't name its model.*--model"):
         export(tmp_path / "bare.pth", tmp_path / "new")
     torch.save({"model": {}, "config": {"model": {"arch": "blip2_opt"}}}, tmp_path / "lavis.pth")
-    with pytest.raises(UserError, match=r"is of LAVIS's blip2_opt.*--model"):
-        export(tmp_path / "lavis.pth", tmp_path / "new")
+    for arch in (None, "blip2_opt", "lavis_blip2"):
+        with pytest.raises(UserError, match=r"is of LAVIS's blip2_opt.*--model"):
+            export(tmp_path / "lavis.pth", tmp_path / "new", arch=arch)
+    with pytest.raises(UserError, match=r"--type pretrain: .* is of type toy; leave --type out"):
+        export(checkpoint, tmp_path / "new", model_type="pretrain")
+    with pytest.raises(UserError, match="full is a folder, exported already perhaps; name a checkpoint file"):
+        export(tmp_path / "full", tmp_path / "new")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").write_text("run: {}")
+    with pytest.raises(UserError, match=r"other is not an exported model: its config\.yaml names no model\.arch"):
+        lavis_xformer.from_folder(tmp_path / "other")
     torch.save({"model": Malicious(tmp_path / "owned")}, tmp_path / "bad.pth")
     with pytest.raises(UserError, match="pickled code"):
         export(tmp_path / "bad.pth", tmp_path / "new")

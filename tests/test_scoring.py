@@ -148,3 +148,11 @@ def test_exact_answers_by_hand() -> None:
     score = score_exact(["Red.", " blue", "a red", ""], ["red", "Blue", "red", "red"])
     assert score.correct == (True, True, False, False)
     assert (score.accuracy, score.majority, score.majority_answer, score.scorer) == (0.5, 0.75, "red", "exact")
+
+
+@pytest.mark.parametrize("scorer", ["strict", "gvt_official"])
+def test_a_number_too_large_for_64_bits_is_a_large_error(scorer: str) -> None:
+    score = score_counts(["10000000000000000000000", "2"], ["3", "2"], scorer=scorer)
+    assert score.accuracy == 0.5
+    assert score.mae == pytest.approx(5e21)
+    assert score.rmse == pytest.approx(1e22 / 2**0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import Any
 
 import pytest
@@ -284,11 +285,19 @@ def test_a_feature_that_is_not_finite_shows_in_its_losses(make_xformer: Any, bat
 def test_wrong_images_and_weights_are_named(make_xformer: Any, batch: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"no loss 'reco'; did you mean 'rec'"):
         make_xformer("dual", loss_weights={"reco": 1})
+    with pytest.raises(UserError, match=r"model\.loss_weights\.rec is None; it must be a number"):
+        make_xformer("dual", loss_weights={"rec": None})
     with pytest.raises(UserError, match=r"itg_source: 'xform'; did you mean 'xformer'"):
         make_xformer("dual", itg_source="xform")
     with pytest.raises(UserError, match="mask_ratio is 1"):
         make_xformer("dual", mask_ratio=1.0)
     model = make_xformer("dual")
+    for mode in (model, partial(model.extract_features, mode="multimodal")):
+        with pytest.raises(UserError, match=r"samples\['text_input'\] has 1 strings for 4 images"):
+            mode({**batch, "text_input": ["a star"]})
+    for name, value in (("max_length", 500), ("num_beams", 0), ("top_p", 0.0), ("min_length", -1)):
+        with pytest.raises(UserError, match=f"{name} is {value}"):
+            model.generate(batch, **{name: value})
     with pytest.raises(UserError, match="32 x 32"):
         model({**batch, "image": torch.zeros(4, 3, 24, 24)})
     with pytest.raises(UserError, match="shape"):
@@ -305,6 +314,8 @@ def test_what_a_configuration_says_reaches_the_model(stage2_config: Any) -> None
     assert (model.vision_proj.out_features, model.token_positions) == (8, {"mae"})
     assert model.itg_reader is not None
     assert any(parameter.requires_grad for parameter in model.visual_encoder.parameters())
+    with pytest.raises(UserError, match=r"model\.max_txt_len is 500; the Q-Former reads at most \d+ tokens"):
+        XFormer.from_config(OmegaConf.create({**cfg, "max_txt_len": 500}))
 
 
 def test_losses_fall_when_a_batch_is_learned_by_heart(make_xformer: Any, batch: dict[str, Any]) -> None:

@@ -716,3 +716,22 @@ def test_weights_stored_in_half_precision_run_on_a_cpu(
     visual = torch.zeros(1, 2, stored.width)
     assert torch.isfinite(stored.loss(visual, [[("a", "star")]]))
     assert stored.model.dtype == torch.float32
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", ["opt", "t5"])
+def test_the_loss_of_two_processes_is_that_of_the_joined_batch(
+    kind: str, weighted: bool, make_stage2: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_stage2(kind).eval()
+    texts = ["a", "two blue squares on the left", "three green star", "one red star above"]
+    joined = {"image": batch["image"], "text_input": texts}
+    if weighted:
+        joined = {**joined, "text_input": ["what?"] * 4, "answer": texts, "weight": torch.tensor([1.0, 0.5, 0.1, 2])}
+    parts = [{name: value[rows] for name, value in joined.items()} for rows in (slice(0, 1), slice(1, 4))]
+    tokens: list[torch.Tensor] = []
+    monkeypatch.setattr("lavis_xformer.distributed.gather", lambda own: tokens.append(own) or own)
+    expected, *_ = [model(part)["loss_lm"] for part in (joined, *parts)]
+    assert not torch.equal(tokens[1], tokens[2])
+    monkeypatch.setattr("lavis_xformer.distributed.gather", lambda own: torch.cat(tokens[1:]))
+    assert torch.stack([model(part)["loss_lm"] for part in parts]).mean().item() == pytest.approx(expected.item(), 1e-5)

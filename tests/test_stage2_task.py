@@ -68,6 +68,27 @@ def test_captions_and_questions_share_a_batch() -> None:
         asks(Rows())
     with pytest.raises(UserError, match="questions without answers"):
         CaptionsAndQuestions([CAPTIONS, Rows({"text_input": "where?", "question_id": 7})])[2]
+    with pytest.raises(UserError, match="one of the joined datasets has no captions"):
+        CaptionsAndQuestions([QUESTIONS, Rows({"image_id": 7})])[2]
+
+
+def test_a_split_of_questions_without_answers_is_refused_before_training() -> None:
+    task = Stage2Task()
+    with pytest.raises(UserError, match="the split 'val' has questions without answers"):
+        task.check_split("val", Rows({"text_input": "where?", "question_id": 7, "answer": None}))
+    for split in (CAPTIONS, QUESTIONS, Rows()):
+        task.check_split("val", split)
+
+
+@pytest.mark.parametrize("divided", [True, False])
+def test_ranks_that_each_evaluate_the_whole_split_count_once(divided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lavis_xformer.launch.collect", lambda value: [value, value])
+    task = Stage2Task()
+    task._divided = divided
+    task._said = [Said(CAPTION, word, [word]) for word in ("red", "blue", "pink")]
+    figures = task.figures()
+    assert len(task.scores) == (6 if divided else 3)
+    assert figures["chance_caption_f1"] == (50 if divided else 0)
 
 
 def test_joined_datasets_are_guarded_named_and_shared_one_by_one() -> None:

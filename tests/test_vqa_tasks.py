@@ -14,6 +14,10 @@ from lavis.tasks.vqa import GQATask, VQATask
 from omegaconf import OmegaConf
 
 from lavis_xformer.errors import UserError
+from lavis_xformer.files import read_json
+from lavis_xformer.tasks.benchmark import BenchmarkTask
+from lavis_xformer.tasks.captions import XFormerRetrievalTask
+from lavis_xformer.tasks.protocols import write_result
 from lavis_xformer.tasks.vqa import XFormerGQATask, XFormerVQATask, vqa_guesses, vqa_majority
 
 
@@ -227,3 +231,39 @@ def test_the_model_keeps_its_own_length_penalty(tmp_path: Path) -> None:
 def test_an_unknown_protocol_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run\.protocol: 'papers': did you mean 'paper'"):
         setup(XFormerGQATask, tmp_path, protocol="papers")
+
+
+def test_a_result_belongs_to_the_dataset_that_has_the_split(tmp_path: Path) -> None:
+    files = {name: tmp_path / f"{name}.json" for name in ("train", "val", "own")}
+    for file in files.values():
+        file.write_text("[]")
+    datasets = {
+        "vg_vqa": {"build_info": {"annotations": {"train": {"storage": [str(files["train"])]}}}},
+        "coco_vqa": {"build_info": {"annotations": {"val": {"storage": str(files["val"])}}}},
+        "image_question_json": {"splits": {"test": {"annotations": str(files["own"])}}},
+    }
+    path = write_result({"datasets": datasets}, "val", {"name": "paper"}, {})
+    assert path.name == "val_coco_vqa.json"
+    assert list(read_json(path)["question_sha256"]) == [str(files["val"])]
+    assert write_result({"datasets": datasets}, "test", {}, {}).name == "test_image_question_json.json"
+
+
+def test_vqa_needs_files_in_vqas_format(tmp_path: Path) -> None:
+    task = setup(XFormerVQATask, tmp_path)
+    with pytest.raises(UserError, match=r"xformer_vqa needs .* in VQA's format; else use xformer_gqa"):
+        task.before_evaluation(Model(), SimpleNamespace(annotation=GQA))
+
+
+@pytest.mark.parametrize(
+    ("task", "arch", "method"),
+    [
+        (XFormerVQATask, "xformer", "predict_answers"),
+        (XFormerGQATask, "blip2_opt", "predict_answers"),
+        (BenchmarkTask, "xformer", "predict_answers"),
+        (XFormerRetrievalTask, "xformer_opt", "compute_sim_matrix"),
+    ],
+)
+def test_a_model_that_cannot_do_a_task_is_refused_before_it_is_built(task: Any, arch: str, method: str) -> None:
+    cfg = SimpleNamespace(model_cfg=SimpleNamespace(arch=arch), run_cfg=SimpleNamespace(task="x"))
+    with pytest.raises(UserError, match=rf"run\.task: x needs .* {method}\(\), which model\.arch {arch} lacks"):
+        task.build_model(object.__new__(task), cfg)

@@ -26,7 +26,7 @@ from typing_extensions import Self
 from lavis_xformer import losses
 from lavis_xformer.distributed import world_size
 from lavis_xformer.errors import UserError
-from lavis_xformer.images import unpack
+from lavis_xformer.images import other_rows, unpack
 from lavis_xformer.models import towers
 from lavis_xformer.models.checkpoints import CheckpointLoading
 from lavis_xformer.models.frozen import Precision, compact, computing, freeze, is_frozen
@@ -210,7 +210,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         self, own: Tokens, m: MaeFeatures, image: Tensor, mask_ratio: float, noise: Tensor | None
     ) -> Tokens:
         """C with another image's M and pixels: from the batch or, if its images are all equal, the latest other one."""
-        rows, last = losses.other_rows(image), image[-1:].clone()
+        rows, last = other_rows(image), image[-1:].clone()
         if rows:
             self._images_before = (image[[rows[-1]]], last)
             pixels = None if own.pixels is None else own.pixels[rows]

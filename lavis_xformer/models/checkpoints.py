@@ -23,15 +23,13 @@ import torch
 from lavis.common.utils import is_url
 from lavis.models.eva_vit import interpolate_pos_embed
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError
 from lavis_xformer.models.frozen import is_frozen, train_only
 from lavis_xformer.models.state_dicts import NOTHING, LoadReport, listing, load_state
-from lavis_xformer.models.towers import download, load_torch_file
+from lavis_xformer.models.towers import download, load_safetensors, load_torch_file
 
 logger = logging.getLogger(__name__)
 
@@ -235,12 +233,7 @@ def _read(source: str, *, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         config = OmegaConf.load(path / "config.yaml") if (path / "config.yaml").is_file() else {}
         path /= "model.safetensors"
     if path.suffix == ".safetensors":
-        if not path.is_file():
-            raise UserError(f"model.{key}: there is no file '{path}'")
-        try:
-            return load_file(path), config.get("model", {})
-        except SafetensorError as error:
-            raise UserError(f"model.{key}: '{path}' is not an intact tensor file: {error}") from error
+        return load_safetensors(path, key=key), config.get("model", {})
     content = load_torch_file(path, key=key)
     state, config = content.get("model", content), content.get("config")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):

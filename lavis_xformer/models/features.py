@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models.base import XFormerBase
 from lavis_xformer.models.fusion import CrossAttentionBlock, Init
-from lavis_xformer.models.samples import take
+from lavis_xformer.models.samples import check_positive, check_whole, one_per_image, take
 
 MODES = ("multimodal", "image", "text")
 ITG_SOURCES = ("qformer", "xformer")
@@ -43,9 +43,10 @@ class FeatureModel(XFormerBase):
             parts: of :class:`XFormerBase`.
 
         Raises:
-            UserError: an unknown ``itg_source``.
+            UserError: an unknown ``itg_source``, or a ``max_txt_len`` that the Q-Former can't read.
         """
         super().__init__(**parts)
+        self._check_length("model.max_txt_len", self.max_txt_len)
         if itg_source not in ITG_SOURCES:
             raise UserError(f"model.itg_source: '{itg_source}'; {nearest(itg_source, ITG_SOURCES)}")
         sizes = self.Qformer.config
@@ -115,9 +116,12 @@ class FeatureModel(XFormerBase):
             z = self.encode_queries(take(samples, "image"))
             return BlipOutputFeatures(image_embeds=z, image_embeds_proj=F.normalize(self.vision_proj(z), dim=-1))
         most = self.Qformer.config.max_position_embeddings  # LAVIS truncates nothing, and fails on longer texts
-        text = self.tokenizer(
-            take(samples, "text_input"), return_tensors="pt", padding=True, truncation=True, max_length=most
-        ).to(self.device)
+        texts = take(samples, "text_input")
+        if mode == "multimodal":
+            texts = one_per_image(texts, len(take(samples, "image")), name="samples['text_input']")
+        text = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=most).to(
+            self.device
+        )
         if mode == "text":
             hidden = self.encode_text(text.input_ids, text.attention_mask)  # (B, T, D)
             return BlipOutputFeatures(text_embeds=hidden, text_embeds_proj=F.normalize(self.text_proj(hidden), dim=-1))
@@ -175,7 +179,14 @@ class FeatureModel(XFormerBase):
             min_length: shortest caption in tokens.
             top_p: probability mass that nucleus sampling keeps.
             repetition_penalty: 1 means none.
+
+        Raises:
+            UserError: a number that makes no sense, or more tokens than the Q-Former has positions for.
         """
+        check_whole(1, num_beams=num_beams, max_length=max_length)
+        check_whole(0, min_length=min_length)
+        check_positive(top_p=top_p, repetition_penalty=repetition_penalty)
+        self._check_length("max_length", max_length)
         beams = 1 if use_nucleus_sampling else num_beams
         tokens = self.encode_image(take(samples, "image"))
         start = torch.full((len(tokens.clip), 1), self.tokenizer.bos_token_id, device=tokens.clip.device)
@@ -197,6 +208,11 @@ class FeatureModel(XFormerBase):
                 pad_token_id=self.tokenizer.pad_token_id,
             )
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    def _check_length(self, name: str, tokens: int) -> None:
+        """Reject more tokens than the Q-Former has position embeddings for."""
+        if tokens > (most := self.Qformer.config.max_position_embeddings):
+            raise UserError(f"{name} is {tokens}; the Q-Former reads at most {most} tokens")
 
     def _join(self, clip: Tensor, mae: Tensor | None) -> Tensor:
         """C (B, Nc, Dc) and M (B, Nm, Dm) -> (B, Nc + Nm, max(Dc, Dm)), zero padded."""

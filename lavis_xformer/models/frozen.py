@@ -41,6 +41,8 @@ def train_only(model: nn.Module, parts: Sequence[str] | None) -> None:
     """
     if not parts:
         return
+    if isinstance(parts, str):
+        raise UserError(f"model.train_only: '{parts}' is not a list; write [{parts}]")
     children = dict(model.named_children())
     for name in parts:
         if name not in children or is_frozen(children[name]):

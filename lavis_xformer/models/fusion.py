@@ -11,7 +11,7 @@ Nm / Dm: number and width of MAE's tokens M, L: queries of an attention, S: its 
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -177,23 +177,11 @@ class DualCrossAttention(Fusion):
         """
         super().__init__()
 
-        def _blocks(context_width: int, block_init: Init) -> nn.ModuleList:
-            return nn.ModuleList(
-                CrossAttentionBlock(
-                    width=query_width,
-                    context_width=context_width,
-                    heads=heads,
-                    self_attention=self_attention,
-                    init=block_init,
-                    std=std,
-                )
-                for _ in range(depth)
-            )
-
+        block = {"width": query_width, "heads": heads, "self_attention": self_attention, "std": std}
         self.mae_in = nn.Linear(mae_width, query_width)
-        self.align_blocks = _blocks(query_width, "normal")
+        self.align_blocks = _stack(depth, context_width=query_width, init="normal", **block)
         self.mae_out = nn.Linear(query_width, mae_width)
-        self.enrich_blocks = _blocks(mae_width, init)
+        self.enrich_blocks = _stack(depth, context_width=mae_width, init=init, **block)
         _initialise(self.mae_in, std=std)
         _initialise(self.mae_out, std=std)
         if init == "identity":
@@ -251,17 +239,8 @@ class EarlyCrossAttention(Fusion):
     ) -> None:
         """Make ``depth`` blocks of CLIP's width; the other arguments as in DualCrossAttention."""
         super().__init__()
-        self.blocks = nn.ModuleList(
-            CrossAttentionBlock(
-                width=clip_width,
-                context_width=mae_width,
-                heads=heads,
-                self_attention=self_attention,
-                init=init,
-                std=std,
-            )
-            for _ in range(depth)
-        )
+        block = {"width": clip_width, "heads": heads, "self_attention": self_attention, "std": std}
+        self.blocks = _stack(depth, context_width=mae_width, init=init, **block)
 
     def visual_tokens(self, clip: Tensor, mae: Tensor | None) -> Tensor:
         """(B, Nc, Dc) and (B, Nm, Dm) -> (B, Nc, Dc)."""
@@ -276,6 +255,11 @@ FUSIONS: dict[str, type[Fusion]] = {
     "concat": Concat,
     "early": EarlyCrossAttention,
 }
+
+
+def _stack(depth: int, **block: Any) -> nn.ModuleList:
+    """``depth`` blocks with the same arguments."""
+    return nn.ModuleList(CrossAttentionBlock(**block) for _ in range(depth))
 
 
 def _initialise(module: nn.Module, *, std: float) -> None:

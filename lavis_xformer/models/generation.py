@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models.base import XFormerBase
 from lavis_xformer.models.language import LanguageModel
-from lavis_xformer.models.samples import one_per_image, take
+from lavis_xformer.models.samples import check_positive, check_whole, one_per_image, take
 
 METHODS = ("generate", "rank")  # of answering
 SPACY_MODEL = "en_core_web_sm"
@@ -222,20 +221,6 @@ class GenerativeModel(XFormerBase):
 def ask(template: str, question: str) -> str:
     """Put the question where the template says ``{}``; an empty template is the bare question."""
     return template.replace("{}", question) if template else question
-
-
-def check_whole(least: int, **numbers: Any) -> None:
-    """Refuse what is no whole number, or less than the least."""
-    for name, number in numbers.items():
-        if not isinstance(number, Integral) or number < least:
-            raise UserError(f"{name} is {number!r}; it must be a whole number, {least} or more")
-
-
-def check_positive(**numbers: Any) -> None:
-    """Refuse what is no number above 0."""
-    for name, number in numbers.items():
-        if not isinstance(number, Real) or not float(number) > 0:
-            raise UserError(f"{name} is {number!r}; it must be a number above 0")
 
 
 def lemmatize(answer: str) -> str:

@@ -14,10 +14,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from lavis_xformer.assets import resolve
+from lavis_xformer.distributed import token_mean
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.losses import NO_TARGET, language_modelling, token_losses
 from lavis_xformer.models.frozen import (
@@ -90,7 +92,7 @@ class LanguageModel(ABC):
                 raise UserError(f"{key}: '{name}' is a model of type '{found}', not '{cls.kind}'")
             model, report = cls.load(path)
             tokenizer = cls.load_tokenizer(path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise offline_error(name, f"{cls.kind}_model", error) from error
         if problems := [*report["missing_keys"], *report["mismatched_keys"]]:
             raise UserError(f"{key}: '{name}' lacks weights, or has some of another shape: {problems[:5]}")
@@ -155,7 +157,9 @@ class LanguageModel(ABC):
         logits = logits.float()
         if unscaled_half(visual.device, compute_dtype(visual.device, self.precision)):
             enlarge_gradients(prefix, logits, factor=(labels != NO_TARGET).sum())
-        return language_modelling(logits, labels, weights)
+        counts = (labels != NO_TARGET).float()  # (A, T)
+        tokens = counts.sum() if weights is None else (counts * weights[:, None]).sum()
+        return token_mean(language_modelling(logits, labels, weights), tokens)
 
     @torch.no_grad()
     def rank(self, visual: Tensor, prompts: Sequence[str], answers: Sequence[str], *, candidates: int) -> list[str]:

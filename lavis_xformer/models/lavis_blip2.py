@@ -19,6 +19,7 @@ from lavis.common.registry import registry
 from lavis.models.blip2_models.blip2 import LayerNorm
 from lavis.models.blip2_models.blip2_opt import Blip2OPT
 from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
+from lavis.models.eva_vit import convert_weights_to_fp16
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
@@ -94,9 +95,10 @@ class OwnParts(CheckpointLoading):
         return qformer, nn.Parameter(torch.randn(1, num_query_token, width) * std)
 
     @classmethod
-    def init_vision_encoder(cls, name: str, img_size: int, *rest: Any) -> Any:
+    def init_vision_encoder(
+        cls, name: str, img_size: int, drop_path_rate: float, use_grad_checkpoint: bool, precision: str
+    ) -> Any:
         """CLIP by any name that our models take, and the layer norm of its output."""
-        drop_path_rate, use_grad_checkpoint, precision = rest
         encoder = towers.build_clip(
             name,
             image_size=img_size,
@@ -105,9 +107,7 @@ class OwnParts(CheckpointLoading):
             use_grad_checkpoint=use_grad_checkpoint,
         )
         if precision == "fp16" and torch.cuda.is_available():
-            for module in encoder.modules():
-                if isinstance(module, nn.Linear | nn.Conv2d):
-                    module.half()
+            convert_weights_to_fp16(encoder)
         return encoder, LayerNorm(encoder.num_features)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lavis.common.registry import registry
 
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.models.samples import take
+from lavis_xformer.models.samples import one_per_image, take
 from lavis_xformer.models.stage1 import XFormer
 
 MATCH_HEADS = ("itm", "itc")
@@ -37,11 +37,12 @@ class XFormerITM(XFormer):
         """
         if match_head not in MATCH_HEADS:
             raise UserError(f"match_head: no head '{match_head}'; {nearest(match_head, MATCH_HEADS)}")
-        text = self.tokenize(take(samples, "text_input"))
+        image = take(samples, "image")
+        text = self.tokenize(one_per_image(take(samples, "text_input"), len(image), name="samples['text_input']"))
         if match_head == "itm":
-            tokens = self.encode_image(take(samples, "image"))
+            tokens = self.encode_image(image)
             return self.match(tokens.clip, tokens.mae_tokens, text.input_ids, text.attention_mask)
-        z = self.encode_queries(take(samples, "image"))
+        z = self.encode_queries(image)
         image_feats = F.normalize(self.vision_proj(z), dim=-1)  # (B, Q, E)
         text_feats = F.normalize(self.text_proj(self.forward_text(text)), dim=-1)  # (B, E)
         return (image_feats @ text_feats.unsqueeze(-1)).amax(dim=1)  # (B, 1)

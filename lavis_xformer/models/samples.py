@@ -1,8 +1,9 @@
-"""A model's input: a dict of images and texts, checked where it is used."""
+"""A model's input, checked where it is used: a dict of images and texts, and the numbers of a generation."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from lavis_xformer.errors import UserError
@@ -36,3 +37,17 @@ def one_per_image(text: Any, count: int, *, name: str) -> list[str]:
     if len(texts) != count:
         raise UserError(f"{name} has {len(texts)} strings for {count} images; give one, or one for each image")
     return list(texts)
+
+
+def check_whole(least: int, **numbers: Any) -> None:
+    """Refuse what is no whole number, or less than the least."""
+    for name, number in numbers.items():
+        if not isinstance(number, Integral) or number < least:
+            raise UserError(f"{name} is {number!r}; it must be a whole number, {least} or more")
+
+
+def check_positive(**numbers: Any) -> None:
+    """Refuse what is no number above 0."""
+    for name, number in numbers.items():
+        if not isinstance(number, Real) or not float(number) > 0:
+            raise UserError(f"{name} is {number!r}; it must be a number above 0")

@@ -15,13 +15,13 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from lavis_xformer import losses
-from lavis_xformer.distributed import gather, own_rows
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.distributed import gather, own_rows, token_mean
+from lavis_xformer.errors import UserError
 from lavis_xformer.models.base import Tokens
 from lavis_xformer.models.checkpoints import load_pretrained
 from lavis_xformer.models.features import FeatureModel
 from lavis_xformer.models.parts import build_parts
-from lavis_xformer.models.samples import take
+from lavis_xformer.models.samples import one_per_image, take
 
 LOSSES = ("itc", "itm", "itg", "rec")
 
@@ -64,15 +64,12 @@ class XFormer(FeatureModel):
             UserError: a weight for a loss that doesn't exist, or a mask ratio outside [0, 1).
         """
         super().__init__(**parts)
-        for name in loss_weights or {}:
-            if name not in LOSSES:
-                raise UserError(f"model.loss_weights: no loss '{name}'; {nearest(name, LOSSES)}")
         if not 0 <= mask_ratio < 1:
             raise UserError(f"model.mask_ratio is {mask_ratio}; it must lie in [0, 1)")
         self.temp = nn.Parameter(0.07 * torch.ones([]))
         self.mask_ratio = mask_ratio
         self.mask_vl = mask_vl
-        self.loss_weights = {name: 1.0 for name in LOSSES} | dict(loss_weights or {})
+        self.loss_weights = losses.weights_of(loss_weights, dict.fromkeys(LOSSES, 1.0))
 
     @property
     def reconstructs(self) -> bool:
@@ -98,8 +95,9 @@ class XFormer(FeatureModel):
             Scalars: ``loss``, the weighted sum; ``loss_itc``, ``loss_itm``, ``loss_itg``, ``loss_rec`` (where M' is
             reconstructed); ``itm_accuracy``; in eval mode ``rec_mae``, the frozen MAE's own error beside ``loss_rec``.
         """
-        text = self.tokenize(take(samples, "text_input"))
-        seen, whole = self._encode_for_training(take(samples, "image"), noise)  # C and M, masked and not
+        image = take(samples, "image")
+        text = self.tokenize(one_per_image(take(samples, "text_input"), len(image), name="samples['text_input']"))
+        seen, whole = self._encode_for_training(image, noise)  # C and M, masked and not
 
         zq = self.query_image(whole.clip, use_cache=True)  # Zq (B, Q, D)
         z, aligned = self.fusion.refine(zq.last_hidden_state, whole.mae_tokens)  # Z' and M'
@@ -113,11 +111,10 @@ class XFormer(FeatureModel):
         if self.reconstructs:
             terms["rec"] = self.reconstruction_loss(aligned, seen)
 
-        loss = torch.stack([self.loss_weights[name] * term for name, term in terms.items()]).sum()
-        named = {f"loss_{name}": term for name, term in terms.items()}
+        found = {**losses.weighted(terms, self.loss_weights), "itm_accuracy": itm_accuracy}
         if self.reconstructs and not self.training:
-            named["rec_mae"] = self.reconstruction_loss(seen.mae_tokens, seen).detach()  # M, not M': the reference
-        return {"loss": loss, **named, "itm_accuracy": itm_accuracy}
+            found["rec_mae"] = self.reconstruction_loss(seen.mae_tokens, seen).detach()  # M, not M': the reference
+        return found
 
     def _encode_for_training(self, image: Tensor, noise: Tensor | None) -> tuple[Tokens, Tokens]:
         """C with the masked M (for reconstruction), and C with the M that the language losses see."""
@@ -175,8 +172,7 @@ class XFormer(FeatureModel):
                 return_dict=True,
             ).logits  # (B, T, V)
         loss = losses.itg(logits, ids, self.tokenizer.pad_token_id)
-        tokens = text.attention_mask[:, 1:].sum().float()  # on this process; captions differ in length
-        return loss * tokens / gather(tokens[None]).mean()  # averaged over processes: the mean over all tokens
+        return token_mean(loss, text.attention_mask[:, 1:].sum())
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> XFormer:
@@ -185,14 +181,13 @@ class XFormer(FeatureModel):
         Raises:
             UserError: a name, folder or file in the configuration is wrong.
         """
-        weights: Any = cfg.get("loss_weights")
         model = cls(
             embed_dim=cfg.get("embed_dim", 256),
             itg_source=cfg.get("itg_source", "qformer"),
             itg_init=cfg.get("fusion_init", "identity"),
             mask_ratio=cfg.get("mask_ratio", 0.5),
             mask_vl=cfg.get("mask_vl", True),
-            loss_weights=dict(weights or {}),
+            loss_weights=dict(cfg.get("loss_weights") or {}),
             **build_parts(cfg),
         )
         model.load_report = load_pretrained(model, cfg)

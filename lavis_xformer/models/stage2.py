@@ -18,7 +18,8 @@ from omegaconf import DictConfig
 from torch import Tensor
 from typing_extensions import Self
 
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer import losses
+from lavis_xformer.errors import UserError
 from lavis_xformer.models.checkpoints import load_pretrained
 from lavis_xformer.models.generation import GenerativeModel, ask
 from lavis_xformer.models.language import Dialogue, LanguageModel
@@ -26,8 +27,6 @@ from lavis_xformer.models.opt import OptLanguage
 from lavis_xformer.models.parts import build_parts
 from lavis_xformer.models.samples import one_per_image, take
 from lavis_xformer.models.t5 import T5Language
-
-LOSSES = ("lm", "rec")
 
 
 class Texts(NamedTuple):
@@ -70,14 +69,11 @@ class XFormerStage2(GenerativeModel):
             UserError: a weight for a loss that doesn't exist, or a mask ratio outside (0, 1).
         """
         super().__init__(**parts)
-        for name in loss_weights or {}:
-            if name not in LOSSES:
-                raise UserError(f"model.loss_weights: no loss '{name}'; {nearest(name, LOSSES)}")
         if not 0 < mask_ratio < 1:
             raise UserError(f"model.mask_ratio is {mask_ratio}; it must lie between 0 and 1")
         self.mask_ratio = mask_ratio
         self.prefix_lm = prefix_lm
-        self.loss_weights = {"lm": 1.0, "rec": 0.0} | dict(loss_weights or {})
+        self.loss_weights = losses.weights_of(loss_weights, {"lm": 1.0, "rec": 0.0})
 
     @property
     def reconstructs(self) -> bool:
@@ -120,8 +116,7 @@ class XFormerStage2(GenerativeModel):
         if self.reconstructs:
             seen = self.mask_again(tokens, image, mask_ratio=self.mask_ratio, noise=noise)
             terms["rec"] = self.reconstruction_loss(self.fusion.align(seen.mae_tokens, zq), seen)  # of M'
-        loss = torch.stack([self.loss_weights[name] * term for name, term in terms.items()]).sum()
-        return {"loss": loss, **{f"loss_{name}": term for name, term in terms.items()}}
+        return losses.weighted(terms, self.loss_weights)
 
     def _texts(self, samples: dict[str, Any], generator: torch.Generator | None) -> Texts:
         """Prompts, which are excluded from the loss, and targets of a batch."""

@@ -60,7 +60,8 @@ class T5Language(LanguageModel):
     def loss(self, visual: Tensor, dialogues: Sequence[Dialogue], weights: Tensor | None = None) -> Tensor:
         """See :class:`LanguageModel`; every turn has its dialogue's weight."""
         if weights is not None:
-            weights = torch.cat([w.expand(len(turns)) for w, turns in zip(weights, dialogues, strict=True)])
+            turns = torch.tensor([len(dialogue) for dialogue in dialogues], device=weights.device)
+            weights = weights.repeat_interleave(turns)
         return super().loss(visual, dialogues, weights)
 
     def continue_(self, visual: Tensor, prompts: Sequence[str], **options: Any) -> Tensor:

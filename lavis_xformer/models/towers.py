@@ -19,6 +19,7 @@ from lavis.common.dist_utils import download_cached_file
 from lavis.models.blip2_models.Qformer import BertLMHeadModel
 from lavis.models.clip_vit import create_clip_vit_L
 from lavis.models.eva_vit import VisionTransformer, interpolate_pos_embed
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertTokenizer, ViTMAEConfig, ViTMAEForPreTraining
@@ -93,7 +94,7 @@ def build_clip(
             raise offline_error(name, "vit_model", error) from error
     elif (folder := Path(path)).is_dir():
         model = eva_vit(**{**_eva_sizes(folder), "img_size": image_size}, **options)
-        state = load_file(_existing(folder / "model.safetensors", "vit_model"))
+        state = load_safetensors(folder / "model.safetensors", key="vit_model")
     elif folder.is_file():
         raise UserError(
             f"model.vit_model: '{name}' is a file; for CLIP's weights set vit_model: eva_clip_g and vit_weights: {name}"
@@ -106,7 +107,7 @@ def build_clip(
 
 
 def _eva_sizes(folder: Path) -> dict[str, Any]:
-    config = json.loads(_existing(folder / "config.json", "vit_model").read_text())
+    config = _read_json(folder / "config.json", "vit_model")
     if missing := [key for key in EVA_KEYS if key not in config]:
         raise UserError(f"model.vit_model: '{folder}' is not an EVA ViT: its config.json lacks {', '.join(missing)}")
     return {key: config[key] for key in EVA_KEYS}
@@ -115,7 +116,7 @@ def _eva_sizes(folder: Path) -> dict[str, Any]:
 def _is_mae(path: Path) -> bool:
     """Whether a folder, one of Meta's files or a hub id is a MAE, not a CLIP."""
     if (config := path / "config.json").is_file():
-        return json.loads(config.read_text()).get("model_type") == "vit_mae"
+        return _read_json(config, "vit_model").get("model_type") == "vit_mae"
     return (path.suffix == ".pth" and path.name.startswith("mae_")) or "vit-mae" in path.name
 
 
@@ -195,7 +196,7 @@ def build_mae(
         raise UserError(f"model.{own} is {image_size}, but '{name}' was trained on {model.config.image_size} pixels")
     if not trained:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # frozen weights are in no checkpoint, so stage 2 must draw the same
+            torch.default_generator.manual_seed(0)  # frozen weights are in no checkpoint, so stage 2 must draw the same
             model = ViTMAEForPreTraining(model.config)
     return MaskedAutoencoder(model=model, norm_pix_loss=norm_pix_loss)
 
@@ -204,7 +205,7 @@ def _load_hub_mae(path: str, name: str, *, key: str) -> ViTMAEForPreTraining:
     try:
         config = ViTMAEConfig.from_pretrained(path)
         model, report = ViTMAEForPreTraining.from_pretrained(path, config=config, output_loading_info=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise offline_error(name, key, error) from error
     problems = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if any(str(key).startswith("decoder.") for key in report["missing_keys"]):
@@ -245,7 +246,7 @@ def build_qformer(
         if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in WEIGHT_FILES):
             return BertLMHeadModel(config)
         return BertLMHeadModel.from_pretrained(path, config=config)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise offline_error(name, "bert", error) from error
 
 
@@ -296,6 +297,29 @@ def load_torch_file(path: str | Path, *, key: str) -> dict[str, Any]:
     return content
 
 
+def load_safetensors(path: Path, *, key: str) -> dict[str, Tensor]:
+    """Read a ``.safetensors`` file.
+
+    Args:
+        path: the file.
+        key: the configuration key that named it, for messages.
+
+    Raises:
+        UserError: there is no such file, or it is truncated.
+    """
+    try:
+        return load_file(_existing(path, key))
+    except SafetensorError as error:
+        raise UserError(f"model.{key}: '{path}' is not an intact tensor file: {error}") from error
+
+
+def _read_json(path: Path, key: str) -> dict[str, Any]:
+    try:
+        return json.loads(_existing(path, key).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"model.{key}: '{path}' is not valid JSON: {error}") from error
+
+
 def _existing(path: Path, key: str) -> Path:
     if not path.is_file():
         raise UserError(f"model.{key}: there is no file '{path}'")
@@ -314,7 +338,7 @@ def download(url: str, *, key: str) -> str:
         raise offline_error(url, key, error) from error
 
 
-def offline_error(name: str, key: str, error: OSError) -> UserError:
+def offline_error(name: str, key: str, error: Exception) -> UserError:
     """Say why ``name`` can't be read, or that it can't be fetched; and which key of ``model`` to set."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if name.startswith(SCHEME) or Path(name).exists():

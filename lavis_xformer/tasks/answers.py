@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
 
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import named
 
 # "nive" is the authors' spelling: their scorer does not know "nine".
 _GVT_WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nive")
@@ -31,12 +30,12 @@ _NUMBER_WORDS = (
 
 def read_count(answer: str, scorer: str = "strict") -> int | None:
     """Read a number by ``gvt_official`` or ``strict``; the latter returns None for none or several different ones."""
-    return _choose(_COUNT_READERS, scorer)(answer)
+    return named(_COUNT_READERS, scorer, "scorer")(answer)
 
 
 def read_presence(answer: str, scorer: str = "strict") -> bool | None:
     """Read yes (True) or no (False) by ``pope_official`` or ``strict``; the latter returns None for neither or both."""
-    return _choose(_PRESENCE_READERS, scorer)(answer)
+    return named(_PRESENCE_READERS, scorer, "scorer")(answer)
 
 
 def read_gvt_presence(answer: str, truth: bool) -> bool | None:
@@ -62,10 +61,10 @@ def read_choice(answer: str, options: str) -> str | None:
     letters = {found[found.lastindex or 0] for found in _LETTER.finditer(said)} & choices.keys()
     if letters:
         return letters.pop() if len(letters) == 1 else None
-    named = {key for key, text in choices.items() if text and _has_words(said, text)}
+    told = {key for key, text in choices.items() if text and _has_words(said, text)}
     # Where the options "yes" and "yes, two" both occur, the longer one is meant.
-    named -= {key for key in named for other in named - {key} if _has_words(choices[other], choices[key])}
-    return named.pop() if len(named) == 1 else None
+    told -= {key for key in told for other in told - {key} if _has_words(choices[other], choices[key])}
+    return told.pop() if len(told) == 1 else None
 
 
 def _gvt_count(answer: str) -> int:
@@ -99,12 +98,6 @@ _PRESENCE_READERS: dict[str, Callable[[str], bool | None]] = {
     "pope_official": _pope_presence,
     "strict": _strict_presence,
 }
-
-
-def _choose(readers: dict[str, Callable[[str], Any]], scorer: str) -> Callable[[str], Any]:
-    if scorer not in readers:
-        raise UserError(f"scorer '{scorer}': {nearest(scorer, readers)}")
-    return readers[scorer]
 
 
 def _has_words(text: str, part: str) -> bool:

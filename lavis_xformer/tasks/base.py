@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lavis.common.registry import registry
@@ -20,6 +20,7 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.files import write_json
 
 Samples = dict[str, Any]
+T = TypeVar("T")
 
 NO_CAPTIONS = (
     "{} has no captions ('text_input'), which the losses need (LAVIS's caption datasets have them for training only); "
@@ -38,6 +39,7 @@ class NamedLossTask(BaseTask):
     def __init__(self) -> None:
         super().__init__()
         self.scores: list[Samples] = []
+        self._divided = True
 
     def check_split(self, name: str, dataset: Any) -> None:
         """Check the first sample of a split before training, so that its evaluation doesn't fail afterwards.
@@ -58,6 +60,7 @@ class NamedLossTask(BaseTask):
         Terms are averaged over samples. Those that contrast the samples of a batch (ITC, ITM) depend on
         the global batch size (``batch_size_eval`` times the processes): compare them at equal sizes only.
         """
+        self._divided = hasattr(data_loader.sampler, "num_replicas")
         device = next(model.parameters()).device
         sums = TermSums()
         with torch.no_grad():
@@ -68,6 +71,11 @@ class NamedLossTask(BaseTask):
 
     def observe(self, model: Any, samples: Samples, fresh: Sequence[bool]) -> None:
         """Process an evaluation batch; ``fresh`` (B,) is False for samples that only pad the last batch of a rank."""
+
+    def collect(self, value: T) -> list[T]:
+        """Return every rank's value, or only the first if each rank has evaluated the whole split."""
+        values = launch.collect(value)
+        return values if self._divided else values[:1]
 
     def figures(self) -> dict[str, float]:
         """Return the metrics of what ``observe`` collected, over all ranks."""

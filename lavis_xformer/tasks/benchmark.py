@@ -23,7 +23,7 @@ from lavis_xformer.distributed import is_main
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.tasks import scoring
 from lavis_xformer.tasks.base import own_batches
-from lavis_xformer.tasks.protocols import PROTOCOL_KEYS, Protocol, Row, protocol_of, write_result
+from lavis_xformer.tasks.protocols import PROTOCOL_KEYS, Protocol, Row, check_method, protocol_of, write_result
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +75,15 @@ class BenchmarkTask(BaseTask):
             raise UserError(f"xformer_benchmark asks the questions of one dataset, not of {', '.join(names)}")
         return cls(protocol=protocol_of(run), scorer=scorer, blind=bool(run.get("blind", False)), config=cfg.to_dict())
 
+    def build_model(self, cfg: Any) -> Any:
+        """Build the model as LAVIS does.
+
+        Raises:
+            UserError: it can't answer questions.
+        """
+        check_method(cfg, "predict_answers")
+        return super().build_model(cfg)
+
     def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
         """Keep the dataset, which holds the true answers.
 
@@ -82,7 +91,10 @@ class BenchmarkTask(BaseTask):
             UserError: the scorer doesn't support this kind of question.
         """
         super().before_evaluation(model, dataset, **kwargs)
-        reads, kinds = SCORERS[self.scorer], {row.get("kind") or dataset.kind for row in dataset.annotation}
+        reads, kinds = (
+            SCORERS[self.scorer],
+            {row.get("kind") or getattr(dataset, "kind", "exact") for row in dataset.annotation},
+        )
         if reads is not None and not kinds <= reads:
             unread = ", ".join(sorted(kinds - reads))
             raise UserError(f"run.scorer: '{self.scorer}' can't score answers of kind {unread}; use strict")

@@ -30,7 +30,8 @@ from lavis_xformer.tasks.protocols import (
     Protocol,
     Row,
     WithProtocol,
-    named,
+    check_method,
+    chosen,
     write_result,
 )
 
@@ -132,7 +133,7 @@ class XFormerRetrievalTask(RetrievalTask):
         Raises:
             UserError: there is no such protocol.
         """
-        protocol = named(cfg.run_cfg, RETRIEVAL_PROTOCOLS)
+        protocol = chosen(cfg.run_cfg, RETRIEVAL_PROTOCOLS)
         cfg.run_cfg.use_dist_eval_sampler = False  # LAVIS itself divides the ranking of a split among ranks
         cfg.run_cfg.k_test = cfg.run_cfg.get("k_test", protocol["k_test"])  # LAVIS has no default
         task: XFormerRetrievalTask = super().setup_task(cfg)
@@ -140,6 +141,15 @@ class XFormerRetrievalTask(RetrievalTask):
         asked = {"k_test": cfg.run_cfg.k_test, "image_size": task.config.get("model", {}).get("image_size")}
         task.protocol = protocol | asked
         return task
+
+    def build_model(self, cfg: Any) -> Any:
+        """Build the model as LAVIS does.
+
+        Raises:
+            UserError: it can't rank; only models of stage 1 can.
+        """
+        check_method(cfg, "compute_sim_matrix")
+        return super().build_model(cfg)
 
     def evaluation(self, model: Any, data_loader: Any, **unused: object) -> Row | None:
         """Rank as LAVIS does, and add the chance level of its recalls (``txt_r1``: from image to text)."""

@@ -52,7 +52,7 @@ RETRIEVAL_PROTOCOLS = {name: {"name": name, "k_test": 128} for name in ("paper",
 PROTOCOL_KEYS = ("prompt", "num_beams", "max_len", "min_len")  # keys of ``run:`` that override the protocol's
 
 
-def named(run: Any, protocols: Mapping[str, Any]) -> Any:
+def chosen(run: Any, protocols: Mapping[str, Any]) -> Any:
     """Return the protocol that ``run.protocol`` names, ``paper`` by default.
 
     Raises:
@@ -71,7 +71,7 @@ def protocol_of(run: Any, protocols: Mapping[str, Protocol] = PROTOCOLS) -> Prot
         UserError: there is no such protocol.
     """
     changes = {key: run[key] for key in PROTOCOL_KEYS if run.get(key) is not None}
-    return replace(named(run, protocols), **changes)
+    return replace(chosen(run, protocols), **changes)
 
 
 class WithProtocol:
@@ -101,6 +101,17 @@ class WithProtocol:
         write_result(self.config, split, asdict(self.protocol), figures, scorer=scorer, answers=list(said), **more)
 
 
+def check_method(cfg: Any, method: str) -> None:
+    """Check, before anything is built, that the model has the method by which a task asks it.
+
+    Raises:
+        UserError: it has none.
+    """
+    arch = cfg.model_cfg.arch
+    if not hasattr(registry.get_model_class(arch), method):
+        raise UserError(f"run.task: {cfg.run_cfg.task} needs a model with {method}(), which model.arch {arch} lacks")
+
+
 def write_result(
     config: Row,
     split: str,
@@ -115,9 +126,9 @@ def write_result(
     It holds figures, protocol, sha256 of each question file (by default LAVIS's annotation files of the split),
     ``more``, configuration and versions.
     """
-    name = next(iter(config["datasets"]))
-    files = config["datasets"][name].get("build_info", {}).get("annotations", {}).get(split) or {}
-    storage = files.get("storage") or []
+    datasets = config["datasets"]
+    name = next((name for name, dataset in datasets.items() if _files(dataset, split)), next(iter(datasets)))
+    storage = _files(datasets[name], split).get("storage") or []
     paths = [storage] if isinstance(storage, str) else storage
     if question_sha256 is None:
         question_sha256 = {file: sha256(Path(file)) for file in paths if Path(file).is_file()}
@@ -134,3 +145,9 @@ def write_result(
     path = Path(registry.get_path("result_dir")) / f"{split}_{name}.json"
     write_json(path, report)
     return path
+
+
+def _files(dataset: Row, split: str) -> Row:
+    """Where a dataset's configuration has the files of a split: LAVIS's datasets, or this package's; {} without any."""
+    lavis, ours = dataset.get("build_info", {}).get("annotations", {}), dataset.get("splits", {})
+    return lavis.get(split) or ours.get(split) or {}

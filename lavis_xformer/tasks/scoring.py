@@ -112,7 +112,7 @@ def score_counts(predictions: Sequence[str], truths: Sequence[str | int], *, sco
     true = np.array([int(truth) for truth in truths])
     read = [read_count(answer, scorer) for answer in predictions]
     correct = np.array([number == truth for number, truth in zip(read, true, strict=True)])
-    error = np.abs(np.array([number or 0 for number in read]) - true)
+    error = np.abs(np.array([float(number or 0) for number in read]) - true)  # a float: an answer may be any number
     return CountScore(
         **_common(scorer, correct, [str(truth) for truth in true], read),
         mae=float(error.mean()),

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from lavis.common.registry import registry
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from lavis_xformer import launch
 from lavis_xformer.distributed import rank
 from lavis_xformer.engine.loop import image_ids
 from lavis_xformer.tasks import metrics
@@ -39,11 +37,6 @@ class Stage1Task(NamedLossTask):
         super().before_evaluation(model, dataset, **kwargs)
         self._forget()
 
-    def evaluation(self, model: nn.Module, data_loader: DataLoader[Any], cuda_enabled: bool = True) -> dict[str, float]:
-        """Return the metrics of a split, divided among ranks or, without a distributed sampler, whole on each."""
-        self._shared = hasattr(data_loader.sampler, "num_replicas")
-        return super().evaluation(model, data_loader, cuda_enabled)
-
     def observe(self, model: Any, samples: Samples, fresh: Sequence[bool]) -> None:
         """Keep the features of each image seen for the first time, and of every caption."""
         unnamed = [f"{rank()}/{len(self._owners) + i}" for i in range(len(fresh))]
@@ -51,28 +44,23 @@ class Stage1Task(NamedLossTask):
         texts = model.extract_features(samples, mode="text").text_embeds_proj[:, 0]  # (B, E)
         self._texts.append(texts[torch.tensor(fresh, device=texts.device)].float().cpu())
         self._owners += compress(ids, fresh)
-        new = [i for i, name in enumerate(ids) if name not in self._seen and ids.index(name) == i]
+        new = [i for i, name in enumerate(ids) if name not in self._images and ids.index(name) == i]
         if new:
-            images = model.extract_features(select(samples, new), mode="image").image_embeds_proj
-            self._images.append(images.float().cpu())  # (new, N, E)
-            self._seen |= dict.fromkeys(ids[i] for i in new)
+            images = model.extract_features(select(samples, new), mode="image").image_embeds_proj.float().cpu()
+            self._images |= {ids[i]: image.clone() for i, image in zip(new, images, strict=True)}  # (N, E) each
 
     def figures(self) -> dict[str, float]:
         """Return R@1/5/10 both ways and their chance levels, in percent."""
-        parts = launch.collect((list(self._seen), torch.cat(self._images), self._owners, torch.cat(self._texts)))
-        parts = parts if self._shared else parts[:1]
+        parts = self.collect((self._images, self._owners, torch.cat(self._texts)))
         self._forget()
-        names = [name for part in parts for name in part[0]]
-        features = torch.cat([part[1] for part in parts])  # (>= I, N, E)
-        firsts: dict[Hashable, int] = {}
-        for place, name in enumerate(names):
-            firsts.setdefault(name, place)
-        row = {name: i for i, name in enumerate(firsts)}
-        owners = torch.tensor([row[name] for part in parts for name in part[2]])  # (T,)
-        texts = torch.cat([part[3] for part in parts])  # (T, E)
-        similarity = metrics.best_query_similarity(features[list(firsts.values())], texts)  # (I, T)
+        names = [name for _, own, _ in parts for name in own]  # of each caption's image
+        features = {name: image for images, _, _ in reversed(parts) for name, image in images.items()}
+        rows = {name: row for row, name in enumerate(dict.fromkeys(names))}
+        owners = torch.tensor([rows[name] for name in names])  # (T,)
+        images, texts = torch.stack([features[name] for name in rows]), torch.cat([part[2] for part in parts])
+        similarity = metrics.best_query_similarity(images, texts)  # (I, T)
         ranks = metrics.ranks(similarity, owners)
-        self.scores = metrics.hits(ranks, owners, [str(name) for name in firsts])
+        self.scores = metrics.hits(ranks, owners, [str(name) for name in rows])
         chance = {f"chance_{n}": v for n, v in metrics.chance_recalls(owners).items()}
         return {**metrics.recalls(ranks), **chance}
 
@@ -99,7 +87,6 @@ class Stage1Task(NamedLossTask):
         return rows
 
     def _forget(self) -> None:
-        self._images: list[Tensor] = []
+        self._images: dict[Hashable, Tensor] = {}
         self._texts: list[Tensor] = []
         self._owners: list[Hashable] = []
-        self._seen: dict[Hashable, None] = {}

@@ -16,9 +16,8 @@ import torch
 from lavis.common.registry import registry
 from torch.utils.data import ConcatDataset, IterableDataset
 
-from lavis_xformer import launch
 from lavis_xformer.errors import UserError
-from lavis_xformer.tasks.base import NamedLossTask, Samples
+from lavis_xformer.tasks.base import NO_CAPTIONS, NamedLossTask, Samples
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +73,17 @@ class Stage2Task(NamedLossTask):
             raise UserError(f"{' and '.join(datasets)}: shards can't be joined with questions; train on one of them")
         return {"captions_and_questions": {split: CaptionsAndQuestions(parts) for split, parts in splits.items()}}
 
+    def check_split(self, name: str, dataset: Any) -> None:
+        """Check the first sample of a split before training.
+
+        Raises:
+            UserError: it has neither caption nor question, or a question without an answer.
+        """
+        super().check_split(name, dataset)
+        sample = dataset[0] if len(dataset) else {}
+        if "question_id" in sample and not (sample.get("answer") or sample.get("answers")):
+            raise UserError(f"the split '{name}' has questions without answers, which can't be scored; leave it out")
+
     def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
         """Clear the texts of an earlier split."""
         super().before_evaluation(model, dataset, **kwargs)
@@ -105,7 +115,7 @@ class Stage2Task(NamedLossTask):
 
     def figures(self) -> dict[str, float]:
         """Return the scores of the generated texts, over all ranks."""
-        turns = zip_longest(*launch.collect(self._said))  # rank r's i-th text is number i * ranks + r
+        turns = zip_longest(*self.collect(self._said))  # rank r's i-th text is number i * ranks + r
         said = [entry for turn in turns for entry in turn if entry is not None]
         self._said = []
         for entry in said[:SHOWN] + said[-SHOWN:]:
@@ -145,9 +155,11 @@ class CaptionsAndQuestions(ConcatDataset[Samples]):
         """Return image, text_input (the question or ""), answers, weights and kind.
 
         Raises:
-            UserError: a question without an answer.
+            UserError: a question without an answer, or neither question nor caption.
         """
         sample = super().__getitem__(index)
+        if "text_input" not in sample:
+            raise UserError(NO_CAPTIONS.format("one of the joined datasets"))
         answer = sample.get("answer")  # evaluation datasets give one, training datasets ``answers``
         if answers := sample.get("answers", [answer] if answer else None):
             asked = {"answers": answers, "weights": sample.get("weights", [1.0]), "kind": sample.get("kind", "answer")}

@@ -22,7 +22,7 @@ from lavis.tasks.vqa import GQATask, VQATask
 from lavis_xformer.distributed import is_main
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.files import read_json
-from lavis_xformer.tasks.protocols import Row, WithProtocol
+from lavis_xformer.tasks.protocols import Row, WithProtocol, check_method
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,15 @@ class AsksByProtocol(WithProtocol):
         task = super().setup_task(cfg)
         task.blind = bool(cfg.run_cfg.get("blind", False))
         return task
+
+    def build_model(self, cfg: Any) -> Any:
+        """Build the model as LAVIS does.
+
+        Raises:
+            UserError: it can't answer questions.
+        """
+        check_method(cfg, "predict_answers")
+        return super().build_model(cfg)  # type: ignore[misc]
 
     def valid_step(self, model: Any, samples: Row) -> list[Row]:
         """Ask as LAVIS does, without the image if ``run.blind`` is set."""
@@ -119,9 +128,24 @@ class XFormerVQATask(AsksByProtocol, VQATask):
         task.scorer = scorer
         return task
 
+    def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
+        """Keep the dataset.
+
+        Raises:
+            UserError: it has no files in VQA's format, which the scorers read.
+        """
+        if not hasattr(dataset, "coco_fmt_qust_file"):
+            raise UserError(
+                "run.task: xformer_vqa needs question and annotation files in VQA's format; else use xformer_gqa"
+            )
+        super().before_evaluation(model, dataset, **kwargs)
+
     def _report_metrics(self, result_file: str, split: str) -> dict[str, float]:
         """Score with LAVIS's VQA tools, and keep every question's accuracy."""
-        if not is_main() or split not in self.ques_files:
+        if not is_main():
+            return {}
+        if split not in self.ques_files:
+            logger.info("%s has no true answers; what was answered is in %s", split, result_file)
             return {}
         questions = VQA(self.anno_files[split], self.ques_files[split])
         said = questions.loadRes(resFile=result_file, quesFile=self.ques_files[split])
