@@ -51,17 +51,11 @@ def version() -> str:
     return found.group(1)
 
 
-def readme() -> str:
-    """Return README.md, the long description, where it exists."""
-    path = ROOT / "README.md"
-    return path.read_text(encoding="utf-8") if path.exists() else ""
-
-
 setup(
     name="lavis_xformer",
     version=version(),
     description="X-Former (ECCV 2024) as a plugin for LAVIS: CLIP and MAE fused into BLIP-2",
-    long_description=readme(),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="the lavis_xformer authors",
     license="BSD-3-Clause",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,8 @@ print(json.dumps({
     "bf16": bool(gpu and torch.cuda.is_bf16_supported()),
 }))
 """
+#: keys that name a file or a folder, never a model of the hub
+WEIGHTS = ("model.pretrained", "model.finetuned", "model.blip2_pretrained", "model.vit_weights")
 
 
 @dataclass(frozen=True)
@@ -226,7 +229,9 @@ def check_reference(key: str, value: str) -> Iterator[Finding]:
             resolve(value)
         except (UserError, OSError) as error:
             yield Finding(key, "WRONG", str(error), "reinstall this package")
-    elif value.startswith(("/", "./", "../", "~")) and not os.path.exists(Path(value).expanduser()):
+    elif (value.startswith(("/", "./", "../", "~")) or (key in WEIGHTS and "://" not in value)) and not os.path.exists(
+        Path(value).expanduser()
+    ):
         yield Finding(key, "WRONG", f"there is no {value}", f"set {key} to its path")
-    elif key.startswith("model.") and "/" in value and "://" not in value and not os.path.exists(value):
+    elif key.startswith("model.") and re.fullmatch(r"[\w.-]+/[\w.-]+", value) and not os.path.exists(value):
         yield Finding(key, "note", f"{value}: downloaded from the hub unless it is in its cache")

@@ -11,7 +11,6 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,25 +24,15 @@ from lavis_xformer.launch import Placement
 from lavis_xformer.train import build_runner
 
 OPTIONS = (
-    "run.amp=no run.max_epoch=1 run.valid_splits=[] datasets.xformer_scenes.splits.train.scenes={} run.output_dir={}"
+    "run.amp=no run.max_epoch=1 run.valid_splits=[] run.tensorboard=False "
+    "datasets.xformer_scenes.splits.train.scenes={} run.output_dir={}"
 )
 
 
-class Fixed:
-    """Batches in memory, repeated forever."""
-
-    def __init__(self, batches: list[Any]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[Any]:
-        """Cycle through them endlessly."""
-        return itertools.cycle(self.batches)
-
-
-def bare(runner: Any, batches: Fixed, steps: int) -> float:
+def bare(runner: Any, batches: list[Any], steps: int) -> float:
     """Return the CPU seconds of a bare training loop."""
     start = time.process_time()
-    for samples in itertools.islice(batches, steps):
+    for samples in itertools.islice(itertools.cycle(batches), steps):
         runner.model(samples)["loss"].backward()
         torch.nn.utils.clip_grad_norm_(runner.stepper.parameters, runner.options.max_grad_norm)
         runner.optimizer.step()
@@ -51,7 +40,7 @@ def bare(runner: Any, batches: Fixed, steps: int) -> float:
     return time.process_time() - start
 
 
-def safe(runner: Any, batches: Any, steps: int) -> float:
+def safe(runner: Any, batches: list[Any], steps: int) -> float:
     """Return the CPU seconds of the runner's loop, its log included."""
     loop = EpochLoop(
         stepper=runner.stepper,
@@ -67,7 +56,8 @@ def safe(runner: Any, batches: Any, steps: int) -> float:
         folder=runner.output_dir,
     )
     start = time.process_time()
-    loop.run(batches, batches=steps)
+    forever: Any = itertools.cycle(batches)
+    loop.run(forever, batches=steps)
     return time.process_time() - start
 
 
@@ -84,7 +74,7 @@ def main() -> None:
         runner = build_runner(load_config("projects/xformer/pretrain.yaml", options), Placement())
         runner.log_config()
         runner.model.train()
-        batches = Fixed(list(runner.train_loader))
+        batches = list(runner.train_loader)
         turns = (bare, safe)
         for turn in turns:
             turn(runner, batches, 2)

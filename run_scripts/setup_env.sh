@@ -72,19 +72,23 @@ make_environment() {
     "$base" -m venv "$VENV"
 }
 
+is_ready() {
+    [ ! -e "$MAKING" ] && [ "$(cat "$STAMP" 2>/dev/null)" = "$(fingerprint)" ] && "$PYTHON" -c "" 2>/dev/null &&
+        ! holds_copy
+}
+
 set_up() {
-    local wanted version
-    wanted="$(fingerprint)"
-    [ ! -e "$MAKING" ] && [ "$(cat "$STAMP" 2>/dev/null)" = "$wanted" ] && "$PYTHON" -c "" 2>/dev/null &&
-        ! holds_copy && return
+    local version
+    ! command -v flock >/dev/null || flock 9 # one setup at a time
+    is_ready && return
     version="$(python_version "$PYTHON")"
     if [ -e "$MAKING" ] || [ ! -e "$STAMP" ] || { [ "$version" != 3.10 ] && [ "$version" != 3.11 ]; }; then
         make_environment
     fi
     touch "$MAKING"
     "$PYTHON" -m pip install -c "$ROOT/constraints.txt" -e "$ROOT[dev]"
-    echo "$wanted" >"$STAMP"
+    fingerprint >"$STAMP"
     rm "$MAKING"
 }
 
-set_up
+is_ready || set_up 9>"$ROOT/.venv.lock"

@@ -138,6 +138,8 @@ def test_the_command_draws_the_shipped_models(tmp_path: Path, capsys: pytest.Cap
     [
         (["--queries", "32"], "--queries 32: the model has queries 0 to 31"),
         (["--layer", "9"], "layer 9"),
+        (["--scenes", "0"], "--scenes 0: it must be at least 1"),
+        (["--device", "nowhere"], "--device nowhere: "),
         (["--out", "nowhere/at/all.png"], "--out nowhere/at/all.png"),
         (["nowhere.jpg"], "nowhere.jpg"),
         (["--model", "blip2"], "not of this package"),
@@ -147,6 +149,12 @@ def test_the_command_draws_the_shipped_models(tmp_path: Path, capsys: pytest.Cap
 def test_what_is_wrong_is_said(given: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["attend", "--scenes", "1", *given]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_title_is_no_formula(tmp_path: Path) -> None:
+    row = attend.Row(r"a $\foo star$ for $5", Image.new("RGB", (8, 8)), {"C": torch.rand(2, 2)})
+    attend.draw([row], tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("given", [["--text", "a", "--question", "b"], ["--answer", "two"]])

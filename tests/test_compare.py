@@ -172,6 +172,45 @@ def test_what_names_no_file_has_no_content(tmp_path: Path, monkeypatch: pytest.M
     assert inputs.content(str(tmp_path / "mini"), folders=True) is not None
 
 
+def test_a_stage_may_name_its_own_weights(tmp_path: Path) -> None:
+    given = content(tmp_path)
+    given["variants"]["b"] = {"second": {"model.pretrained": None}}
+    first, second, asked = make(tmp_path, given).cells(["b"], [1])
+    assert second.options["model.pretrained"] is None, "from scratch"
+    assert asked.options["model.pretrained"] == str(second.folder / "checkpoint_best.pth")
+    assert "model.pretrained" not in first.options
+
+
+def test_a_stage_tests_one_split(tmp_path: Path) -> None:
+    given = content(tmp_path)
+    given["common"]["asked"]["options"] = {"run.test_splits": ["test"], "run.valid_splits": ["val"]}
+    first, _, asked = make(tmp_path, given).cells(["a"], [1])
+    run.check_splits(first)
+    with pytest.raises(UserError, match="asked tests the splits test, val; give each a stage of its own"):
+        run.check_splits(asked)
+
+
+def test_what_an_option_leaves_out_stays_among_the_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "q.json"
+    file.write_text("[]")
+    (tmp_path / "run.yaml").write_text("model:\ndatasets: {d: {test: {scenes: 5, captions: fine}}}\n")
+    found = inputs.inputs_of(str(tmp_path / "run.yaml"), {"datasets.d.test": {"scenes": 4}})
+    assert (found["datasets.d.test.scenes"], found["datasets.d.test.captions"]) == ("4", '"fine"')
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert inputs.content("~/q.json") == inputs.content("$HOME/q.json") == inputs.content(str(file)) is not None
+    assert inputs.content("x" * 5000) is None
+    assert inputs.content("assets://nope/clip") is not None, "the run says what is wrong"
+    (tmp_path / "run.yaml").write_text("{")
+    with pytest.raises(UserError, match=r"run\.yaml is not valid YAML"):
+        inputs.inputs_of(str(tmp_path / "run.yaml"), {})
+
+
+def test_a_variant_without_stages_can_be_listed(tmp_path: Path) -> None:
+    given = content(tmp_path)
+    given["variants"]["nothing"] = {"skip": ["first", "second", "asked"]}
+    assert run.listing(make(tmp_path, given).cells(["nothing"])) == ""
+
+
 def test_code_is_what_runs_execute_without_its_words() -> None:
     def written(source: str) -> object:
         return inputs.written(inputs.without_comments(ast.parse(source)))
@@ -248,6 +287,8 @@ def test_a_shipped_yaml_is_extended_from_anywhere(tmp_path: Path, monkeypatch: p
         ({"common": {"first": {"config": 5}}}, r"common\.first\.config is 5; it must name a project's YAML"),
         ({"common": {"first": {"config": "x.yaml", "evaluate": "no"}}}, r"first\.evaluate is 'no'; it must be true or"),
         ({"common": {"a.b": {"config": "x.yaml"}}}, r"common\.a\.b: a stage's name can't have a dot"),
+        ({"variants": {0.5: {}}}, r"variants: YAML doesn't read the name 0\.5 as text; put it in quotes"),
+        ({"common": {True: {"config": "x.yaml"}}}, r"common: YAML doesn't read the name True as text"),
         ({"baseline": ["a"]}, r"baseline: no variant '\['a'\]'"),
         ({"processes": "x"}, r"processes: x is not an integer of at least 1"),
     ],

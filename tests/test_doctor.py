@@ -100,6 +100,11 @@ def test_paths_of_a_yaml(tmp_path: Path):
     assert missing.subject == "model.bert"
     (hub,) = doctor.check_reference("model.mae_model", "facebook/vit-mae-huge")
     assert hub.verdict == "note"
+    for key, value in (("model.pretrained", "output/nothing.pth"), ("model.blip2_pretrained", "stage2.pth")):
+        (missing,) = doctor.check_reference(key, value)
+        assert (missing.verdict, missing.found) == ("WRONG", f"there is no {value}")
+    assert not list(doctor.check_reference("model.pretrained", "https://host/file.pth"))
+    assert not list(doctor.check_reference("model.vqa_prompt", "Answer yes/no:"))
 
 
 @pytest.mark.parametrize("wrong", [True, False])

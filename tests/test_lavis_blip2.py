@@ -53,6 +53,18 @@ def build(cell: Any) -> Any:
     return registry.get_model_class(cfg.arch).from_config(cfg)
 
 
+@pytest.mark.parametrize("name", ["lavis_blip2", "blip2"])
+def test_the_settings_of_a_cell_can_be_read(name: str) -> None:
+    from lavis_xformer.config.load import load_config
+    from lavis_xformer.engine.options import RunOptions
+
+    for stage in ("stage1", "stage2"):
+        cell = variant_cell(name, stage)
+        options = [f"{key}={value}" for key, value in cell.options.items() if key.startswith("model.f")]
+        options += [f"model.arch={cell.options['model.arch']}"] if "model.arch" in cell.options else []
+        assert RunOptions.from_config(load_config(cell.stage.config, options).run_cfg).next_command
+
+
 def test_a_cell_of_lavis_class_gives_our_losses_with_equal_weights(images: torch.Tensor) -> None:
     theirs, ours = (build(variant_cell(name, "stage1")).eval() for name in ("lavis_blip2", "blip2"))
     assert isinstance(theirs, Blip2Qformer)

@@ -150,11 +150,14 @@ def test_an_unknown_source_is_named_before_anything_is_drawn(tmp_path, monkeypat
     build.main(["--preset", "smoke", "--only", "clip", "--only", "mae", "--out", str(folder)])
     monkeypatch.setattr(probe, "make_exam", lambda *args, **kwargs: pytest.fail("exams are drawn"))
     with pytest.raises(UserError, match=r"--sources 'pixel': did you mean 'pixels'\?"):
-        probe.main(["--set", str(folder), "--sources", "C, pixel"])
+        probe.main(["--set", str(folder), "--sources", "C, pixel", "--out", str(tmp_path / "out")])
     with pytest.raises(UserError, match="--held-out 0: it must be at least 1"):
         probe.main(["--set", str(folder), "--held-out", "0"])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--out .*file: File exists; name a folder"):
+        probe.main(["--set", str(folder), "--out", str(tmp_path / "file")])
     with pytest.raises(UserError, match=r"--set .*nowhere/clip does not exist; lavis-xformer build-mini"):
-        probe.main(["--set", str(tmp_path / "nowhere")])
+        probe.main(["--set", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
 
 
 def test_scenes_too_few_to_ask_for_everything_are_named(tmp_path, monkeypatch):
@@ -168,7 +171,7 @@ def test_command_writes_table_figures_and_json(tmp_path):
     folder = tmp_path / "mini"
     build.main(["--preset", "smoke", "--only", "clip", "--only", "mae", "--out", str(folder)])
     out = tmp_path / "probe"
-    small = ["--scenes", "60", "--held-out", "80", "--steps", "2", "--seeds", "2"]
+    small = ["--scenes", "60", "--held-out", "80", "--steps", "10", "--seeds", "2"]
     assert probe.main(["--set", str(folder), "--out", str(out), *small]) == 0
     said = (out / "probe.md").read_text()
     assert "C+M minus C two layers" in said

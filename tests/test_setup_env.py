@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TOOLS = ("bash", "sh", "cat", "cksum", "dirname", "ls", "ln", "mkdir", "rm", "sed", "touch")
+TOOLS = ("bash", "sh", "cat", "cksum", "dirname", "ls", "ln", "mkdir", "rm", "sed", "sleep", "touch")
 # Answers what the script asks of a Python; a broken one answers nothing.
 PYTHON = """#!/bin/sh
 [ "{version}" = broken ] && exit 127
 case "$*" in
     *"import sys"*) echo "{version}" ;;
     "-m venv "*) mkdir -p "$3/bin" && ln -s "$0" "$3/bin/python" ;;
-    "-m pip "*) echo "$*" >> "$PIP_LOG"; exit ${{PIP_STATUS:-0}} ;;
+    "-m pip "*) sleep "${{PIP_SECONDS:-0}}"; echo "$*" >> "$PIP_LOG"; exit ${{PIP_STATUS:-0}} ;;
 esac
 """
 
@@ -39,11 +39,16 @@ class Machine:
         (self.bin / name).write_text(PYTHON.format(version=version))
         (self.bin / name).chmod(0o755)
 
-    def set_up(self, **variables: str) -> subprocess.CompletedProcess[str]:
+    def start(self, **variables: str) -> subprocess.Popen[str]:
         environment = {"PATH": str(self.bin), "HOME": str(self.bin), "PIP_LOG": str(self.log), **variables}
         command = f'source "{self.clone}/run_scripts/setup_env.sh"; echo "$PYTHON"; echo "${{PYTHONPATH-unset}}"'
-        bash = shutil.which("bash")
-        return subprocess.run([bash, "-c", command], capture_output=True, text=True, env=environment, check=False)
+        piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([shutil.which("bash"), "-c", command], env=environment, **piped)
+
+    def set_up(self, **variables: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(**variables)
+        said = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode, *said)
 
     def installs(self) -> int:
         return len(self.log.read_text().splitlines()) if self.log.exists() else 0
@@ -110,6 +115,16 @@ def test_an_interrupted_install_starts_afresh(machine: Machine):
     assert machine.set_up().returncode == 0
     assert machine.installs() == 2
     assert not (machine.venv / "half").exists()
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="this machine has no flock")
+def test_two_setups_at_once_take_turns(machine: Machine):
+    machine.add("python3.11", "3.11")
+    (machine.bin / "flock").symlink_to(shutil.which("flock"))
+    both = [machine.start(PIP_SECONDS="1") for _ in range(2)]
+    said = [process.communicate() for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert machine.installs() == 1
 
 
 def test_an_environment_whose_python_is_gone_is_made_again(machine: Machine):

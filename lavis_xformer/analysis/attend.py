@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lavis_xformer.arguments import at_least, command_parser
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, first_line
 
 ENLARGED = 256  # side of a drawn image in pixels
 
@@ -70,7 +70,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             axes.axis("off")
             axes.imshow(shown if source is None else shown.convert("L"), cmap="gray")
             if source is None:
-                axes.set_title(title, fontsize=9, loc="left", wrap=True)
+                axes.set_title(title.replace("$", r"\$"), fontsize=9, loc="left", wrap=True)  # no formulas
                 continue
             axes.set_title(source, fontsize=9)
             extent = (0, ENLARGED, ENLARGED, 0)
@@ -105,11 +105,17 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 def _check(args: argparse.Namespace) -> None:
     """Reject a model without such maps, or one that can't answer, before any weights are loaded."""
+    import torch
+
     from lavis_xformer import register
     from lavis_xformer.config.load import find
     from lavis_xformer.models.base import XFormerBase
     from lavis_xformer.models.generation import GenerativeModel
 
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device}: {first_line(error)}") from error
     register()
     cls = find("model", args.model, "--model")
     if not issubclass(cls, XFormerBase):

@@ -6,11 +6,13 @@ import base64
 import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from lavis_xformer.arguments import command_parser
 from lavis_xformer.errors import UserError
+from lavis_xformer.files import read_json
 
 Record = dict[str, Any]
 
@@ -167,10 +169,7 @@ def _panels(steps: Sequence[Record], evals: Sequence[Record]) -> list[tuple[str,
 
 
 def _names(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    names: dict[str, None] = {}
-    for record in records:
-        names |= dict.fromkeys(record)
-    return list(names)
+    return list(dict.fromkeys(chain.from_iterable(records)))
 
 
 def series(records: Iterable[Record], name: str) -> tuple[list[int], list[float]]:
@@ -196,7 +195,7 @@ def _text(value: object) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ import copy
 import functools
 import hashlib
 import json
+import os
 import platform
 import subprocess
 import threading
@@ -23,6 +24,7 @@ from typing import Any
 import yaml
 
 from lavis_xformer import assets
+from lavis_xformer.errors import UserError
 from lavis_xformer.files import read_json, sha256
 from lavis_xformer.paths import project_path, shipped_folder
 from lavis_xformer.versions import versions_of
@@ -68,8 +70,8 @@ def resolved(config: str, options: Mapping[str, Any]) -> Json:
         for section in sections:
             place[section] = dict(place.get(section) or {})
             place = place[section]
-        place[name] = value
-    model: Json = user.get("model", {})
+        place[name] = merge(place.get(name), value)
+    model: Json = user.get("model") or {}
     merged: Json = {}
     for file in sorted(shipped_folder("configs").glob("models/*.yaml")):
         own = _mapping(file)["model"]
@@ -101,12 +103,13 @@ def content(value: str, *, folders: bool = False) -> str | None:
     """Return the sha256 of what a value names: an asset, a file, or the files of a folder; None for other values."""
     if value.startswith(assets.SCHEME):
         group, _, part = value.removeprefix(assets.SCHEME).partition("/")
-        sums = read_json(assets.ROOT / group / assets.SUMS)
+        file = assets.ROOT / group / assets.SUMS
+        sums = read_json(file) if file.is_file() else {}
         return _digest({name: of for name, of in sums.items() if name.startswith(f"{part}/")})
-    path = Path(value)
-    if path.is_file():
+    path = Path(os.path.expandvars(value)).expanduser()
+    if os.path.isfile(path):  # unlike pathlib's, False for a text too long for a path
         return _file(path, path.stat().st_size, path.stat().st_mtime_ns)
-    if folders and "/" in value and path.is_dir():  # a name such as "mini" means no folder, even if one is here
+    if folders and "/" in value and os.path.isdir(path):  # a name such as "mini" means no folder, even if one is here
         return _digest({file.name: content(str(file)) for file in sorted(path.iterdir()) if file.is_file()})
     return None
 
@@ -172,7 +175,10 @@ def _mapping(file: Path) -> Json:
 
 @functools.cache
 def _parsed(path: Path, size: int, changed: int) -> Json:
-    found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
     return found if isinstance(found, dict) else {"": found}
 
 

@@ -137,7 +137,8 @@ class Plan:
                 continue
             own = (variant.get("every") or {}) | (variant.get(stage.name) or {})
             options = {**stage.options, **own, "run.seed": seed}
-            if weights is not None:
+            given = stage.options | (variant.get(stage.name) or {})
+            if weights is not None and "model.pretrained" not in given:
                 options["model.pretrained"] = str(weights)
             together = {"processes": self.processes} if self.processes > 1 else {}  # they multiply the batch
             folder = self.output / "cells" / f"{stage.name}-seed{seed}-{digest(stage.config, options | together)}"
@@ -182,12 +183,12 @@ def read_plan(path: str) -> Plan:
     return Plan(
         name=file.stem,
         output=Path(str(content["output"])).absolute(),
-        baseline=content["baseline"],
+        baseline=str(content["baseline"]),
         seeds=_seeds(f"{file}: seeds", content["seeds"]),
         stages=stages,
         variants=content["variants"],
         processes=_count(f"{file}: processes", content.get("processes", 1)),
-        claim=content.get("claim") or "",
+        claim=str(content.get("claim") or ""),
     )
 
 
@@ -233,6 +234,8 @@ def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
             raise UserError(f"{file}: '{key}': {nearest(key, KEYS)}")
     for section in ("common", "variants"):
         for name, given in _mapping(f"{file}: {section}", content.get(section)).items():
+            if not isinstance(name, str):
+                raise UserError(f"{file}: {section}: YAML doesn't read the name {name!r} as text; put it in quotes")
             _mapping(f"{file}: {section}.{name}", given)
     variants: dict[str, Any] = content.get("variants") or {}
     if "extends" not in content:

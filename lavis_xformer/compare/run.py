@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import platform
 import signal
@@ -124,7 +125,7 @@ def announce(cell: Cell, number: str) -> None:
 def listing(cells: Sequence[Cell]) -> str:
     """Return a line for every cell."""
     rows = [(cell.variant, f"seed {cell.seed}", cell.stage.name, state(cell), str(cell.folder)) for cell in cells]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    widths = [max((len(row[column]) for row in rows), default=0) for column in range(4)]
     return "\n".join("  ".join(word.ljust(w) for word, w in zip(row, [*widths, 0], strict=True)) for row in rows)
 
 
@@ -132,13 +133,25 @@ def state(cell: Cell) -> str:
     """Say whether a cell is finished, to do, or to be rerun and why."""
     if reasons := cell.stale():
         return f"to be rerun: {reason(reasons)}"
-    return "finished" if cell.finished else "to do"
+    return "finished" if (cell.folder / "cell.json").is_file() else "to do"
 
 
 def reason(changed: Sequence[str], most: int = 2) -> str:
     """Name the first changes, and count the rest."""
     more = f" and {len(changed) - most} more" if len(changed) > most else ""
     return f"{'; '.join(changed[:most])}{more}"
+
+
+def check_splits(cell: Cell) -> None:
+    """Check that a stage tests one split at most: results are kept by stage, not by split.
+
+    Raises:
+        UserError: it tests several.
+    """
+    keys = ("run.test_splits.", "run.valid_splits.") if cell.stage.evaluate else ("run.test_splits.",)
+    splits = sorted({json.loads(value) for key, value in cell.inputs().items() if key.startswith(keys)})
+    if len(splits) > 1:
+        raise UserError(f"{cell.stage.name} tests the splits {', '.join(splits)}; give each a stage of its own")
 
 
 def set_aside(cell: Cell) -> Path:
@@ -153,6 +166,7 @@ def run_cell(cell: Cell) -> None:
     Raises:
         UserError: it failed, or the code has changed since this command started.
     """
+    check_splits(cell)
     code = inputs.code_now()
     if code != inputs.code() and not cell.lenient:
         raise UserError("the code of lavis_xformer has changed during this comparison; start the command again")

@@ -16,6 +16,7 @@ from lavis.common.registry import registry
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 from lavis.datasets.datasets.base_dataset import BaseDataset
 from numpy.typing import NDArray
+from omegaconf import ListConfig
 from PIL import Image
 
 from lavis_xformer.data.packed import LazyRows
@@ -145,9 +146,11 @@ class SceneBuilder(BaseDatasetBuilder):
         """
         self.build_processors()
         parts = {name: part for name, part in (self.config.splits or {}).items() if part is not None}
-        for name in parts:
+        for name, part in parts.items():
             if name not in SPLITS:
                 raise UserError(f"splits: no split named {name!r}: {nearest(name, SPLITS)}")
+            if not isinstance(part, Mapping):
+                raise UserError(f"splits.{name} is {part!r}; it must hold keys such as scenes")
         return {
             name: self._split(name, part)
             for name, part in parts.items()
@@ -159,7 +162,8 @@ class SceneBuilder(BaseDatasetBuilder):
         for key in part:
             if key not in known:
                 raise UserError(f"splits.{name}: unknown key {key!r}: {nearest(key, known)}")
-        presets = [self.config.preset] if isinstance(self.config.preset, str) else list(self.config.preset or [""])
+        given = self.config.get("preset")
+        presets = (list(given) or [""]) if isinstance(given, ListConfig) else [given]
         for preset in presets:
             named(PRESETS, preset, "scene preset")
         mode = "train" if name == "train" else "eval"

@@ -113,7 +113,7 @@ def train_probe(
         probe = Probe(dim=tokens[TRAIN].shape[-1], patches=tokens[TRAIN].shape[1])
         best = {name: (-1.0, 0.0) for name in TASKS}
         optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=0.05)
-        decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.1)
+        decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(steps, 11), pct_start=0.1)
         for step in range(steps):
             rows = torch.randint(len(tokens[TRAIN]), (256,), generator=generator(seed, step))
             with autocast(tokens[TRAIN].device):
@@ -185,7 +185,7 @@ def majority(exam: Exam) -> dict[str, float]:
 
 def chosen(models: str, names: str | None) -> dict[str, Encoder]:
     """Return a model set's sources of tokens: those in a comma-separated list, or all."""
-    folder = resolve(f"{models}/clip").parent
+    folder, _ = (resolve(f"{models}/{part}").parent for part in ("clip", "mae"))
     for part in ("clip", "mae"):
         if not (folder / part / "config.json").is_file():
             made = "lavis-xformer build-mini --only clip --only mae --out FOLDER makes such a set"
@@ -225,6 +225,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="number of probes per source (default: %(default)s)")
     args = parser.parse_args(argv)
     at_least(1, args, "scenes", "held_out", "steps", "seeds")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: {error.strerror}; name a folder") from error
     begin = time.monotonic()
     sources = chosen(args.set, args.sources)
     report = f"probe-{args.report}"
@@ -240,7 +244,6 @@ def main(argv: list[str]) -> int:
     text = f"{table(results, chance)}\n\n{frequencies(curves)}\n\n{said_of(placed)}"
     record = {"arguments": vars(args) | {"out": str(args.out)}, "accuracy": results, "majority": chance}
     record |= {"position_r2": placed, "similarity": curves}
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "probe.json").write_text(json.dumps(record, indent=2) + "\n")
     (args.out / "probe.md").write_text(text + "\n")
     from lavis_xformer.mini.probe_figure import draw

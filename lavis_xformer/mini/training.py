@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from lavis_xformer.engine.optimizers import MuonAdamW
 from lavis_xformer.engine.step import computes_bf16
+from lavis_xformer.files import replacing
 
 StepLoss = Callable[[torch.Generator, float], Tensor]
 """Loss of one step, given its random generator and the share of the steps already done."""
@@ -146,15 +146,9 @@ def make_optimizer(module: nn.Module, schedule: Schedule) -> Optimizer:
 
 def _save(state: Path, module: nn.Module, optimizer: Optimizer, step: int, seconds: float) -> None:
     state.parent.mkdir(parents=True, exist_ok=True)
-    part = state.with_suffix(".part")
-    values = {
-        "module": module.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-        "seconds": seconds,
-    }
-    torch.save(values, part)
-    os.replace(part, state)
+    values = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
+    with replacing(state) as file:
+        torch.save(values, file)
 
 
 def _load(state: Path, module: nn.Module, optimizer: Optimizer) -> tuple[int, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lavis_xformer.arguments import command_parser
+from lavis_xformer.arguments import at_least, command_parser
 from lavis_xformer.data.scenes.qa import QUESTION_KINDS, majority_share, questions
 from lavis_xformer.data.scenes.render import render
 from lavis_xformer.data.scenes.text import LEVELS, captions
@@ -84,10 +84,8 @@ def contact_sheet(preset: str, seed: int, path: str | Path, split: str = "train"
         split: whose scenes.
 
     Raises:
-        UserError: there is no such preset, the seed is negative, or ``path`` can't be written.
+        UserError: there is no such preset, or ``path`` can't be written.
     """
-    if seed < 0:
-        raise UserError(f"--seed {seed}: it must be at least 0")
     named(PRESETS, preset, "scene preset")
     levels = list(LEVELS)
     cards = [
@@ -134,6 +132,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--split", default="train", help="train, val or test (default: train)")
     parser.add_argument("--answers", type=int, metavar="N", help="also count the answers to questions about N scenes")
     given = parser.parse_args(argv)
+    at_least(0, given, "seed")
+    if given.answers is not None:
+        at_least(1, given, "answers")
     contact_sheet(given.preset, given.seed, given.out, given.split)
     print(f"{given.out}: {COLUMNS * ROWS} scenes of preset '{given.preset}'")
     if given.answers:
