@@ -53,6 +53,15 @@ def build(cell: Any) -> Any:
     return registry.get_model_class(cfg.arch).from_config(cfg)
 
 
+def test_laviss_class_has_no_fusion() -> None:
+    from lavis.common.registry import registry
+
+    cls = registry.get_model_class("lavis_blip2")
+    cfg = OmegaConf.load(cls.default_config_path("mini")).model
+    with pytest.raises(UserError, match=r"model\.fusion is dual, but LAVIS's own BLIP-2 has none"):
+        cls.from_config(OmegaConf.merge(cfg, {"fusion": "dual"}))
+
+
 @pytest.mark.parametrize("name", ["lavis_blip2", "blip2"])
 def test_the_settings_of_a_cell_can_be_read(name: str) -> None:
     from lavis_xformer.config.load import load_config

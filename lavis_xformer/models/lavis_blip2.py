@@ -40,7 +40,7 @@ class OwnParts(CheckpointLoading):
 
     CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset(
         "vit_model vit_weights image_size drop_path_rate use_grad_checkpoint vit_precision freeze_vit bert "
-        "num_query_token cross_attention_freq max_txt_len blip2_pretrained".split()
+        "num_query_token cross_attention_freq max_txt_len blip2_pretrained fusion".split()
     )
     config: ClassVar[DictConfig]
 
@@ -60,6 +60,8 @@ class OwnParts(CheckpointLoading):
         Raises:
             UserError: a name, folder or file in the configuration is wrong.
         """
+        if (fusion := cfg.get("fusion", "none")) != "none":
+            raise UserError(f"model.fusion is {fusion}, but LAVIS's own BLIP-2 has none; set it to none")
         if not dist.is_initialized():  # LAVIS reads the rank unconditionally
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
