@@ -11,13 +11,10 @@ space, T: text tokens, V: vocabulary, N: image patches, P: values per patch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from lavis_xformer.errors import UserError, nearest
 
 LABEL_SMOOTHING = 0.1  # BLIP-2's, for ITC and ITG
 NEGATIVE_FLOOR = 1e-4  # BLIP-2's: gives every negative a nonzero probability
@@ -140,20 +137,6 @@ def language_modelling(logits: Tensor, labels: Tensor, weights: Tensor | None = 
     if weights is not None:
         counts = counts * weights[:, None]
     return (loss * counts).sum() / counts.sum()
-
-
-def weights_of(given: Mapping[str, Any] | None, defaults: Mapping[str, float]) -> dict[str, float]:
-    """Return the weight of every loss: the defaults, overridden by what is given.
-
-    Raises:
-        UserError: there is no such loss, or its weight is not a number.
-    """
-    for name, weight in (given or {}).items():
-        if name not in defaults:
-            raise UserError(f"model.loss_weights: no loss '{name}'; {nearest(name, defaults)}")
-        if not isinstance(weight, int | float):
-            raise UserError(f"model.loss_weights.{name} is {weight!r}; it must be a number")
-    return {**defaults, **(given or {})}
 
 
 def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:

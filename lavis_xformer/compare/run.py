@@ -56,6 +56,8 @@ def main(argv: Sequence[str]) -> int:
     if args.list:
         print(listing(cells))
         return 0
+    for cell in cells:
+        check_splits(cell)
     run_all(cells, args.jobs)
     print(write(plan))
     return 0
@@ -166,7 +168,6 @@ def run_cell(cell: Cell) -> None:
     Raises:
         UserError: it failed, or the code has changed since this command started.
     """
-    check_splits(cell)
     code = inputs.code_now()
     if code != inputs.code() and not cell.lenient:
         raise UserError("the code of lavis_xformer has changed during this comparison; start the command again")

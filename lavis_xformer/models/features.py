@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models.base import XFormerBase
 from lavis_xformer.models.fusion import CrossAttentionBlock, Init
-from lavis_xformer.models.samples import check_positive, check_whole, one_per_image, take
+from lavis_xformer.models.samples import check_positive, check_whole, take, texts_of
 
 MODES = ("multimodal", "image", "text")
 ITG_SOURCES = ("qformer", "xformer")
@@ -116,9 +116,8 @@ class FeatureModel(XFormerBase):
             z = self.encode_queries(take(samples, "image"))
             return BlipOutputFeatures(image_embeds=z, image_embeds_proj=F.normalize(self.vision_proj(z), dim=-1))
         most = self.Qformer.config.max_position_embeddings  # LAVIS truncates nothing, and fails on longer texts
-        texts = take(samples, "text_input")
-        if mode == "multimodal":
-            texts = one_per_image(texts, len(take(samples, "image")), name="samples['text_input']")
+        both = mode == "multimodal"
+        texts = texts_of(samples, len(take(samples, "image"))) if both else take(samples, "text_input")
         text = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=most).to(
             self.device
         )

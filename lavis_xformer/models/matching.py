@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lavis.common.registry import registry
 
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.models.samples import one_per_image, take
+from lavis_xformer.models.samples import take, texts_of
 from lavis_xformer.models.stage1 import XFormer
 
 MATCH_HEADS = ("itm", "itc")
@@ -38,7 +38,7 @@ class XFormerITM(XFormer):
         if match_head not in MATCH_HEADS:
             raise UserError(f"match_head: no head '{match_head}'; {nearest(match_head, MATCH_HEADS)}")
         image = take(samples, "image")
-        text = self.tokenize(one_per_image(take(samples, "text_input"), len(image), name="samples['text_input']"))
+        text = self.tokenize(texts_of(samples, len(image)))
         if match_head == "itm":
             tokens = self.encode_image(image)
             return self.match(tokens.clip, tokens.mae_tokens, text.input_ids, text.attention_mask)

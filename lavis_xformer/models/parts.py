@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from omegaconf import DictConfig
@@ -63,6 +64,20 @@ def build_parts(cfg: DictConfig) -> dict[str, Any]:
         "clip_layer": cfg.get("clip_layer"),
         "shuffle_mae": cfg.get("shuffle_mae", False),
     }
+
+
+def weights_of(given: Mapping[str, Any] | None, defaults: Mapping[str, float]) -> dict[str, float]:
+    """Return the weight of every loss: the defaults, overridden by ``model.loss_weights``.
+
+    Raises:
+        UserError: there is no such loss, or its weight is not a number.
+    """
+    for name, weight in (given or {}).items():
+        if name not in defaults:
+            raise UserError(f"model.loss_weights: no loss '{name}'; {nearest(name, defaults)}")
+        if not isinstance(weight, int | float):
+            raise UserError(f"model.loss_weights.{name} is {weight!r}; it must be a number")
+    return {**defaults, **(given or {})}
 
 
 def _heads(fusion: str, visual_encoder: Any, qformer: Any) -> int:

@@ -39,6 +39,15 @@ def one_per_image(text: Any, count: int, *, name: str) -> list[str]:
     return list(texts)
 
 
+def texts_of(samples: Any, count: int) -> list[str]:
+    """``samples['text_input']`` as a list of ``count`` strings, one for each image.
+
+    Raises:
+        UserError: it is missing, or doesn't fit.
+    """
+    return one_per_image(take(samples, "text_input"), count, name="samples['text_input']")
+
+
 def check_whole(least: int, **numbers: Any) -> None:
     """Refuse what is no whole number, or less than the least."""
     for name, number in numbers.items():

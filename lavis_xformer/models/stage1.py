@@ -20,8 +20,8 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.models.base import Tokens
 from lavis_xformer.models.checkpoints import load_pretrained
 from lavis_xformer.models.features import FeatureModel
-from lavis_xformer.models.parts import build_parts
-from lavis_xformer.models.samples import one_per_image, take
+from lavis_xformer.models.parts import build_parts, weights_of
+from lavis_xformer.models.samples import take, texts_of
 
 LOSSES = ("itc", "itm", "itg", "rec")
 
@@ -69,7 +69,7 @@ class XFormer(FeatureModel):
         self.temp = nn.Parameter(0.07 * torch.ones([]))
         self.mask_ratio = mask_ratio
         self.mask_vl = mask_vl
-        self.loss_weights = losses.weights_of(loss_weights, dict.fromkeys(LOSSES, 1.0))
+        self.loss_weights = weights_of(loss_weights, dict.fromkeys(LOSSES, 1.0))
 
     @property
     def reconstructs(self) -> bool:
@@ -96,7 +96,7 @@ class XFormer(FeatureModel):
             reconstructed); ``itm_accuracy``; in eval mode ``rec_mae``, the frozen MAE's own error beside ``loss_rec``.
         """
         image = take(samples, "image")
-        text = self.tokenize(one_per_image(take(samples, "text_input"), len(image), name="samples['text_input']"))
+        text = self.tokenize(texts_of(samples, len(image)))
         seen, whole = self._encode_for_training(image, noise)  # C and M, masked and not
 
         zq = self.query_image(whole.clip, use_cache=True)  # Zq (B, Q, D)

@@ -24,8 +24,8 @@ from lavis_xformer.models.checkpoints import load_pretrained
 from lavis_xformer.models.generation import GenerativeModel, ask
 from lavis_xformer.models.language import Dialogue, LanguageModel
 from lavis_xformer.models.opt import OptLanguage
-from lavis_xformer.models.parts import build_parts
-from lavis_xformer.models.samples import one_per_image, take
+from lavis_xformer.models.parts import build_parts, weights_of
+from lavis_xformer.models.samples import one_per_image, take, texts_of
 from lavis_xformer.models.t5 import T5Language
 
 
@@ -73,7 +73,7 @@ class XFormerStage2(GenerativeModel):
             raise UserError(f"model.mask_ratio is {mask_ratio}; it must lie between 0 and 1")
         self.mask_ratio = mask_ratio
         self.prefix_lm = prefix_lm
-        self.loss_weights = losses.weights_of(loss_weights, {"lm": 1.0, "rec": 0.0})
+        self.loss_weights = weights_of(loss_weights, {"lm": 1.0, "rec": 0.0})
 
     @property
     def reconstructs(self) -> bool:
@@ -125,7 +125,7 @@ class XFormerStage2(GenerativeModel):
         if "answer" in samples and "text_output" not in samples:
             return self._answers(samples, generator)
         count = len(samples["image"])
-        texts = one_per_image(take(samples, "text_input"), count, name="samples['text_input']")
+        texts = texts_of(samples, count)
         if "text_output" in samples:
             said = one_per_image(samples["text_output"], count, name="samples['text_output']")
             return Texts([[(text, spaced(text, target))] for text, target in zip(texts, said, strict=True)])

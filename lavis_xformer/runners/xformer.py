@@ -121,7 +121,11 @@ class XFormerRunner(PortableRunner):
 
     def _count_corrupt(self) -> None:
         """Add the samples that any rank has skipped since the last (re)start to those skipped before."""
-        self.state.corrupt.update(name for names in launch.collect(self.corrupt()) for name in names)
+        self.state.corrupt.update(self._corrupt_anywhere())
+
+    def _corrupt_anywhere(self) -> set[str]:
+        """The samples that any rank has skipped since the last (re)start."""
+        return {name for names in launch.collect(self.corrupt()) for name in names}
 
     def eval_epoch(self, split_name: str, cur_epoch: int | str, skip_reload: bool = False) -> dict[str, Any] | None:
         """Evaluate a split with seeded randomness; the training's random state is untouched.
@@ -202,7 +206,7 @@ class XFormerRunner(PortableRunner):
         figures = {split: self.eval_epoch(split, "best", skip_reload=True) for split in splits}
         for split, values in figures.items():
             self.log_stats(values, split)
-        skipped = sorted({name for names in launch.collect(self.corrupt()) for name in names})
+        skipped = sorted(self._corrupt_anywhere())
         return {"finished": False, "best": {}, "test": figures, "corrupt": skipped, "corrupt_count": len(skipped)}
 
     def log_config(self) -> None:

@@ -23,7 +23,7 @@ from lavis_xformer.distributed import is_main
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.tasks import scoring
 from lavis_xformer.tasks.base import own_batches
-from lavis_xformer.tasks.protocols import PROTOCOL_KEYS, Protocol, Row, check_method, protocol_of, write_result
+from lavis_xformer.tasks.protocols import PROTOCOL_KEYS, NeedsMethod, Protocol, Row, protocol_of, write_result
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,11 @@ SAVED = Item._fields[:-1]
 
 
 @registry.register_task("xformer_benchmark")
-class BenchmarkTask(BaseTask):
+class BenchmarkTask(NeedsMethod, BaseTask):
     """Asks the questions of one dataset: GVT-bench, POPE, MMVP, or scenes (``xformer_scenes_vqa``)."""
 
     CONFIG_KEYS = frozenset({"protocol", "scorer", "blind", *PROTOCOL_KEYS})
+    METHOD = "predict_answers"
 
     def __init__(self, *, protocol: Protocol, config: Row, scorer: str = "strict", blind: bool = False) -> None:
         """Set how questions are asked, how counts and yes or no are read, and whether the image is withheld."""
@@ -74,15 +75,6 @@ class BenchmarkTask(BaseTask):
         if len(names := list(cfg.datasets_cfg)) != 1:
             raise UserError(f"xformer_benchmark asks the questions of one dataset, not of {', '.join(names)}")
         return cls(protocol=protocol_of(run), scorer=scorer, blind=bool(run.get("blind", False)), config=cfg.to_dict())
-
-    def build_model(self, cfg: Any) -> Any:
-        """Build the model as LAVIS does.
-
-        Raises:
-            UserError: it can't answer questions.
-        """
-        check_method(cfg, "predict_answers")
-        return super().build_model(cfg)
 
     def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
         """Keep the dataset, which holds the true answers.

@@ -27,10 +27,10 @@ from lavis_xformer.tasks.caption_scores import check_scoring, fetch_truths, scor
 from lavis_xformer.tasks.protocols import (
     CAPTION_PROTOCOLS,
     RETRIEVAL_PROTOCOLS,
+    NeedsMethod,
     Protocol,
     Row,
     WithProtocol,
-    check_method,
     chosen,
     write_result,
 )
@@ -121,10 +121,11 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
 
 
 @registry.register_task("xformer_retrieval")
-class XFormerRetrievalTask(RetrievalTask):
+class XFormerRetrievalTask(NeedsMethod, RetrievalTask):
     """COCO and Flickr retrieval, with a stage-1 model."""
 
     CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset({"protocol", "k_test"})
+    METHOD = "compute_sim_matrix"
 
     @classmethod
     def setup_task(cls, cfg: Any) -> XFormerRetrievalTask:
@@ -141,15 +142,6 @@ class XFormerRetrievalTask(RetrievalTask):
         asked = {"k_test": cfg.run_cfg.k_test, "image_size": task.config.get("model", {}).get("image_size")}
         task.protocol = protocol | asked
         return task
-
-    def build_model(self, cfg: Any) -> Any:
-        """Build the model as LAVIS does.
-
-        Raises:
-            UserError: it can't rank; only models of stage 1 can.
-        """
-        check_method(cfg, "compute_sim_matrix")
-        return super().build_model(cfg)
 
     def evaluation(self, model: Any, data_loader: Any, **unused: object) -> Row | None:
         """Rank as LAVIS does, and add the chance level of its recalls (``txt_r1``: from image to text)."""

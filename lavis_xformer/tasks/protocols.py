@@ -74,6 +74,24 @@ def protocol_of(run: Any, protocols: Mapping[str, Protocol] = PROTOCOLS) -> Prot
     return replace(chosen(run, protocols), **changes)
 
 
+class NeedsMethod:
+    """Mixin before a LAVIS task: rejects a model without the method that the task calls."""
+
+    METHOD: ClassVar[str]
+
+    def build_model(self, cfg: Any) -> Any:
+        """Build the model as LAVIS does.
+
+        Raises:
+            UserError: it lacks the method; nothing is built then.
+        """
+        arch = cfg.model_cfg.arch
+        if not hasattr(registry.get_model_class(arch), self.METHOD):
+            task = cfg.run_cfg.task
+            raise UserError(f"run.task: {task} needs a model with {self.METHOD}(), which model.arch {arch} lacks")
+        return super().build_model(cfg)  # type: ignore[misc]
+
+
 class WithProtocol:
     """Mixin before a LAVIS task: asks by ``run.protocol`` and records it."""
 
@@ -99,17 +117,6 @@ class WithProtocol:
     def write(self, split: str, figures: Mapping[str, float], *, scorer: str, said: Sequence[Row], **more: Any) -> None:
         """Write ``result/<split>_<dataset>.json``, see :func:`write_result`."""
         write_result(self.config, split, asdict(self.protocol), figures, scorer=scorer, answers=list(said), **more)
-
-
-def check_method(cfg: Any, method: str) -> None:
-    """Check, before anything is built, that the model has the method by which a task asks it.
-
-    Raises:
-        UserError: it has none.
-    """
-    arch = cfg.model_cfg.arch
-    if not hasattr(registry.get_model_class(arch), method):
-        raise UserError(f"run.task: {cfg.run_cfg.task} needs a model with {method}(), which model.arch {arch} lacks")
 
 
 def write_result(

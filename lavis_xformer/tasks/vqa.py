@@ -22,17 +22,18 @@ from lavis.tasks.vqa import GQATask, VQATask
 from lavis_xformer.distributed import is_main
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.files import read_json
-from lavis_xformer.tasks.protocols import Row, WithProtocol, check_method
+from lavis_xformer.tasks.protocols import NeedsMethod, Row, WithProtocol
 
 logger = logging.getLogger(__name__)
 
 TYPES = ("structural", "semantic")
 
 
-class AsksByProtocol(WithProtocol):
+class AsksByProtocol(NeedsMethod, WithProtocol):
     """Asks questions by protocol; ``run.blind`` asks the language model alone, without the image."""
 
     CONFIG_KEYS = WithProtocol.CONFIG_KEYS | {"blind", "inference_method", "num_ans_candidates"}
+    METHOD = "predict_answers"
     dataset: Any
     blind: bool
 
@@ -42,15 +43,6 @@ class AsksByProtocol(WithProtocol):
         task = super().setup_task(cfg)
         task.blind = bool(cfg.run_cfg.get("blind", False))
         return task
-
-    def build_model(self, cfg: Any) -> Any:
-        """Build the model as LAVIS does.
-
-        Raises:
-            UserError: it can't answer questions.
-        """
-        check_method(cfg, "predict_answers")
-        return super().build_model(cfg)  # type: ignore[misc]
 
     def valid_step(self, model: Any, samples: Row) -> list[Row]:
         """Ask as LAVIS does, without the image if ``run.blind`` is set."""
