@@ -8,6 +8,7 @@ is set in the YAML, see configs/datasets/image_text_json.yaml and image_question
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -166,7 +167,7 @@ class QuestionEvalDataset(PhotoDataset):
         return batch
 
 
-class LocalFilesBuilder(BaseDatasetBuilder):
+class LocalFilesBuilder(BaseDatasetBuilder, ABC):
     """Builds the splits whose ``annotations`` the YAML names; downloads nothing.
 
     A subclass defines in :meth:`build_split` what the files hold.
@@ -192,9 +193,9 @@ class LocalFilesBuilder(BaseDatasetBuilder):
             raise UserError(f"{self.name}: no annotation file: set datasets.{self.name}.splits.{split}.annotations")
         return {split: self.build_split(split) for split in given}
 
+    @abstractmethod
     def build_split(self, split: str) -> BaseDataset:
         """Build one split."""
-        raise NotImplementedError
 
     @property
     def name(self) -> str:

@@ -6,6 +6,7 @@ on access, in two to four milliseconds of one core, and is the same every time.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -133,7 +134,7 @@ class ScenePairEvalDataset(SceneDataset):
         return {**self.sample(row, row["caption"][0]), "index": index}
 
 
-class SceneBuilder(BaseDatasetBuilder):
+class SceneBuilder(BaseDatasetBuilder, ABC):
     """Reads and checks the configuration; a subclass turns a split's part of it into a dataset."""
 
     split_keys: tuple[str, ...]
@@ -183,8 +184,9 @@ class SceneBuilder(BaseDatasetBuilder):
             shared[f"{key}_processor"] = processors[mode]
         return self._dataset(name, part, shared)
 
+    @abstractmethod
     def _dataset(self, name: str, part: Mapping[str, Any], shared: Sample) -> SceneDataset:
-        raise NotImplementedError
+        """Build one split from its keys and the arguments that all datasets of scenes take."""
 
 
 @registry.register_builder("xformer_scenes")
