@@ -222,6 +222,7 @@ def check_yaml(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
 
 def check_reference(key: str, value: str) -> Iterator[Finding]:
     """Check a value that says where something is: a path, or a file that ships with this package."""
+    is_path = value.startswith(("/", "./", "../", "~")) or (key in WEIGHTS and "://" not in value)
     if value.startswith("assets://"):
         from lavis_xformer.assets import resolve
 
@@ -229,9 +230,7 @@ def check_reference(key: str, value: str) -> Iterator[Finding]:
             resolve(value)
         except (UserError, OSError) as error:
             yield Finding(key, "WRONG", str(error), "reinstall this package")
-    elif (value.startswith(("/", "./", "../", "~")) or (key in WEIGHTS and "://" not in value)) and not os.path.exists(
-        Path(value).expanduser()
-    ):
+    elif is_path and not Path(value).expanduser().exists():
         yield Finding(key, "WRONG", f"there is no {value}", f"set {key} to its path")
     elif key.startswith("model.") and re.fullmatch(r"[\w.-]+/[\w.-]+", value) and not os.path.exists(value):
         yield Finding(key, "note", f"{value}: downloaded from the hub unless it is in its cache")

@@ -237,7 +237,8 @@ def _check_processors(config: DictConfig) -> None:
         for kind in ("vis_processor", "text_processor"):
             for mode, processor in (values.get(kind) or {}).items():
                 key = f"datasets.{dataset}.{kind}.{mode}"
-                if processor is not None and not isinstance(processor, DictConfig):
+                if processor is None:
+                    continue
+                if not isinstance(processor, DictConfig):
                     raise UserError(f"{key} is {processor!r}; it must hold keys such as name")
-                if processor is not None:
-                    find("processor", processor.get("name"), f"{key}.name")
+                find("processor", processor.get("name"), f"{key}.name")
