@@ -485,7 +485,7 @@ def test_a_training_on_a_gpu_counts_the_gpus_memory(device: str, memory: float |
     assert run.gpu_memory(tmp_path) == memory
 
 
-def test_a_run_that_was_stopped_took_as_long_as_all_its_sittings(tmp_path: Path) -> None:
+def test_a_run_that_was_stopped_took_as_long_as_all_its_starts(tmp_path: Path) -> None:
     assert run.with_earlier(tmp_path, 10.04, 500.0) == {"seconds": 10.0, "peak_memory_mb": 500.0}
     assert run.with_earlier(tmp_path, 5.0, 400.0) == {"seconds": 15.0, "peak_memory_mb": 500.0}
 

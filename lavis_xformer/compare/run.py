@@ -33,7 +33,7 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.files import read_json, write_json, write_text
 
 SAID = "console.txt"
-SITTINGS = "sittings.json"  # time and memory of a run so far, over all restarts
+EARLIER = "spent.json"  # time and memory of a run so far, over all restarts
 IN_PROGRESS: set[int] = set()  # ids of the processes that SIGTERM is forwarded to
 TERMINATED = threading.Event()  # SIGTERM was received
 
@@ -182,7 +182,8 @@ def run_cell(cell: Cell) -> None:
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         IN_PROGRESS.discard(process.pid)
-    spent = with_earlier(cell.folder, time.monotonic() - start, usage.ru_maxrss / 1024)  # Linux counts in KiB
+    per_mb = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts in bytes, Linux in KiB
+    spent = with_earlier(cell.folder, time.monotonic() - start, usage.ru_maxrss / per_mb)
     if process.returncode != 0:
         lines = (cell.folder / SAID).read_text(encoding="utf-8").strip().splitlines()
         raise UserError(f"{cell.variant}, seed {cell.seed}, {cell.stage.name} failed: {lines[-1] if lines else ''} "
@@ -203,8 +204,8 @@ def run_cell(cell: Cell) -> None:
 
 
 def with_earlier(folder: Path, seconds: float, memory: float) -> dict[str, float]:
-    """Record the time and memory of one sitting, and return those of all sittings of a run."""
-    note = folder / SITTINGS
+    """Record what one start of a run took, and return the time and memory of all its starts."""
+    note = folder / EARLIER
     before = read_json(note) if note.is_file() else {"seconds": 0.0, "peak_memory_mb": 0.0}
     spent = {
         "seconds": round(before["seconds"] + seconds, 1),
