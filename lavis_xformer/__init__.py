@@ -20,8 +20,15 @@ __all__ = ["__version__", "from_folder", "load_model_and_preprocess", "register"
 _REGISTERING = (
     "lavis.common.optims",  # its schedules; nothing else imports them
     "lavis.runners",
-    "lavis_xformer.models.registry",
-    "lavis_xformer.data.registry",
+    "lavis_xformer.models.stage1",
+    "lavis_xformer.models.stage2",
+    "lavis_xformer.models.matching",
+    "lavis_xformer.models.lavis_blip2",
+    "lavis_xformer.data.processors",
+    "lavis_xformer.data.scene_datasets",
+    "lavis_xformer.data.scene_question_datasets",
+    "lavis_xformer.data.image_text_datasets",
+    "lavis_xformer.data.benchmarks",
     "lavis_xformer.tasks.stage1",
     "lavis_xformer.tasks.stage2",
     "lavis_xformer.tasks.benchmark",

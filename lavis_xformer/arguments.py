@@ -7,8 +7,7 @@ import inspect
 import re
 import shutil
 import textwrap
-
-from lavis_xformer.errors import UserError
+from collections.abc import Callable
 
 _LEGEND = re.compile(r"[A-Z]: ")  # a paragraph that explains the letters of shapes
 _VERBATIM = re.compile(r" |\d\. ")  # a paragraph that is an example or a list
@@ -25,15 +24,16 @@ def command_parser(command: str, doc: str | None) -> argparse.ArgumentParser:
     )
 
 
-def at_least(least: int, args: argparse.Namespace, *names: str) -> None:
-    """Check numbers of a command line.
+def at_least(least: int) -> Callable[[str], int]:
+    """Return an argument's ``type``: a whole number, not less than ``least``."""
 
-    Raises:
-        UserError: one of them is less than ``least``; the message names its option.
-    """
-    for name in names:
-        if (value := getattr(args, name)) < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: it must be at least {least}")
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{value} is less than {least}")
+        return value
+
+    number.__name__ = "int"  # what argparse calls it if the text is no number
+    return number
 
 
 def _plain(paragraph: str) -> str:

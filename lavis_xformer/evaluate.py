@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from lavis_xformer.config.load import DEFAULT_RUNNER
 from lavis_xformer.errors import UserError
 from lavis_xformer.train import execute, read_config
 
@@ -21,7 +22,7 @@ def command(argv: Sequence[str]) -> int:
     """
     config = read_config(argv, __doc__)
     run = config.run_cfg
-    run.evaluate, run.runner = True, "xformer_runner"
+    run.evaluate, run.runner = True, DEFAULT_RUNNER
     run.test_splits, run.valid_splits = run.get("test_splits") or run.get("valid_splits"), []
     if not run.test_splits:
         raise UserError("run.test_splits names no split to evaluate; set it to [val] or [test]")

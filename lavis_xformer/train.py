@@ -12,6 +12,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lavis.common.registry import registry
+from lavis.tasks import setup_task
+
+from lavis_xformer import launch, register
+from lavis_xformer.analysis.report import write_report
+from lavis_xformer.config.load import DEFAULT_RUNNER, load_config
+from lavis_xformer.distributed import is_main, rank
+from lavis_xformer.engine import checkpoint, jobs, rng
+from lavis_xformer.engine.log import setup_logging
+from lavis_xformer.engine.options import RunOptions, check_lavis_keys
+from lavis_xformer.errors import UserError
+
 
 def arguments(argv: Sequence[str], doc: str | None) -> argparse.Namespace:
     """Parse LAVIS's arguments."""
@@ -32,43 +44,27 @@ def command(argv: Sequence[str]) -> int:
 def read_config(argv: Sequence[str], doc: str | None) -> Any:
     """Read and check the configuration that a command line names."""
     args = arguments(argv, doc)
-    from lavis_xformer import register
-
     register()
-    from lavis_xformer.config.load import load_config
-
     return load_config(args.cfg_path, args.options)
 
 
 def execute(config: Any) -> int:
     """Train, or evaluate if ``run.evaluate`` says so, and print the results; return the exit status."""
-    from lavis_xformer import launch
-
-    with launch.process_group(launch.device_of(str(config.run_cfg.get("device", "auto")))) as place:
-        runner = build_runner(config, place)
+    with launch.process_group(launch.device_of(str(config.run_cfg.get("device", "auto")))):
+        runner = build_runner(config)
         summary = runner.train()
-        if place.rank == 0:
+        if is_main():
             conclude(runner, summary)
     return 0
 
 
-def build_runner(config: Any, place: Any) -> Any:
+def build_runner(config: Any) -> Any:
     """Build datasets, model and runner of a configuration, in the same way on every rank.
 
     Raises:
         UserError: a key or a file is missing or wrong.
     """
-    from lavis.common.registry import registry
-    from lavis.tasks import setup_task
-
-    from lavis_xformer import launch
-    from lavis_xformer.config.load import DEFAULT_RUNNER
-    from lavis_xformer.engine import rng
-    from lavis_xformer.engine.log import setup_logging
-    from lavis_xformer.engine.options import RunOptions, check_lavis_keys
-    from lavis_xformer.errors import UserError
-
-    setup_logging(shown=place.rank == 0)
+    setup_logging(shown=is_main())
     check_lavis_keys(config.run_cfg)
     runner_class = registry.get_runner_class(config.run_cfg.get("runner", DEFAULT_RUNNER))
     if runner_class.__module__.startswith("lavis."):
@@ -79,17 +75,13 @@ def build_runner(config: Any, place: Any) -> Any:
     task = setup_task(config)
     datasets = task.build_datasets(config)
     model = task.build_model(config)
-    rng.seed_everything(rng.seed_of(options.seed, place.rank))
+    rng.seed_everything(rng.seed_of(options.seed, rank()))
     launch.barrier()
     return runner_class(cfg=config, task=task, model=model, datasets=datasets, job_id=job_id)
 
 
-def choose_job(config: Any, options: Any) -> str:
+def choose_job(config: Any, options: RunOptions) -> str:
     """Return the name of the run folder, the same on all ranks."""
-    from lavis_xformer import launch
-    from lavis_xformer.distributed import is_main
-    from lavis_xformer.engine import jobs
-
     found, output_dir = options.job_id, Path(config.run_cfg.output_dir)
     if not found and options.resume == "auto" and is_main():
         found = jobs.newest_matching(output_dir, config.to_dict()) or ""
@@ -105,10 +97,6 @@ def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
     if not summary["finished"]:
         print(f"\nlog         {show(runner.output_dir / 'log.txt')}")
         return
-    from lavis_xformer.analysis.report import write_report
-    from lavis_xformer.engine import checkpoint
-    from lavis_xformer.errors import UserError
-
     folder, drawn = runner.output_dir, ""
     with contextlib.suppress(UserError):  # nothing was left to train: the log here has no step
         page, picture = write_report(folder)

@@ -20,7 +20,6 @@ from lavis_xformer.config.load import load_config
 from lavis_xformer.engine.log import Averages
 from lavis_xformer.engine.loop import EpochLoop, Position
 from lavis_xformer.engine.options import RunOptions
-from lavis_xformer.launch import Placement
 from lavis_xformer.train import build_runner
 
 OPTIONS = (
@@ -71,7 +70,7 @@ def main() -> None:
     lavis_xformer.register()
     with tempfile.TemporaryDirectory() as folder:
         options = OPTIONS.format(128, folder).split()
-        runner = build_runner(load_config("projects/xformer/pretrain.yaml", options), Placement())
+        runner = build_runner(load_config("projects/xformer/pretrain.yaml", options))
         runner.log_config()
         runner.model.train()
         batches = list(runner.train_loader)

@@ -138,7 +138,6 @@ def test_the_command_draws_the_shipped_models(tmp_path: Path, capsys: pytest.Cap
     [
         (["--queries", "32"], "--queries 32: the model has queries 0 to 31"),
         (["--layer", "9"], "layer 9"),
-        (["--scenes", "0"], "--scenes 0: it must be at least 1"),
         (["--device", "nowhere"], "--device nowhere: "),
         (["--out", "nowhere/at/all.png"], "--out nowhere/at/all.png"),
         (["nowhere.jpg"], "nowhere.jpg"),

@@ -122,3 +122,22 @@ def test_the_next_command_names_the_interpreter_that_python_is_not(
     assert as_called_here("torchrun -m lavis.train") == "torchrun -m lavis.train"
     monkeypatch.setenv("PATH", str(python.parent))
     assert as_called_here("python -m lavis.train") == "python -m lavis.train"
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        ("compare x.yaml --jobs 0", "argument --jobs: 0 is less than 1"),
+        ("attend --scenes 0", "argument --scenes: 0 is less than 1"),
+        ("scenes --seed -1", "argument --seed: -1 is less than 0"),
+        ("validate x.json --show -1", "argument --show: -1 is less than 0"),
+        ("probe --held-out 0", "argument --held-out: 0 is less than 1"),
+        ("build-mini --out x --seed -1", "argument --seed: -1 is less than 0"),
+        ("diagnose --cfg-path x.yaml --batches many", "argument --batches: invalid int value: 'many'"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_read(given: str, wrong: str, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(given.split())
+    assert stopped.value.code == 2
+    assert wrong in capsys.readouterr().err

@@ -10,6 +10,7 @@ import yaml
 import lavis_xformer
 from lavis_xformer.engine.options import NEEDED, NEEDED_TO_TRAIN, RunOptions, check_lavis_keys
 from lavis_xformer.errors import UserError
+from lavis_xformer.train import build_runner
 
 YAML = """
 model:
@@ -135,25 +136,19 @@ def test_words_are_options_where_the_yaml_has_true_or_false(load):
 
 
 def test_keys_without_a_default_are_missed_before_anything_is_built(load):
-    from lavis_xformer.launch import Placement
-    from lavis_xformer.train import build_runner
-
-    message = r"^run\.num_workers, run\.batch_size_train, run\.batch_size_eval, run\.min_lr, run\.weight_decay: missing"
+    message = r"^run\.num_workers, run\.batch_size_eval, run\.batch_size_train, run\.min_lr, run\.weight_decay: missing"
     with pytest.raises(UserError, match=message):
-        build_runner(load(), Placement())
-    with pytest.raises(UserError, match=r"^run\.batch_size_train, run\.batch_size_eval: missing"):
-        build_runner(load("run.evaluate=True", "run.num_workers=0"), Placement())
+        build_runner(load())
+    with pytest.raises(UserError, match=r"^run\.batch_size_eval: missing"):
+        build_runner(load("run.evaluate=True", "run.num_workers=0"))
 
 
 def test_laviss_own_runners_are_refused(load):
-    from lavis_xformer.launch import Placement
-    from lavis_xformer.train import build_runner
-
     needed = [f"run.{key}=1" for key in (*NEEDED, *NEEDED_TO_TRAIN) if key != "lr_sched"]
     with pytest.raises(
         UserError, match=r"run\.runner: LAVIS's own runners can't be started .* set it to xformer_runner"
     ):
-        build_runner(load("run.runner=runner_base", *needed), Placement())
+        build_runner(load("run.runner=runner_base", *needed))
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_retrieval_is_itc_reranked_by_itm() -> None:
 
 
 def test_lavis_knows_all_names() -> None:
-    import lavis_xformer.models.registry  # noqa: F401
+    lavis_xformer.register()
 
     assert registry.get_model_class("xformer_feature_extractor") is XFormer
     assert registry.get_model_class("xformer_image_text_matching") is XFormerITM

@@ -19,11 +19,11 @@ from transformers import (
 )
 
 from lavis_xformer.assets import ROOT
-from lavis_xformer.data.scenes import vocabulary
+from lavis_xformer.data.scenes import Question, vocabulary
 from lavis_xformer.errors import UserError
 from lavis_xformer.mini import build, pool
 from lavis_xformer.mini.augment import colour_jitter, random_crop
-from lavis_xformer.mini.language import Document, Turn, accuracy, encode, next_token_loss, opt_config
+from lavis_xformer.mini.language import Document, accuracy, encode, next_token_loss, opt_config
 from lavis_xformer.mini.mae import mae_config, mae_loss
 from lavis_xformer.mini.t5 import examine, pair, t5_config, t5_loss
 from lavis_xformer.mini.training import Schedule, fit, generator
@@ -106,7 +106,7 @@ def test_t5_loads_whole_and_gives_texts_back(mini):
 
 def test_t5_is_asked_as_in_stage_2():
     rng = torch.Generator().manual_seed(0)
-    asked = Document("2 red circle.", (Turn("count", "how many circles?", "2"),))
+    asked = Document("2 red circle.", (Question("count", "how many circles?", "2"),))
     assert pair(asked, rng) == ("2 red circle. Question: how many circles? Answer:", "2")
     halves = {pair(Document("a red star"), rng) for _ in range(50)}
     assert halves == {("", "a red star"), ("a", "red star"), ("a red", "star")}
@@ -114,7 +114,7 @@ def test_t5_is_asked_as_in_stage_2():
 
 def test_t5_learns_by_heart(smoke, tmp_path):
     tokenizer = T5TokenizerFast.from_pretrained(smoke / "t5")
-    asked = [Document(text, (Turn("count", "how many?", text),)) for text in ("2", "star")]
+    asked = [Document(text, (Question("count", "how many?", text),)) for text in ("2", "star")]
     torch.manual_seed(0)
     model = T5ForConditionalGeneration(t5_config(len(tokenizer)))
     before = examine(model.eval(), tokenizer, asked)["mean"]
@@ -159,7 +159,7 @@ def test_resumed_training_equals_uninterrupted(tmp_path, muon):
 
 def test_answers_count_only_where_every_token_is_right(smoke):
     tokenizer = AutoTokenizer.from_pretrained(smoke / "opt", use_fast=False)
-    asked = [Document("2 red circle.", (Turn("count", "how many circles?", "2"),))]
+    asked = [Document("2 red circle.", (Question("count", "how many circles?", "2"),))]
     text = encode(asked, tokenizer)
     assert tokenizer.decode(text.tokens[0][text.answers[0]].tolist()) == " 2\n"
     torch.manual_seed(0)
@@ -172,7 +172,7 @@ def test_a_note_is_read_in_the_place_of_one_token(smoke):
     torch.manual_seed(0)
     model = OPTForCausalLM(opt_config(len(tokenizer))).eval()
     notes = ("red circle: small dotted", "three objects on a plain ground")
-    asked = Document("", (Turn("count", "how many circles?", "2"),), notes)
+    asked = Document("", (Question("count", "how many circles?", "2"),), notes)
     text = encode([asked, Document("a red star")], tokenizer)
     loss, hits, wanted = next_token_loss(model, text.take(torch.tensor([0, 1]), torch.device("cpu")))
 
@@ -197,26 +197,26 @@ def test_a_note_is_read_in_the_place_of_one_token(smoke):
 
 def test_notes_fill_an_image_s_places_and_list_every_object():
     documents = pool.documents("t", seed=0, count=256, noted=True)
-    kinds = [(bool(d.notes), bool(d.text), bool(d.turns)) for d in documents]
+    kinds = [(bool(d.notes), bool(d.text), bool(d.questions)) for d in documents]
     assert set(kinds) == {(True, False, True), (True, True, False), (False, True, True), (False, False, True),
                           (False, True, False)}  # fmt: skip
     lists = 0
     for document in documents:
         assert len(document.notes) in (0, pool.PLACES)
-        for turn in document.turns:
-            if turn.kind == "inventory":
+        for question in document.questions:
+            if question.kind == "inventory":
                 objects = [note for note in document.notes if ": " in note and not note.startswith("largest")]
-                listed = turn.answer.split(". ")
+                listed = question.answer.split(". ")
                 assert sorted(objects) == sorted(listed)
-                assert turn is document.turns[-1]
+                assert question is document.questions[-1]
                 lists += 1
     assert 0.3 < lists / kinds.count((True, False, True)) < 0.7
 
 
 def test_notes_say_what_the_description_says_and_only_where_asked_for():
     plain, noted = (pool.documents("t", seed=0, count=64, noted=noted) for noted in (False, True))
-    assert not [d for d in plain if d.notes or any(turn.kind == "inventory" for turn in d.turns)]
-    pairs = [(text.text, set(notes.notes)) for text, notes in zip(plain, noted, strict=True) if notes.turns]
+    assert not [d for d in plain if d.notes or any(question.kind == "inventory" for question in d.questions)]
+    pairs = [(text.text, set(notes.notes)) for text, notes in zip(plain, noted, strict=True) if notes.questions]
     pairs = [(text, notes - {"nothing"}) for text, notes in pairs if notes]
     assert len(pairs) == 24
     for text, notes in pairs:
@@ -226,7 +226,7 @@ def test_notes_say_what_the_description_says_and_only_where_asked_for():
 def test_no_text_asks_for_two_objects_both_ways_round():
     found = 0
     for document in pool.documents("t", seed=0, count=400, noted=True):
-        asked = [turn.question for turn in document.turns if turn.kind == "relation"]
+        asked = [question.text for question in document.questions if question.kind == "relation"]
         words = [tuple(sorted(re.findall(r"\w+", question))) for question in asked]
         assert len(set(words)) == len(words), asked
         found += len(words)

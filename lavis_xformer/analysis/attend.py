@@ -91,11 +91,10 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--answer", help="answer to the question (default: the model's own)")
     parser.add_argument("--queries", type=int, nargs="+", default=[], help="also draw each of these, from 0")
     parser.add_argument("--layer", type=int, default=-1, help="Q-Former layer attending to C, by index (default: last)")
-    parser.add_argument("--scenes", type=int, default=3, help="number of scenes if no image is given (default: 3)")
+    parser.add_argument("--scenes", type=at_least(1), default=3, help="scenes drawn if no image is given (default: 3)")
     parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("attention.png"), help="output file (default: %(default)s)")
     args = parser.parse_args(argv)
-    at_least(1, args, "scenes")
     if args.text and args.question:
         parser.error("--text or --question, not both")
     if args.answer and not args.question:

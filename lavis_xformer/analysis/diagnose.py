@@ -22,8 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lavis_xformer import launch, register
 from lavis_xformer.arguments import at_least, command_parser
+from lavis_xformer.config.load import DEFAULT_RUNNER, load_config
+from lavis_xformer.engine import jobs
+from lavis_xformer.engine.loop import to_device
+from lavis_xformer.files import write_json
 from lavis_xformer.models.attention_maps import recording
+from lavis_xformer.train import build_runner, show
 
 #: parts of a fusion that aligns M, and of any model, as patterns of weight names; the first that matches counts
 CROSS_ATTENTIONS = {
@@ -49,23 +55,14 @@ def main(argv: Sequence[str]) -> int:
         "--options", nargs="+", action="extend", default=[], help="such as model.pretrained=.../checkpoint_best.pth"
     )
     parser.add_argument("--split", default="val", help="split whose samples are used (default: %(default)s)")
-    parser.add_argument("--batches", type=int, default=8, help="batches for checks 2 to 4 (default: %(default)s)")
+    parser.add_argument("--batches", type=at_least(1), default=8, help="batches for checks 2 to 4 (default: 8)")
     args = parser.parse_args(argv)
-    at_least(1, args, "batches")
-    from lavis_xformer import launch, register
-
     register()
-    from lavis_xformer.config.load import load_config
-    from lavis_xformer.engine import jobs
-    from lavis_xformer.engine.loop import to_device
-    from lavis_xformer.files import write_json
-    from lavis_xformer.train import build_runner, show
-
     changes = [f"run.test_splits=[{args.split}]", "run.evaluate=True", "run.tensorboard=False"]
     config = load_config(args.cfg_path, [*args.options, *changes])
-    config.run_cfg.runner = "xformer_runner"
+    config.run_cfg.runner = DEFAULT_RUNNER
     with launch.process_group(launch.device_of(str(config.run_cfg.get("device", "auto")))):
-        runner = build_runner(config, launch.placement())
+        runner = build_runner(config)
         model = runner.unwrap_dist_model(runner.model).eval()
         own = runner.evaluate(skip_reload=True)[args.split]
         other: Mapping[str, float] = {}

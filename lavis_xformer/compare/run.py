@@ -46,11 +46,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="run these seeds only")
     parser.add_argument("--lenient", action="store_true", help="also keep runs of other code or other versions")
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="runs in parallel, even on one GPU (default: 1)"
+        "--jobs", type=at_least(1), default=1, metavar="N", help="runs in parallel, even on one GPU (default: 1)"
     )
     parser.add_argument("--list", action="store_true", help="list the runs and which are finished; run nothing")
     args = parser.parse_args(argv)
-    at_least(1, args, "jobs")
     plan = replace(read_plan(args.plan), lenient=args.lenient)
     cells = plan.cells(args.only, args.seeds)
     if args.list:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from lavis.common.registry import registry
 from lavis.common.utils import get_cache_path, is_url
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lavis_xformer.errors import UserError
 
@@ -32,12 +32,12 @@ def check_data_files(datasets: DictConfig, user: DictConfig) -> None:
         if info is None or not builder.__module__.startswith("lavis.datasets."):
             continue
         for split, annotation in (info.get("annotations") or {}).items():
-            own = _select(user, name, "build_info", "annotations", split)
+            own = OmegaConf.select(user, f"{name}.build_info.annotations.{split}") or {}
             _check_annotation(
                 f"datasets.{name}.build_info.annotations.{split}", annotation, "storage" in own and "url" not in own
             )
         kind = dataset.get("data_type", "images")
-        media = _select(info, kind)
+        media = info.get(kind) or {}
         if media.get("storage") is not None:
             media.storage = _locate(media.storage)
             if not Path(media.storage).exists():
@@ -69,13 +69,6 @@ def check_file(key: str, path: Any) -> None:
     if path and not Path(str(path)).is_file():
         wrong = f"download {path} and give its path" if is_url(str(path)) else f"there is no file {path}"
         raise UserError(f"{key}: {wrong}")
-
-
-def _select(config: Any, *keys: str) -> Any:
-    """Follow ``keys`` down nested sections; {} if one is missing."""
-    for key in keys:
-        config = (config or {}).get(key)
-    return {} if config is None else config
 
 
 def _locate(path: str) -> str:

@@ -194,7 +194,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: the file or the image folder can't be read at all.
     """
     options = _parser().parse_args(argv)
-    at_least(0, options, "show")
     keys: Keys = (
         QuestionKeys(
             image=options.image_key,
@@ -257,5 +256,5 @@ def _parser() -> argparse.ArgumentParser:
     add("--answer-key", default="answer", help='"" if there are only questions (default: %(default)s)')
     add("--rows-key", help="key of the list, if the file is an object with several lists")
     add("--fast", action="store_true", help="don't decode the images")
-    add("--show", type=int, default=10, metavar="N", help="number of problems to show (default: %(default)s)")
+    add("--show", type=at_least(0), default=10, metavar="N", help="number of problems to show (default: %(default)s)")
     return parser

@@ -11,8 +11,8 @@ from lavis_xformer.errors import UserError
 
 AMP_MODES = {"False": "no", "no": "no", "True": "fp16", "fp16": "fp16", "bf16": "bf16", "auto": "auto"}
 RESUME_MODES = {"False": "no", "no": "no", "auto": "auto"}
-NEEDED = ("num_workers", "batch_size_train", "batch_size_eval")
-NEEDED_TO_TRAIN = ("lr_sched", "init_lr", "min_lr", "weight_decay", "max_epoch")
+NEEDED = ("num_workers", "batch_size_eval")
+NEEDED_TO_TRAIN = ("batch_size_train", "lr_sched", "init_lr", "min_lr", "weight_decay", "max_epoch")
 #: LAVIS's own numbers: their type and the smallest sensible value
 NUMBERS: dict[str, tuple[type, float]] = {
     **dict.fromkeys(("batch_size_train", "batch_size_eval", "accum_grad_iters", "max_epoch", "max_iters"), (int, 1)),

@@ -61,7 +61,7 @@ class TrainingState:
         self.model, self.optimizer, self.scaler, self.config = model, optimizer, scaler, config
         self.batches_per_epoch, self.steps_per_epoch = batches_per_epoch, steps_per_epoch
         self.seed, self.has_streams = seed, has_streams
-        self.joined_batch = int(config["run"]["batch_size_train"]) * world_size()
+        self.joined_batch = int(config["run"].get("batch_size_train", 0)) * world_size()
         self.position = Position()
         self.averages = Averages()
         self.best: dict[str, Any] = {}

@@ -182,7 +182,8 @@ def build_opt(job: Job) -> None:
     noted = pool.examination(pool.HELD_OUT, seed=job.seed, count=4 * recipe.heldout, as_notes=True)
     asked = pool.examination(pool.HELD_OUT, seed=job.seed, count=4 * recipe.heldout)
     blind = [replace(document, text="") for document in asked]
-    captions = [text for text in pool.documents(pool.HELD_OUT, seed=job.seed, count=recipe.heldout) if not text.turns]
+    drawn = pool.documents(pool.HELD_OUT, seed=job.seed, count=recipe.heldout)
+    captions = [text for text in drawn if not text.questions]
     figures = {"perplexity of captions": perplexity(model, tokenizer, captions)}
     figures |= {f"answers {k} %": v for k, v in accuracy(model, tokenizer, asked).items()}
     figures |= {f"from notes {k} %": v for k, v in accuracy(model, tokenizer, noted).items()}
@@ -243,18 +244,17 @@ def main(argv: list[str]) -> int:
     """Run the command; returns its exit status.
 
     Raises:
-        UserError: a number is out of range, the folder is a file, or the device does not exist.
+        UserError: the factor is out of range, the folder is a file, or the device does not exist.
     """
     parser = command_parser("build-mini", __doc__)
     parser.add_argument("--preset", choices=list(RECIPES), default="quick", help=PRESETS)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the set to")
     parser.add_argument("--only", choices=sorted(PARTS), action="append", help="build this part only; may be repeated")
-    parser.add_argument("--seed", type=int, default=0, help="of scenes, texts and weights (default: %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of scenes, texts and weights (default: 0)")
     parser.add_argument("--longer", type=float, default=1.0, metavar="FACTOR", help="multiply every part's steps")
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to train (default: cpu)")
     args = parser.parse_args(argv)
-    at_least(0, args, "seed")
     if not 0 < args.longer < math.inf:
         raise UserError(f"--longer {args.longer}: it must be a number greater than 0")
     if args.out.exists() and not args.out.is_dir():

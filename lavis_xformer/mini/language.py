@@ -19,16 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import GPT2Tokenizer, OPTConfig, OPTForCausalLM
 
+from lavis_xformer.data.scenes import Question
 from lavis_xformer.mini.training import StepLoss, autocast
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One question with its kind and answer."""
-
-    kind: str
-    question: str
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -36,17 +28,17 @@ class Document:
     """What the model reads: notes, a text, then questions about it with answers; any may be empty."""
 
     text: str
-    turns: tuple[Turn, ...] = ()
+    questions: tuple[Question, ...] = ()
     notes: tuple[str, ...] = ()
 
     def parts(self) -> list[tuple[str, bool]]:
         """The document's parts in order, each with whether it is to be learned: an answer or a whole caption is."""
-        if not self.turns:
+        if not self.questions:
             return [(f"{self.text}\n", True)]
         parts, lead = [(self.text, False)] if self.text else [], " " if self.text else ""
-        for turn in self.turns:
-            parts.append((f"{lead}Question: {turn.question} Answer:", False))
-            parts.append((f" {turn.answer}\n", True))
+        for question in self.questions:
+            parts.append((f"{lead}Question: {question.text} Answer:", False))
+            parts.append((f" {question.answer}\n", True))
             lead = ""
         return parts
 
@@ -207,8 +199,8 @@ def language_loss(
 def accuracy(model: OPTForCausalLM, tokenizer: GPT2Tokenizer, documents: Sequence[Document]) -> dict[str, float]:
     """Percentage of answers of each kind that greedy decoding gets completely right.
 
-    Every document has one turn. Greedy decoding gives the answer exactly if each of its tokens is the most likely one
-    given the correct tokens before it, so one forward pass is enough.
+    Every document has one question. Greedy decoding gives the answer exactly if each of its tokens is the most likely
+    one given the correct tokens before it, so one forward pass is enough.
 
     Returns:
         ``{kind: percent}`` and ``mean`` over kinds.
@@ -224,10 +216,10 @@ def accuracy(model: OPTForCausalLM, tokenizer: GPT2Tokenizer, documents: Sequenc
 
 
 def percent_by_kind(documents: Sequence[Document], solved: Sequence[bool]) -> dict[str, float]:
-    """Percentage of solved documents, each of one turn: ``{kind: percent}``, and ``mean`` over kinds."""
+    """Percentage of solved documents, each of one question: ``{kind: percent}``, and ``mean`` over kinds."""
     right: dict[str, list[bool]] = {}
     for document, good in zip(documents, solved, strict=True):
-        right.setdefault(document.turns[0].kind, []).append(good)
+        right.setdefault(document.questions[0].kind, []).append(good)
     shares = {kind: 100 * sum(hits) / len(hits) for kind, hits in sorted(right.items())}
     return shares | {"mean": sum(shares.values()) / len(shares)}
 

@@ -8,7 +8,7 @@ N: scenes, K: wordings per scene, S: side of an image in pixels.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import TypeVar
@@ -31,7 +31,7 @@ from lavis_xformer.data.scenes import (
 )
 from lavis_xformer.data.scenes.qa import Question, details_asked, inventory_asked, squares_asked
 from lavis_xformer.data.scenes.text import notes, pick, shuffled
-from lavis_xformer.mini.language import Document, Turn
+from lavis_xformer.mini.language import Document
 
 PRESET = "standard"
 TRAIN, HELD_OUT = "pretrain", "pretrain-heldout"
@@ -111,12 +111,12 @@ def _documents(split: str, seed: int, noted: bool, start: int, stop: int) -> lis
             level = pick(rng, list(LEVELS.values()))
             found.append(Document(level(shown, rng), notes=told if rng.random() < 0.75 else ()))
         elif turn == 1:
-            found.append(Document("", _turns(questions(shown, rng, n=2))))
+            found.append(Document("", tuple(questions(shown, rng, n=2))))
         elif told and turn % 2:
             last = [inventory_asked(shown)] if rng.random() < 0.5 else []
-            found.append(Document("", _turns(_asked(shown, rng) + last), told))
+            found.append(Document("", tuple(_asked(shown, rng) + last), told))
         else:
-            found.append(Document(description(shown), _turns(_asked(shown, rng))))
+            found.append(Document(description(shown), tuple(_asked(shown, rng))))
     return found
 
 
@@ -129,10 +129,6 @@ def _asked(shown: Scene, rng: np.random.Generator) -> list[Question]:
     drawn = [question for kind in ASKED if (question := ask(shown, rng, kind))]
     distinct = list({frozenset(question.text.rstrip("?").split()): question for question in drawn}.values())
     return shuffled(rng, distinct + details_asked(shown, rng, 2) + squares_asked(shown, rng))
-
-
-def _turns(asked: Sequence[Question]) -> tuple[Turn, ...]:
-    return tuple(Turn(question.kind, question.text, question.answer) for question in asked)
 
 
 def _notes(shown: Scene, rng: np.random.Generator, *, numbers: bool) -> tuple[str, ...]:
@@ -149,5 +145,5 @@ def _examination(split: str, seed: int, as_notes: bool, start: int, stop: int) -
         q = ask(shown, rng, QUESTION_KINDS[index % len(QUESTION_KINDS)])
         if q is not None:
             told = _notes(shown, rng, numbers=False) if as_notes else ()
-            found.append(Document("" if as_notes else description(shown), _turns([q]), told))
+            found.append(Document("" if as_notes else description(shown), (q,), told))
     return found

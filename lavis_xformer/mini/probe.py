@@ -212,19 +212,18 @@ def main(argv: list[str]) -> int:
     """Run the command; returns its exit status.
 
     Raises:
-        UserError: the set of models or a source of tokens does not exist, or a number is less than 1 or too small.
+        UserError: the set of models or a source of tokens does not exist, or there are too few scenes.
     """
     parser = command_parser("probe", __doc__)
     parser.add_argument("--set", default="assets://mini", help="folder with clip and mae (default: the shipped one)")
     parser.add_argument("--out", type=Path, default=Path("output/probe"), help="folder to write (default: %(default)s)")
     parser.add_argument("--report", choices=("val", "test"), default="val", help="what to report on (default: val)")
     parser.add_argument("--sources", help="sources of tokens, comma-separated (default: all)")
-    parser.add_argument("--scenes", type=int, default=8000, help="to train on (default: %(default)s)")
-    parser.add_argument("--held-out", type=int, default=2000, help="to stop by, and to report on (default: 2000)")
-    parser.add_argument("--steps", type=int, default=800, help="of training (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=3, help="number of probes per source (default: %(default)s)")
+    parser.add_argument("--scenes", type=at_least(1), default=8000, help="to train on (default: %(default)s)")
+    parser.add_argument("--held-out", type=at_least(1), default=2000, help="to stop by and report on (default: 2000)")
+    parser.add_argument("--steps", type=at_least(1), default=800, help="of training (default: %(default)s)")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="probes per source (default: %(default)s)")
     args = parser.parse_args(argv)
-    at_least(1, args, "scenes", "held_out", "steps", "seeds")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

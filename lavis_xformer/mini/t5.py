@@ -42,9 +42,9 @@ def t5_config(vocabulary: int) -> T5Config:
 
 def pair(document: Document, rng: torch.Generator) -> tuple[str, str]:
     """Draw a source and a target from a document: a question about its text, or the two parts of a caption."""
-    if document.turns:
-        turn = document.turns[int(torch.randint(len(document.turns), (), generator=rng))]
-        return f"{document.text} Question: {turn.question} Answer:".strip(), turn.answer
+    if document.questions:
+        question = document.questions[int(torch.randint(len(document.questions), (), generator=rng))]
+        return f"{document.text} Question: {question.text} Answer:".strip(), question.answer
     words = document.text.split()
     cut = int(torch.randint(len(words), (), generator=rng))
     return " ".join(words[:cut]), " ".join(words[cut:])

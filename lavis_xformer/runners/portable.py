@@ -226,13 +226,14 @@ class PortableRunner(RunnerBase):
         that can't be read are skipped or fatal, as ``run.on_corrupt`` says.
         """
         run = self.config.run_cfg
+        trains = split in self.train_splits and not self.evaluate_only
         batch: dict[str, Any] = {
-            "batch_size": int(run.batch_size_train if split == "train" else run.batch_size_eval),
+            "batch_size": int(run.batch_size_train if trains else run.batch_size_eval),
             "num_workers": int(run.num_workers),
             "pin_memory": self.device.type == "cuda",
             "timeout": self.options.loader_timeout if int(run.num_workers) else 0,
         }
-        if split in self.train_splits and not self.evaluate_only:
+        if trains:
             return self._training_loader(dataset, run.get("train_dataset_ratios"), **batch)
         if isinstance(dataset, IterableDataset):
             raise UserError("a stream of shards can be trained on but not evaluated: it has no length")

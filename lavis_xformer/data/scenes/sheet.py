@@ -128,13 +128,10 @@ def main(argv: Sequence[str]) -> int:
     parser = command_parser("scenes", __doc__)
     parser.add_argument("--out", default="scenes.png", help="picture to write (default: %(default)s)")
     parser.add_argument("--preset", default="standard", help=f"{', '.join(PRESETS)} (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the world (default: 0)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the world (default: 0)")
     parser.add_argument("--split", default="train", help="train, val or test (default: train)")
-    parser.add_argument("--answers", type=int, metavar="N", help="also count the answers to questions about N scenes")
+    parser.add_argument("--answers", type=at_least(1), metavar="N", help="count the answers about N scenes too")
     given = parser.parse_args(argv)
-    at_least(0, given, "seed")
-    if given.answers is not None:
-        at_least(1, given, "answers")
     contact_sheet(given.preset, given.seed, given.out, given.split)
     print(f"{given.out}: {COLUMNS * ROWS} scenes of preset '{given.preset}'")
     if given.answers:
