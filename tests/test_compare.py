@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from lavis_xformer.compare import figures, inputs, run
@@ -25,7 +26,7 @@ from lavis_xformer.compare.results import (
     mean_and_spread,
     tasks,
 )
-from lavis_xformer.compare.tables import markdown
+from lavis_xformer.compare.tables import markdown, provenance
 from lavis_xformer.errors import UserError
 
 SHIPPED = "projects/xformer/compare/quick.yaml"
@@ -89,6 +90,23 @@ def test_cells_are_variants_by_seeds_by_stages(plan: Plan) -> None:
     assert asked.arguments()[:2] == ["-m", "lavis.evaluate"]
     assert "y=[1, 2]" in plan.cells(["b"])[1].arguments()
     assert [as_text(value) for value in ("none", None, True, 0.5)] == ["none", "null", "true", "0.5"]
+
+
+def test_a_stage_s_own_options_come_before_those_of_every_stage_and_the_seed_is_the_plan_s(tmp_path: Path) -> None:
+    given = content(tmp_path)
+    given["common"]["first"]["options"]["run.seed"] = 9
+    given["variants"]["a"] = {"every": {"x": 2}, "second": {"x": 5}}
+    first, second, _ = make(tmp_path, given).cells(["a"], [2])
+    assert (first.options["x"], second.options["x"]) == (2, 5)
+    assert first.options["run.seed"] == 2
+
+
+def test_runs_of_several_processes_are_launched_together_and_apart_from_those_of_one(tmp_path: Path) -> None:
+    alone, together = (make(tmp_path, {**content(tmp_path), "processes": n}).cells(["a"], [1])[0] for n in (1, 2))
+    one, two = (" ".join(cell.arguments()) for cell in (alone, together))
+    assert one.startswith("-m lavis.train ")
+    assert two.startswith("-m torch.distributed.run --standalone --nproc_per_node=2 -m lavis.train ")
+    assert alone.folder != together.folder, "the batch over all processes differs"
 
 
 def test_only_and_seeds_choose(plan: Plan) -> None:
@@ -179,6 +197,10 @@ def test_a_stage_may_name_its_own_weights(tmp_path: Path) -> None:
     assert second.options["model.pretrained"] is None, "from scratch"
     assert asked.options["model.pretrained"] == str(second.folder / "checkpoint_best.pth")
     assert "model.pretrained" not in first.options
+    given["variants"]["b"] = {"every": {"model.pretrained": "w.pth"}}
+    first, second, _ = make(tmp_path, given).cells(["b"], [1])
+    assert first.options["model.pretrained"] == "w.pth"
+    assert second.options["model.pretrained"] == str(first.folder / "checkpoint_best.pth"), "it goes on from the first"
 
 
 def test_a_stage_tests_one_split(tmp_path: Path) -> None:
@@ -213,17 +235,30 @@ def test_a_variant_without_stages_can_be_listed(tmp_path: Path) -> None:
 
 def test_code_is_what_runs_execute_without_its_words() -> None:
     def written(source: str) -> object:
-        return inputs.written(inputs.without_comments(ast.parse(source)))
+        return ast.dump(inputs.without_comments(ast.parse(source)))
 
     assert written('"""A."""\ndef f():\n    """B."""\n    return 1') == written("def f(): return 1  # one")
     assert written("def f(): return 1") != written("def f(): return 2")
-    assert written("x = 0") != written("x = None") != written("x = []"), "constants are no empty fields"
     assert len(inputs.code_now()) == 12
 
 
-def test_code_is_the_same_in_every_python() -> None:
-    function = ["FunctionDef", {"name": "'f'", "args": ["arguments", {}], "body": [["Pass", {}]]}]
-    assert inputs.written(ast.parse("def f(): pass")) == ["Module", {"body": [function]}], "type_params are 3.12's"
+def test_a_change_in_any_part_that_runs_execute_is_another_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "PACKAGE", tmp_path)
+    before = inputs.code_now()
+    for part in ("config", "data/scenes", "engine", "models", "runners", "tasks"):
+        (tmp_path / part).mkdir(parents=True)
+        (tmp_path / part / "x.py").write_text("x = 1\n")
+        before, last = inputs.code_now(), before
+        assert before != last, part
+    for file in ("losses.py", "images.py", "launch.py", "distributed.py", "train.py"):
+        (tmp_path / file).write_text("x = 1\n")
+        before, last = inputs.code_now(), before
+        assert before != last, file
+    (tmp_path / "compare").mkdir()
+    (tmp_path / "compare" / "tables.py").write_text("x = 1\n")
+    assert inputs.code_now() == before, "tables are made of what runs have left"
 
 
 def test_a_yaml_may_state_its_difference_alone(tmp_path: Path) -> None:
@@ -353,6 +388,14 @@ def test_questions_about_one_image_are_drawn_together() -> None:
     assert (found["mean"], found["low"], found["high"]) == (50, 0, 100)
 
 
+def test_questions_are_told_apart_by_their_image_and_their_words() -> None:
+    first = answer(0, True)
+    rows = [first, {**first, "image": "other", "correct": False}, {**first, "question": "!", "correct": False}]
+    found = accuracies(seeded(rows, 1))["asked.count"]
+    assert (found["n"], found["mean"]) == (3, pytest.approx(100 / 3))
+    assert tasks(seeded(rows, 1))["asked.count"]["n"] == 3
+
+
 def test_accuracy_by_true_count_by_hand() -> None:
     rows = [answer(0, True, truth="2"), answer(1, False, truth="2"), answer(2, True, truth="5", kind="count_group"),
             answer(3, True, truth="red", kind="attribute")]  # fmt: skip
@@ -395,14 +438,16 @@ def test_tables_figures_and_json(plan: Plan) -> None:
     for part in (
         "15.000 ± 7.071", "| most frequent answer, or chance |  | 33.3 |", "| questions (images) |  | 6 (6) |",
         "| blind (no image) | 1 | 50.0 |", "| b | 1 | 100.0 |", "+50.0 [", "2.50 M; 2; 100", "b minus the others",
+        "] ¹ |",
         "| questions | 2 | 2 | 2 |", "machine: toy", "| 0.500 ± 0.000 |",
         "toys test: protocol paper (num_beams 5), scorer strict, template raw, questions 0123456789ab.",
     ):  # fmt: skip
         assert part in shown, part
     assert "different code" not in shown
+    assert "different code" in provenance({"a": {"runs": [{"folder": name, "code": name} for name in "xy"]}})
     for name in ("bars", "counts", "curves"):
         assert (plan.output / "toy" / f"{name}.png").stat().st_size > 1000
-    assert figures.losses(plan.cells()[0].folder) == {"loss_itc": ([(5, 9.0)], [(5, 2.0)])}
+    assert figures.losses(plan.cells()[0].folder) == {"loss_itc": (([5], [9.0]), ([5], [2.0]))}
 
 
 def test_what_is_to_be_done_anew_counts_no_more(tmp_path: Path, plan: Plan) -> None:
@@ -468,10 +513,11 @@ def test_a_training_s_curve_is_thinned_to_means(tmp_path: Path) -> None:
     rows = [{"kind": "step", "step": step, "loss_lm": float(step % 2)} for step in range(1, 161)]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
     curve = figures.losses(tmp_path)["loss_lm"]
-    assert len(curve.training) == figures.STRETCHES
-    assert curve.training[0] == (2.5, 0.5)
-    assert curve.training[-1] == (158.5, 0.5)
-    assert curve.validation == []
+    steps, values = curve.training
+    assert len(steps) == len(values) == figures.STRETCHES
+    assert (steps[0], values[0]) == (2.5, 0.5)
+    assert (steps[-1], values[-1]) == (158.5, 0.5)
+    assert curve.validation == ([], [])
 
 
 def test_nothing_finished_is_a_table_too(plan: Plan) -> None:
@@ -488,6 +534,14 @@ def test_a_training_on_a_gpu_counts_the_gpus_memory(device: str, memory: float |
 def test_a_run_that_was_stopped_took_as_long_as_all_its_starts(tmp_path: Path) -> None:
     assert run.with_earlier(tmp_path, 10.04, 500.0) == {"seconds": 10.0, "peak_memory_mb": 500.0}
     assert run.with_earlier(tmp_path, 5.0, 400.0) == {"seconds": 15.0, "peak_memory_mb": 500.0}
+
+
+def test_weights_that_are_tied_count_once(tmp_path: Path) -> None:
+    table = torch.zeros(3, 4)
+    state = {"table": table, "head": table, "bias": torch.zeros(5), "steps": torch.zeros(7, dtype=torch.long)}
+    torch.save({"model": state}, tmp_path / "checkpoint_best.pth")
+    assert run.trained_weights(tmp_path / "checkpoint_best.pth") == 3 * 4 + 5
+    assert run.trained_weights(tmp_path / "none.pth") is None
 
 
 def test_a_failed_run_says_why(plan: Plan) -> None:
@@ -516,8 +570,6 @@ def test_runs_side_by_side_and_what_they_share_once(tmp_path: Path, monkeypatch:
         assert stages == [stage for stage in ("first", "second", "asked") if stage in stages], "in order"
     run.run_all(cells, jobs=2)
     assert len(ran) == 8, "nothing is run again"
-    with pytest.raises(UserError, match="--jobs 0: it must be at least 1"):
-        run.main([SHIPPED, "--jobs", "0"])
 
 
 def test_sigterm_stops_the_runs_in_progress(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from lavis_xformer.analysis.report import Record, read_log, series
+from lavis_xformer.analysis.report import read_log, series
 from lavis_xformer.compare.plan import Cell, Plan
 
 Json = dict[str, Any]
-Points = list[tuple[float, float]]
+Series = tuple[Sequence[float], Sequence[float]]  # steps and values
 
 CHANCE = {"loss_itm": 0.6365}  # the entropy of one matching pair among three
 BARS = 5  # groups of bars per row
@@ -83,8 +83,8 @@ def draw_counts(variants: Mapping[str, Json], path: Path) -> Path:
 class Curve(NamedTuple):
     """A loss of one run against steps."""
 
-    training: Points  #: means over equal stretches of steps
-    validation: Points
+    training: Series  #: means over equal stretches of steps
+    validation: Series
 
 
 def learning(plan: Plan) -> dict[tuple[str, str], dict[str, list[Curve]]]:
@@ -104,19 +104,15 @@ def losses(folder: Path) -> dict[str, Curve]:
     """Return every loss of a run's training and validations, from its log."""
     records = read_log(folder)
     steps, evals = ([record for record in records if record["kind"] == kind] for kind in ("step", "eval"))
-    curves = {term: Curve(_thinned(_points(steps, term)), _points(evals, term)) for term in TERMS}
-    return {term: curve for term, curve in curves.items() if any(curve)}
+    curves = {term: Curve(_thinned(*series(steps, term)), series(evals, term)) for term in TERMS}
+    return {term: curve for term, curve in curves.items() if curve.training[0] or curve.validation[0]}
 
 
-def _points(records: Iterable[Record], term: str) -> Points:
-    return list(zip(*series(records, term), strict=True))
-
-
-def _thinned(points: Points) -> Points:
-    """Means of both coordinates over up to :data:`STRETCHES` equal stretches."""
-    size = -(-len(points) // STRETCHES) or 1
-    stretches = [zip(*points[start : start + size], strict=True) for start in range(0, len(points), size)]
-    return [(fmean(steps), fmean(values)) for steps, values in stretches]
+def _thinned(steps: Sequence[float], values: Sequence[float]) -> Series:
+    """Means of steps and of values over up to :data:`STRETCHES` equal stretches."""
+    size = -(-len(steps) // STRETCHES) or 1
+    stretches = [slice(start, start + size) for start in range(0, len(steps), size)]
+    return [fmean(steps[stretch]) for stretch in stretches], [fmean(values[stretch]) for stretch in stretches]
 
 
 def draw_curves(curves: Mapping[tuple[str, str], Mapping[str, Sequence[Curve]]], path: Path) -> Path:
@@ -128,17 +124,13 @@ def draw_curves(curves: Mapping[tuple[str, str], Mapping[str, Sequence[Curve]]],
             for number, curve in enumerate(runs):
                 label = name if number == 0 else None  # a legend entry for each variant, not for each run
                 axes.plot([], [], "o-", ms=3, lw=1, color=colours[name], label=label)
-                axes.plot(*_columns(curve.training), lw=1, alpha=0.8, color=colours[name])
-                axes.plot(*_columns(curve.validation), "o", ms=4, color=colours[name])
+                axes.plot(*curve.training, lw=1, alpha=0.8, color=colours[name])
+                axes.plot(*curve.validation, "o", ms=4, color=colours[name])
         if term in CHANCE:
             axes.axhline(CHANCE[term], color="black", lw=1, ls=(0, (2, 1)), label="chance")
         axes.set_title(f"{stage}: {term} (dots: validation)", fontsize=9)
         axes.set_xlabel("step")
     return save()
-
-
-def _columns(points: Points) -> tuple[list[float], list[float]]:
-    return [step for step, _ in points], [value for _, value in points]
 
 
 def _colour(number: int) -> Any:

@@ -127,16 +127,8 @@ def code_now() -> str:
         for path in sorted(PACKAGE.rglob("*.py")):
             name = path.relative_to(PACKAGE)
             if name.parts[0].removesuffix(".py") not in APART:
-                trees[name.as_posix()] = written(without_comments(ast.parse(path.read_text(encoding="utf-8"))))
+                trees[name.as_posix()] = ast.dump(without_comments(ast.parse(path.read_text(encoding="utf-8"))))
     return _digest(trees)
-
-
-def written(tree: object) -> Any:
-    """Return a syntax tree as JSON, without empty fields, which differ between Python versions."""
-    if isinstance(tree, ast.AST):
-        fields = {name: written(field) for name, field in ast.iter_fields(tree) if field not in (None, [])}
-        return [type(tree).__name__, fields]
-    return [written(node) for node in tree] if isinstance(tree, list) else repr(tree)
 
 
 def without_comments(tree: ast.AST) -> ast.AST:

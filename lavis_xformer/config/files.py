@@ -37,8 +37,8 @@ def check_data_files(datasets: DictConfig, user: DictConfig) -> None:
                 f"datasets.{name}.build_info.annotations.{split}", annotation, "storage" in own and "url" not in own
             )
         kind = dataset.get("data_type", "images")
-        media = info.get(kind) or {}
-        if media.get("storage") is not None:
+        media = info.get(kind)
+        if media and media.get("storage") is not None:
             media.storage = _locate(media.storage)
             if not Path(media.storage).exists():
                 raise UserError(f"datasets.{name}.build_info.{kind}.storage: there is no folder {media.storage}")
