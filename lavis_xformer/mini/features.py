@@ -22,8 +22,8 @@ from lavis_xformer.mini.augment import normalise, unit
 from lavis_xformer.mini.clip import ClipConfig
 from lavis_xformer.mini.training import autocast
 
+#: images (B, 3, S, S) in 0..1 to tokens (B, P, D), CLS first, patches in reading order
 Encoder = Callable[[Tensor], Tensor]
-"""Images (B, 3, S, S) in 0..1 to tokens (B, P, D), CLS first, patches in reading order."""
 
 
 def load_clip(folder: Path, *, trained: bool = True) -> VisionTransformer:

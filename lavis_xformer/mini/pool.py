@@ -36,11 +36,11 @@ from lavis_xformer.mini.language import Document
 PRESET = "standard"
 TRAIN, HELD_OUT = "pretrain", "pretrain-heldout"
 CHUNK = 500
+#: kinds of questions asked of a scene; kinds with many forms, or with two objects to look up, occur several times
 ASKED = (*QUESTION_KINDS, "attribute", *3 * ("count_group",), *4 * ("position",), *6 * ("relation",))
-"""Kinds of questions asked of a scene; kinds with many forms, or with two objects to look up, occur several times."""
 
+#: notes per document, as many as an image's prefix has places; the unused ones say "nothing"
 PLACES = 32
-"""Notes per document, as many as an image's prefix has places; the unused ones say "nothing"."""
 
 T = TypeVar("T")
 

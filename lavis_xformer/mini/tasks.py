@@ -17,11 +17,11 @@ from lavis_xformer.data.scenes import Scene, SceneObject, relations
 from lavis_xformer.data.scenes.words import COLOURS, COLUMNS, FACINGS, MARKS, ROWS, SHAPES
 from lavis_xformer.mini import pool
 
+#: label of a scene that does not allow the question; cross-entropy ignores it
 NONE = -100
-"""Label of a scene that does not allow the question; cross-entropy ignores it."""
 
+#: the relation task asks only about objects this close to the vertical centre line, as a share of the side
 MIDDLE = 0.15
-"""The relation task asks only about objects this close to the vertical centre line, as a share of the side."""
 
 CELLS = tuple(f"{row} {column}".strip() or "middle" for row in ROWS for column in COLUMNS)
 

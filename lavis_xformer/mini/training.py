@@ -22,8 +22,8 @@ from lavis_xformer.engine.optimizers import MuonAdamW
 from lavis_xformer.engine.step import computes_bf16
 from lavis_xformer.files import replacing
 
+#: loss of one step, given its random generator and the share of the steps already done
 StepLoss = Callable[[torch.Generator, float], Tensor]
-"""Loss of one step, given its random generator and the share of the steps already done."""
 
 
 @dataclass(frozen=True, kw_only=True)

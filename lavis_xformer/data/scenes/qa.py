@@ -29,11 +29,11 @@ from lavis_xformer.data.scenes.words import (
 from lavis_xformer.data.scenes.world import CELL_BORDERS, Scene, SceneObject, visible_shares
 from lavis_xformer.errors import named
 
+#: how far from the border of a cell an object must be for its place to be asked about
 CELL_MARGIN = 0.03
-"""How far from the border of a cell an object must be for its place to be asked about."""
 
+#: share of an object that must be visible for its mark or facing to be asked about
 DETAIL_VISIBLE = 0.93
-"""Share of an object that must be visible for its mark or facing to be asked about."""
 
 _NAMES = {"a", "an", *COLOURS, *SHAPES, *map(plural, SHAPES)}
 
@@ -183,12 +183,12 @@ KINDS: dict[str, Callable[[Scene, Generator], Question | None]] = {
 QUESTION_KINDS = tuple(KINDS)
 
 
+#: every possible answer to a question of these kinds
 ANSWERS = sorted(
     {"yes", "no", "above", "below", "middle", *map(str, range(1, 10))}
     | {*COLOURS, *SHAPES, *SIZES, *MARKS, *FACINGS}
     | {f"{row} {column}".strip() for row in ROWS for column in COLUMNS if row or column}
 )
-"""Every possible answer to a question of these kinds."""
 
 
 def ask(scene: Scene, rng: Generator, kind: str) -> Question | None:

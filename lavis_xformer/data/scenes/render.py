@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from lavis_xformer.data.scenes.sprites import Floats
 from lavis_xformer.data.scenes.world import Ground, Scene, SceneObject
 
+#: how much darker the outline of an object is
 OUTLINE = 0.5
-"""How much darker the outline of an object is."""
 
 
 def render(scene: Scene, size: int = 64) -> NDArray[np.uint8]:

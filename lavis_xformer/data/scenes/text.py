@@ -15,8 +15,8 @@ from lavis_xformer.errors import named
 
 Item = TypeVar("Item")
 
+#: columns and rows of the board on which descriptions place objects; objects clearly apart never share one
 BOARD = 9
-"""Columns and rows of the board on which descriptions place objects; objects clearly apart never share one."""
 OPENINGS = ("", "", "a picture of ", "an image with ")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "moon", "arrow", "cross")
+#: shapes that visibly face one way; only their facing is ever named or asked
 DIRECTED = ("triangle", "heart", "moon", "arrow")
-"""Shapes that visibly face one way; only their facing is ever named or asked."""
 COLOURS = {
     "red": (214, 40, 40),
     "orange": (245, 135, 30),

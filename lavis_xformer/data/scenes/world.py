@@ -30,10 +30,10 @@ from lavis_xformer.errors import named
 
 RGB = tuple[int, int, int]
 
+#: where the picture is cut into left, middle and right (and top, middle, bottom) cells
 CELL_BORDERS = (0.385, 0.615)
-"""Where the picture is cut into left, middle and right (and top, middle, bottom) cells."""
+#: how far apart two centres must be along an axis for one to be left of, or above, the other
 CLEARLY = 0.12
-"""How far apart two centres must be along an axis for one to be left of, or above, the other."""
 DIAMETERS = {"small": (0.165, 0.2), "medium": (0.245, 0.29), "large": (0.34, 0.44)}
 FEW, MANY = np.array([0.1, 0.25, 0.65]), np.array([0.76, 0.2, 0.04])  # shares of the sizes with few and many objects
 _REFERENCE = 64  # side of the grid on which visibility is measured
