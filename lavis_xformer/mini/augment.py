@@ -15,11 +15,6 @@ def unit(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
-def normalise(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Subtract each channel's mean and divide by its standard deviation, (B, 3, S, S) in 0..1."""
-    return (images - images.new_tensor(mean).view(3, 1, 1)) / images.new_tensor(std).view(3, 1, 1)
-
-
 def random_crop(images: Tensor, rng: torch.Generator, *, smallest: float, share: float, flip: bool) -> Tensor:
     """Random resized crop of a share of the batch and random flip of half of it.
 

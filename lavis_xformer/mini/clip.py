@@ -10,16 +10,17 @@ B: batch, N: patches + 1, D: width, T: text tokens, E: width of the shared space
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from lavis.models.eva_vit import VisionTransformer
 from torch import Tensor, nn
+from torchvision.transforms.functional import normalize
 
 from lavis_xformer.images import CLIP_MEAN, CLIP_STD
-from lavis_xformer.mini.augment import colour_jitter, normalise, random_crop, unit
+from lavis_xformer.mini.augment import colour_jitter, random_crop, unit
 from lavis_xformer.mini.training import StepLoss, autocast
+from lavis_xformer.models.towers import eva_vit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,7 @@ class ClipConfig:
         """An untrained image tower with ``depth`` blocks."""
         sizes = asdict(self) | {"depth": depth}
         sizes.pop("trained_depth")
-        norm = partial(nn.LayerNorm, eps=1e-6)
-        return VisionTransformer(use_mean_pooling=False, norm_layer=norm, **sizes)
+        return eva_vit(**sizes)
 
 
 class TextTower(nn.Module):
@@ -113,7 +113,7 @@ def clip_loss(model: MiniClip, images: Tensor, captions: Tensor, *, batch: int) 
         wording = torch.randint(captions.shape[1], (batch,), generator=rng)
         view = unit(images[rows].to(device))
         view = random_crop(view, rng, smallest=0.7, share=0.5, flip=False)
-        view = normalise(colour_jitter(view, rng, strength=0.15), CLIP_MEAN, CLIP_STD)
+        view = normalize(colour_jitter(view, rng, strength=0.15), CLIP_MEAN, CLIP_STD)
         words = captions[rows, wording].long()
         longest = int((words > 0).sum(1).max())
         return model(view, words[:, :longest].to(device))
@@ -137,7 +137,7 @@ def retrieval(model: MiniClip, images: Tensor, captions: Tensor) -> dict[str, fl
     seen, read = [], []
     with autocast(device):
         for rows in torch.arange(len(images)).split(250):
-            view = normalise(unit(images[rows].to(device)), CLIP_MEAN, CLIP_STD)
+            view = normalize(unit(images[rows].to(device)), CLIP_MEAN, CLIP_STD)
             seen.append(model.image_features(view))
             read.append(model.text_features(captions[rows].long().to(device)))
     scores = (torch.cat(seen) @ torch.cat(read).T).cpu()  # (N, N)

@@ -13,42 +13,29 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from lavis.models.eva_vit import VisionTransformer
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import ViTMAEForPreTraining
+from torchvision.transforms.functional import normalize
 
 from lavis_xformer.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
-from lavis_xformer.mini.augment import normalise, unit
+from lavis_xformer.mini.augment import unit
 from lavis_xformer.mini.clip import ClipConfig
 from lavis_xformer.mini.training import autocast
+from lavis_xformer.models.mae import MaskedAutoencoder
+from lavis_xformer.models.towers import build_clip, build_mae
 
 #: images (B, 3, S, S) in 0..1 to tokens (B, P, D), CLS first, patches in reading order
 Encoder = Callable[[Tensor], Tensor]
 
 
-def load_clip(folder: Path, *, trained: bool = True) -> VisionTransformer:
-    """The frozen image tower as BLIP-2 reads it; with random weights where ``trained`` is False."""
-    config = ClipConfig(**json.loads((folder / "config.json").read_text()))
-    tower = config.tower(config.depth)
-    if trained:
-        state = load_file(folder / "model.safetensors")
-        tower.load_state_dict({name: value.float() for name, value in state.items()})
-    return tower.eval()
-
-
 def clip_tokens(tower: VisionTransformer, images: Tensor, *, layers: tuple[int, ...] = (-1,)) -> Tensor:
     """C: outputs of some blocks, concatenated, (B, P, D x layers)."""
-    outputs = tower.get_intermediate_layers(normalise(images, CLIP_MEAN, CLIP_STD))
+    outputs = tower.get_intermediate_layers(normalize(images, CLIP_MEAN, CLIP_STD))
     return torch.cat([outputs[layer] for layer in layers], -1)
 
 
-def mae_tokens(model: ViTMAEForPreTraining, images: Tensor) -> Tensor:
-    """M: encoder output for the whole image, (B, P, D); the masking is bypassed, so patches keep their order."""
-    x = model.vit.embeddings.patch_embeddings(normalise(images, IMAGENET_MEAN, IMAGENET_STD))
-    places = model.vit.embeddings.position_embeddings
-    cls = (model.vit.embeddings.cls_token + places[:, :1]).expand(len(x), -1, -1)
-    x = torch.cat([cls, x + places[:, 1:]], 1)
-    return model.vit.layernorm(model.vit.encoder(x).last_hidden_state)
+def mae_tokens(mae: MaskedAutoencoder, images: Tensor) -> Tensor:
+    """M: encoder output for the whole image, (B, P, D)."""
+    return mae.encode(normalize(images, IMAGENET_MEAN, IMAGENET_STD)).tokens
 
 
 def pixel_tokens(images: Tensor, *, patch: int = 8) -> Tensor:
@@ -67,9 +54,11 @@ def encoders(folder: Path, *, seed: int = 0) -> dict[str, Encoder]:
     Returns:
         ``C``, ``M``, ``C+M``, ``C two layers`` (as wide as C+M), ``pixels``, ``random`` (the untrained tower).
     """
-    clip, mae = load_clip(folder / "clip"), ViTMAEForPreTraining.from_pretrained(folder / "mae").eval()
+    config = ClipConfig(**json.loads((folder / "clip" / "config.json").read_text()))
+    clip = build_clip(str(folder / "clip"), image_size=config.img_size).eval()
+    mae = build_mae(str(folder / "mae"), image_size=config.img_size)
     torch.manual_seed(seed)
-    untrained = load_clip(folder / "clip", trained=False)
+    untrained = config.tower(config.depth).eval()
     middle = len(clip.blocks) // 2
     return {
         "C": partial(clip_tokens, clip),

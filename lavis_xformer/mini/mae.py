@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torchvision.transforms.functional import normalize
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from lavis_xformer.images import IMAGENET_MEAN, IMAGENET_STD
-from lavis_xformer.mini.augment import normalise, random_crop, unit
+from lavis_xformer.mini.augment import random_crop, unit
 from lavis_xformer.mini.training import StepLoss, autocast
 
 
@@ -41,7 +42,7 @@ def mae_loss(model: ViTMAEForPreTraining, images: Tensor, *, batch: int) -> Step
         """Loss of random scenes, cropped, mirrored and masked."""
         rows = torch.randint(len(images), (batch,), generator=rng)
         view = random_crop(unit(images[rows].to(device)), rng, smallest=0.5, share=0.5, flip=True)
-        view = normalise(view, IMAGENET_MEAN, IMAGENET_STD)
+        view = normalize(view, IMAGENET_MEAN, IMAGENET_STD)
         noise = torch.rand(batch, patches, generator=rng).to(device)  # (B, N)
         return model(view, noise=noise).loss
 
@@ -61,6 +62,6 @@ def reconstruction(model: ViTMAEForPreTraining, images: Tensor, *, seed: int) ->
     total = 0.0
     with autocast(device):
         for rows in torch.arange(len(images)).split(250):
-            view = normalise(unit(images[rows].to(device)), IMAGENET_MEAN, IMAGENET_STD)
+            view = normalize(unit(images[rows].to(device)), IMAGENET_MEAN, IMAGENET_STD)
             total += model(view, noise=noise[rows].to(device)).loss.item() * len(rows)
     return {"masked_mse": total / len(images)}
