@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -17,8 +18,9 @@ from PIL import Image
 
 from lavis_xformer.analysis import report
 from lavis_xformer.engine import checkpoint, jobs, loop, rng, state
-from lavis_xformer.engine.log import Averages, clock
+from lavis_xformer.engine.log import Averages
 from lavis_xformer.errors import UserError
+from lavis_xformer.tasks import stage1
 from lavis_xformer.train import conclude
 
 
@@ -104,6 +106,39 @@ def test_minutes_say_when_to_save(tmp_path, monkeypatch):
     assert names == {"checkpoint_0_step4.pth", "checkpoint_1_step10.pth", "checkpoint_2_step16.pth"}
 
 
+def test_images_per_second_are_those_of_all_batches_of_a_step(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    runner = toy_training.make_runner(tmp_path, accum_grad_iters=4, max_epoch=1)
+    apply = runner.stepper.apply
+
+    def apply_slowly():
+        apply()
+        now[0] += 2  # seconds
+
+    runner.stepper.apply = apply_slowly
+    runner.train()
+    assert [record["images_per_s"] for record in records(runner, "step")] == [16, 8], "windows of 4 and 2 batches of 8"
+
+
+def test_the_optimiser_and_its_schedule_are_as_the_run_says(tmp_path):
+    def rates(**run):
+        runner = toy_training.make_runner(tmp_path, init_lr=0.02, min_lr=0.003, **run)
+        for epoch in (0, 1, 3):
+            runner.lr_scheduler.step(cur_epoch=epoch, cur_step=0)
+            yield runner.optimizer.param_groups[0]["lr"]
+
+    first, _, last = rates(warmup_lr=0.004)
+    assert (first, last) == (0.004, pytest.approx(0.003))
+    assert list(rates(lr_sched="linear_warmup_step_lr", lr_decay_rate=0.5, warmup_steps=0)) == [0.02, 0.01, 0.003]
+    run = {"muon": 3.0, "beta2": 0.9, "weight_decay": 0.2, "max_grad_norm": 0.5, "amp": "bf16"}
+    runner = toy_training.make_runner(tmp_path, **run)
+    assert [group["betas"] for group in runner.optimizer.adamw.param_groups] == [(0.9, 0.9)] * 2
+    assert [group["weight_decay"] for group in runner.optimizer.param_groups] == [0.2, 0.2, 0]
+    assert runner.optimizer.pace == 3
+    assert (runner.stepper.max_grad_norm, runner.stepper.dtype) == (0.5, torch.bfloat16)
+
+
 def test_muon_resumes_too_and_refuses_the_state_of_adamw(unbroken, tmp_path):
     whole = toy_training.make_runner(tmp_path, job_id="a", muon=3.0, save_every_steps=4, keep_last=0)
     whole.train()
@@ -138,6 +173,20 @@ def test_auto_resume_passes_over_a_torn_checkpoint(unbroken, tmp_path, caplog):
     assert_same(weights(again), weights(unbroken))
     assert [record["step"] for record in records(again, "step")] == list(range(1, 19))
     assert len(records(again, "eval")) == 3
+
+
+def test_the_newest_run_of_the_same_configuration_is_resumed(tmp_path):
+    config = {"run": {"seed": 1, "batch_size_train": 8, "num_workers": 0}, "model": {"fusion": "dual"}}
+    for age, name in enumerate(("new", "old"), start=1):
+        (tmp_path / name).mkdir()
+        checkpoint.write(tmp_path / name / checkpoint.name_of(0), {})
+        (tmp_path / name / jobs.CONFIG_NAME).write_text(json.dumps(config))
+        os.utime(tmp_path / name / jobs.CONFIG_NAME, (100 - age, 100 - age))
+    elsewhere = {**config, "run": {**config["run"], "num_workers": 4}}
+    assert jobs.newest_matching(tmp_path, elsewhere) == "new"
+    for section, changes in (("run", {"seed": 2}), ("run", {"batch_size_train": 4}), ("model", {"fusion": "none"})):
+        other = {**config, section: {**config[section], **changes}}
+        assert jobs.newest_matching(tmp_path, other) is None, changes
 
 
 def test_resuming_a_finished_run_only_says_so(unbroken, tmp_path):
@@ -312,6 +361,78 @@ def test_evaluation_repeats_itself_and_leaves_the_training_alone(unbroken):
     assert torch.equal(rng.capture()["torch"], before)
 
 
+def test_evaluation_drops_nothing_out(unbroken, monkeypatch):
+    figures = unbroken.eval_epoch("val", 2)
+    monkeypatch.setattr(unbroken.state.model.image[1], "p", 0.9)
+    unbroken.model.train()
+    assert unbroken.eval_epoch("val", 2) == figures
+
+
+def test_the_best_epoch_is_that_of_the_split_val_and_its_weights_are_tested(tmp_path, monkeypatch):
+    data = {split: toy_training.ToyPairs(16, augmented=False) for split in ("other", "val")}
+    datasets = {"toy": {"train": toy_training.ToyPairs(), **data}}
+    runner = toy_training.make_runner(
+        tmp_path, datasets=datasets, valid_splits=["other", "val"], test_splits=["val"], max_epoch=2
+    )
+
+    def after_evaluation(val_result, split_name, epoch):
+        return {"agg_metrics": {"other": 9.0, "val": float(epoch != 1)}[split_name], "loss": val_result["loss"]}
+
+    monkeypatch.setattr(runner.task, "after_evaluation", after_evaluation)
+    summary = runner.train()
+    assert (summary["best"]["epoch"], summary["best"]["split"]) == (0, "val")
+    assert summary["test"]["val"]["loss"] == summary["best"]["loss"]
+    first, second = (record["loss"] for record in records(runner, "eval") if record["split"] == "val")
+    assert first != second
+
+
+def test_an_epoch_that_could_not_be_saved_is_not_the_best(tmp_path, monkeypatch):
+    runner, write = toy_training.make_runner(tmp_path), checkpoint.write
+
+    def full_once(path, content):
+        if path.name == checkpoint.name_of(1):
+            raise OSError("no space")
+        write(path, content)
+
+    def after_evaluation(epoch, **unused):
+        return {"agg_metrics": [1.0, 9.0, 0.0][epoch]}
+
+    monkeypatch.setattr(checkpoint, "write", full_once)
+    monkeypatch.setattr(runner.task, "after_evaluation", after_evaluation)
+    assert runner.train()["best"]["epoch"] == 0
+    assert checkpoint.read(runner.output_dir / checkpoint.BEST)["epoch"] == 0
+
+
+def test_training_and_evaluation_have_batches_of_their_own_size(tmp_path):
+    loaders = toy_training.make_runner(tmp_path, batch_size_train=4, batch_size_eval=6).dataloaders
+    sizes = {split: len(next(iter(loader))["text_input"]) for split, loader in loaders.items()}
+    assert sizes == {"train": 4, "val": 6}
+
+
+def test_images_without_ids_are_one_each_on_every_rank(monkeypatch):
+    model, parts = toy_training.ToyModel(), []
+    monkeypatch.setattr("lavis_xformer.launch.collect", lambda own: parts.append(own) or parts)
+    for rank in (0, 1):
+        monkeypatch.setattr(stage1, "rank", lambda rank=rank: rank)
+        task = stage1.Stage1Task()
+        for _ in range(2):
+            pairs = {"image": torch.rand(2, toy_training.WIDTH), "text_input": ["c0", "c1"]}
+            task.observe(model, pairs, [True, True])
+        assert task.figures()["chance_t2i_r1"] == pytest.approx(100 / (4 * len(parts)))
+
+
+def test_the_best_epoch_is_chosen_by_retrieval_both_ways():
+    assert stage1.Stage1Task().after_evaluation({"i2t_r1": 10.0, "t2i_r1": 30.0}, "val", 0)["agg_metrics"] == 20
+
+
+def test_what_pads_a_rank_is_no_caption():
+    task = stage1.Stage1Task()
+    pairs = {"image": torch.rand(2, toy_training.WIDTH), "text_input": ["c0", "c1"], "image_id": ["i0", "i1"]}
+    task.observe(toy_training.ToyModel(), pairs, [True, False])
+    assert task.figures()["chance_i2t_r1"] == 100
+    assert [(row["question"], row["image"]) for row in task.scores] == [("i2t", "i0"), ("t2i", "i0")]
+
+
 def test_evaluating_only_gives_the_figures_of_the_training(unbroken, tmp_path, capsys):
     best = str(unbroken.output_dir / checkpoint.BEST)
     runner = toy_training.make_runner(tmp_path, evaluate=True, resume_ckpt_path=best)
@@ -453,11 +574,18 @@ def test_the_report_is_one_page_with_its_picture(unbroken):
         assert min(image.size) > 400
 
 
-@pytest.mark.parametrize(("seconds", "shown"), [(59.9, "00:00:59"), (3661, "01:01:01"), (26 * 3600 + 60, "26:01:00")])
-def test_the_time_left_may_be_more_than_a_day(seconds, shown):
-    assert clock(seconds) == shown
+def test_a_curve_is_smoothed_by_its_neighbours_on_both_sides():
+    values = [0.0, 0.0, 6.0, 0.0, 0.0, 3.0]
+    assert report.smooth(values, share=0.4) == [0, 2, 2, 2, 1, 1.5]
+    assert report.smooth(values) == values
 
 
 def test_a_folder_without_a_log_has_no_report(tmp_path):
     with pytest.raises(UserError, match=r"no log\.jsonl"):
         report.write_report(tmp_path)
+
+
+def test_lines_of_a_log_that_are_no_records_are_skipped(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b'\xff\x00\n[1]\n"x"\n{"step": 1}\n{"kind": "st')
+    with pytest.raises(UserError, match=r"log\.jsonl has no training step yet"):
+        report.read_log(tmp_path)

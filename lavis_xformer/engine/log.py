@@ -7,11 +7,10 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
@@ -20,7 +19,6 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.files import write_text
 
 LOG_NAME = "log.jsonl"
-T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
@@ -129,24 +127,13 @@ class Progress:
             self._bar.update()
         elif self.shown and (self.done % self.every == 0 or self.done == self.total):
             pace = (time.monotonic() - self._start) / max(1, self.done - self._first)
-            left = clock(pace * (self.total - self.done))
+            left = tqdm.format_interval(pace * (self.total - self.done))
             logger.info("%s %d/%d  %s  left %s", self.title, self.done, self.total, _short(values), left)
 
     def close(self) -> None:
         """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
-
-
-def clock(seconds: float) -> str:
-    """Return ``hours:minutes:seconds``, with any number of hours."""
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60:02d}:{minutes % 60:02d}:{rest:02d}"
-
-
-def bar(batches: Iterable[T], title: str, *, shown: bool) -> Iterable[T]:
-    """Show a bar over ``batches`` in a terminal, nothing elsewhere."""
-    return tqdm(batches, desc=title, leave=False, disable=not (shown and sys.stderr.isatty()))
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -185,7 +172,7 @@ def _keep_until(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
             if record["step"] < step + (record["kind"] == "step"):

@@ -11,10 +11,10 @@ from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from lavis_xformer import launch
 from lavis_xformer.distributed import is_main
-from lavis_xformer.engine.log import bar
 from lavis_xformer.engine.loop import count_samples, to_device
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import write_json
@@ -81,12 +81,6 @@ class NamedLossTask(BaseTask):
         """Return the metrics of what ``observe`` collected, over all ranks."""
         return {}
 
-    def after_evaluation(
-        self, val_result: dict[str, float], split_name: str, epoch: int | str, **unused: object
-    ) -> dict[str, float]:
-        """Add ``agg_metrics``, by which the best checkpoint is chosen: here the negative loss."""
-        return {"agg_metrics": -val_result["loss"], **val_result}
-
     def write_scores(self, split: str, epoch: int | str, figures: Mapping[str, float]) -> None:
         """Write the per-item scores to ``result/<split>_scores.json``, in the final evaluation only."""
         if epoch == "best" and is_main():
@@ -136,7 +130,8 @@ def own_batches(loader: DataLoader[Any], device: torch.device) -> Iterator[tuple
     if length == 0:
         raise UserError("the split to evaluate has no samples")
     done = 0
-    for samples in bar(loader, "evaluating", shown=is_main()):
+    hidden = None if is_main() else True  # None: where stderr is no terminal
+    for samples in tqdm(loader, desc="evaluating", leave=False, disable=hidden):
         if "text_input" not in samples:
             raise UserError(NO_CAPTIONS.format("the split to evaluate"))
         size = count_samples(samples)
