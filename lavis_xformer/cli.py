@@ -30,7 +30,7 @@ COMMANDS = {
     "compare": ("lavis_xformer.compare.run", "train and evaluate variants under equal conditions, and compare them"),
     "attend": ("lavis_xformer.analysis.attend", "draw where a model looks in an image, and what supports a text"),
     "diagnose": ("lavis_xformer.analysis.diagnose", "say whether a model uses M, where, and what teaches it to"),
-    "probe": ("lavis_xformer.mini.probe", "measure what the mini encoders' tokens reveal about scenes"),
+    "probe": ("lavis_xformer.probe.run", "measure what the mini encoders' tokens reveal about scenes"),
 }
 
 

@@ -15,7 +15,7 @@ import lavis_xformer
 
 PACKAGE = Path(lavis_xformer.__file__).parent
 HEAVY = ("lavis.*", "torch.*", "transformers.*", "numpy.*")
-ROOMS = ("models", "data", "tasks", "runners", "engine", "analysis", "mini", "cli", "train", "evaluate", "config")
+ROOMS = tuple("models data tasks runners engine analysis mini probe cli train evaluate config".split())
 
 DATA_BUT_GUARD = [f"data.{path.stem}" for path in PACKAGE.joinpath("data").glob("[a-z]*") if path.stem != "guard"]
 
@@ -43,11 +43,11 @@ RULES = [
     # 4. tasks and runner reach a model through the registry and its methods; data has one door, the guard
     (
         ("tasks.*", "runners.xformer", "runners.schedules", "engine.*"),
-        (*rooms("models", "data", "mini"), "lavis.models.*"),
+        (*rooms("models", "data", "mini", "probe"), "lavis.models.*"),
     ),
     (
         ("runners.portable",),
-        (*rooms("models", "mini", *DATA_BUT_GUARD), "lavis.models.*"),
+        (*rooms("models", "mini", "probe", *DATA_BUT_GUARD), "lavis.models.*"),
     ),
     # 5. a report is made of files, and so is a comparison, whose runs are processes of their own
     (("compare.*",), (*rooms("models", "data", "tasks", "runners", "engine", "config"), "lavis.*")),

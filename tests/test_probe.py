@@ -10,13 +10,15 @@ import torch
 from transformers import ViTMAEForPreTraining
 
 from lavis_xformer.errors import UserError
-from lavis_xformer.mini import build, probe
-from lavis_xformer.mini.features import Standardise, mae_tokens, pixel_tokens
+from lavis_xformer.mini import build
 from lavis_xformer.mini.mae import mae_config
-from lavis_xformer.mini.positions import position_r2
-from lavis_xformer.mini.spectrum import filtered, similarity_curves
-from lavis_xformer.mini.tasks import NONE, TASKS, Exam, make_exam
 from lavis_xformer.models.mae import MaskedAutoencoder
+from lavis_xformer.probe import run
+from lavis_xformer.probe.exam import NONE, TASKS, Exam, make_exam
+from lavis_xformer.probe.pooling import STOP, TRAIN, Probe, train_probe
+from lavis_xformer.probe.positions import position_r2
+from lavis_xformer.probe.spectrum import filtered, similarity_curves
+from lavis_xformer.probe.tokens import Standardise, mae_tokens, pixel_tokens
 
 
 def told(count: int, seed: int) -> Exam:
@@ -38,9 +40,9 @@ def reveal(images):
 
 
 def test_probe_reads_what_is_there_and_nothing_else():
-    exams = {probe.TRAIN: told(2000, 0), probe.STOP: told(400, 100), "val": told(400, 200)}
-    seen = probe.train_probe(reveal, exams, "val", steps=60, seeds=1)
-    blind = probe.train_probe(lambda x: torch.ones(len(x), 5, 8), exams, "val", steps=20, seeds=1)
+    exams = {TRAIN: told(2000, 0), STOP: told(400, 100), "val": told(400, 200)}
+    seen = train_probe(reveal, exams, "val", steps=60, seeds=1)
+    blind = train_probe(lambda x: torch.ones(len(x), 5, 8), exams, "val", steps=20, seeds=1)
     assert all(seen[name][0] > 90 for name in ("count", "position", "mark", "facing", "relation"))
     assert blind["facing"][0] < 40
     assert blind["count"][0] < 25
@@ -50,13 +52,13 @@ def test_the_best_step_is_chosen_on_other_scenes_than_are_reported_on(monkeypatc
     """Of eight checks the third is the best on the scenes to stop by, and the sixth as good; on the others the last."""
     stop, shown = [10, 20, 90, 30, 40, 90, 50, 60], [1, 2, 3, 4, 5, 6, 7, 8]
     said = iter([value for pair in zip(stop, shown, strict=True) for value in pair])
-    monkeypatch.setattr(probe, "correct", lambda probe_, tokens, exam: dict.fromkeys(TASKS, float(next(said))))
-    exams = {probe.TRAIN: told(300, 0), probe.STOP: told(4, 100), "val": told(4, 200)}
-    assert probe.train_probe(reveal, exams, "val", steps=8, seeds=1) == {name: [3.0] for name in TASKS}
+    monkeypatch.setattr(run, "correct", lambda probe_, tokens, exam: dict.fromkeys(TASKS, float(next(said))))
+    exams = {TRAIN: told(300, 0), STOP: told(4, 100), "val": told(4, 200)}
+    assert train_probe(reveal, exams, "val", steps=8, seeds=1) == {name: [3.0] for name in TASKS}
 
 
 def test_a_pointed_task_looks_nearest_to_the_point_and_others_everywhere():
-    fresh = probe.Probe(dim=8, patches=17)  # CLS and a square of 4 x 4
+    fresh = Probe(dim=8, patches=17)  # CLS and a square of 4 x 4
     far = fresh.farness(torch.tensor([[0.9, 0.1], [0.4, 0.8]])).detach()  # right of the first row; below, left
     assert far.shape == (2, 4, len(TASKS), 1, 17)
     for task, name in enumerate(TASKS):
@@ -69,7 +71,7 @@ def test_a_pointed_task_looks_nearest_to_the_point_and_others_everywhere():
 
 def test_pointing_decides_what_a_pointed_task_reads():
     torch.manual_seed(0)
-    fresh, tokens = probe.Probe(dim=8, patches=17), torch.randn(1, 17, 8)
+    fresh, tokens = Probe(dim=8, patches=17), torch.randn(1, 17, 8)
     elsewhere = tokens.clone()
     elsewhere[:, 16] += 5  # the last patch, far from the point
     fresh.focus.data.fill_(3.0)  # all heads look near
@@ -139,30 +141,30 @@ def test_tokens_that_hold_their_place_are_told_from_those_that_do_not():
 
 
 def test_interval_is_students():
-    mean, half = probe.interval([1.0, 2.0, 3.0])
+    mean, half = run.interval([1.0, 2.0, 3.0])
     assert mean == pytest.approx(2.0)
     assert half == pytest.approx(4.3027 / math.sqrt(3), rel=1e-3)
-    assert probe.interval([1.0]) == (1.0, math.inf)
+    assert run.interval([1.0]) == (1.0, math.inf)
 
 
 def test_an_unknown_source_is_named_before_anything_is_drawn(tmp_path, monkeypatch):
     folder = tmp_path / "mini"
     build.main(["--preset", "smoke", "--only", "clip", "--only", "mae", "--out", str(folder)])
-    monkeypatch.setattr(probe, "make_exam", lambda *args, **kwargs: pytest.fail("exams are drawn"))
+    monkeypatch.setattr(run, "make_exam", lambda *args, **kwargs: pytest.fail("exams are drawn"))
     with pytest.raises(UserError, match=r"--sources 'pixel': did you mean 'pixels'\?"):
-        probe.main(["--set", str(folder), "--sources", "C, pixel", "--out", str(tmp_path / "out")])
+        run.main(["--set", str(folder), "--sources", "C, pixel", "--out", str(tmp_path / "out")])
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--out .*file: File exists; name a folder"):
-        probe.main(["--set", str(folder), "--out", str(tmp_path / "file")])
+        run.main(["--set", str(folder), "--out", str(tmp_path / "file")])
     with pytest.raises(UserError, match=r"--set .*nowhere/clip does not exist; lavis-xformer build-mini"):
-        probe.main(["--set", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
+        run.main(["--set", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
 
 
 def test_scenes_too_few_to_ask_for_everything_are_named(tmp_path, monkeypatch):
     answers = dict.fromkeys(TASKS, torch.full((3,), NONE))
-    monkeypatch.setattr(probe, "make_exam", lambda *args, **kwargs: Exam(torch.zeros(3), torch.zeros(3, 2), answers))
+    monkeypatch.setattr(run, "make_exam", lambda *args, **kwargs: Exam(torch.zeros(3), torch.zeros(3, 2), answers))
     with pytest.raises(UserError, match="--scenes 3: none of these scenes has an answer for category; use more"):
-        probe.main(["--scenes", "3", "--out", str(tmp_path)])
+        run.main(["--scenes", "3", "--out", str(tmp_path)])
 
 
 def test_command_writes_table_figures_and_json(tmp_path):
@@ -170,7 +172,7 @@ def test_command_writes_table_figures_and_json(tmp_path):
     build.main(["--preset", "smoke", "--only", "clip", "--only", "mae", "--out", str(folder)])
     out = tmp_path / "probe"
     small = ["--scenes", "60", "--held-out", "80", "--steps", "10", "--seeds", "2"]
-    assert probe.main(["--set", str(folder), "--out", str(out), *small]) == 0
+    assert run.main(["--set", str(folder), "--out", str(out), *small]) == 0
     said = (out / "probe.md").read_text()
     assert "C+M minus C two layers" in said
     assert "| random, high-passed |" in said

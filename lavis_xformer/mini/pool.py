@@ -47,8 +47,8 @@ T = TypeVar("T")
 
 def scene(split: str, seed: int, index: int, preset: str = PRESET) -> tuple[Scene, np.random.Generator]:
     """One scene of a split, and a generator for its wording."""
-    key = [seed, len(split), index]
-    return make_scene(seed, split, index, preset), np.random.default_rng(key)
+    wording = np.random.default_rng([seed, len(split), index])  # not the scenes' own generator, which has the name
+    return make_scene(seed, split, index, preset), wording
 
 
 def in_parallel(work: Callable[[int, int], T], count: int) -> list[T]:

@@ -3,132 +3,27 @@
 The paper's premise is that M carries local detail which C lacks. One attention pooling per task reads standardised
 tokens; every source gets the same scenes, the same steps and the same early stopping, and the best step is chosen
 on scenes that are used neither for training nor for reporting.
-
-B: batch, N: scenes, P: patches + 1, D: width of the tokens, W: width of the probe, H: heads, T: tasks, A: queries
-per task.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from operator import itemgetter
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from scipy.stats import t as student
-from torch import Tensor, nn
 from tqdm import tqdm
 
 from lavis_xformer.arguments import at_least, command_parser
 from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError, nearest
-from lavis_xformer.mini.features import Encoder, Standardise, encoders, extract
-from lavis_xformer.mini.positions import position_r2
-from lavis_xformer.mini.spectrum import similarity_curves
-from lavis_xformer.mini.tasks import NONE, TASKS, Exam, make_exam
-from lavis_xformer.mini.training import autocast, generator
-
-TRAIN, STOP = "probe-train", "probe-stop"
-
-
-class Probe(nn.Module):
-    """One projection of the tokens; for each task, queries that attend to them and a small MLP that classifies."""
-
-    pointed: Tensor
-
-    def __init__(self, *, dim: int, patches: int, width: int = 64, heads: int = 4, queries: int = 4) -> None:
-        """Build it for tokens (B, P, D): ``dim`` is D, ``patches`` P, ``width`` W, ``heads`` H, ``queries`` A."""
-        super().__init__()
-        self.heads = heads
-        self.tokens = nn.Linear(dim, width)
-        self.places = nn.Parameter(0.02 * torch.randn(patches, width))
-        self.norm = nn.LayerNorm(width)
-        self.both = nn.Linear(width, 2 * width)  # keys and values
-        self.queries = nn.Parameter(torch.randn(len(TASKS), queries, width) / width**0.5)
-        self.focus = nn.Parameter(torch.linspace(-3, 1, heads))
-        self.register_buffer("pointed", torch.tensor([float(task.pointed) for task in TASKS.values()]))
-        self.answers = nn.ModuleDict()
-        for name, task in TASKS.items():
-            layers = nn.Linear(queries * width + 2, width), nn.GELU(), nn.Linear(width, task.classes)
-            self.answers[name] = nn.Sequential(*layers)
-
-    def forward(self, tokens: Tensor, points: Tensor) -> dict[str, Tensor]:
-        """Standardised tokens (B, P, D) and points (B, 2) to logits of every task."""
-        x = self.norm(self.tokens(tokens) + self.places)
-        x = self.both(x).unflatten(-1, (2, self.heads, -1))
-        keys, values = x.permute(2, 0, 3, 1, 4)  # each (B, H, P, W / H)
-        queries = self.queries.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (H, T x A, W / H)
-        scores = queries @ keys.transpose(-2, -1) / keys.shape[-1] ** 0.5
-        scores = scores.unflatten(2, self.queries.shape[:2]) - self.farness(points)  # (B, H, T, A, P)
-        pooled = scores.softmax(-1).flatten(2, 3) @ values  # (B, H, T x A, W / H)
-        pooled = pooled.unflatten(2, self.queries.shape[:2]).permute(2, 0, 3, 1, 4).flatten(2)  # (T, B, A x W)
-        told = self.pointed[:, None, None] * points  # (T, B, 2)
-        inputs = torch.cat([pooled, told], -1)
-        return {name: layers(part) for (name, layers), part in zip(self.answers.items(), inputs, strict=True)}
-
-    def farness(self, points: Tensor) -> Tensor:
-        """Penalty on a pointed task's scores for distance from the point, (B, H, T, 1, P); learned per head."""
-        side = round((len(self.places) - 1) ** 0.5)
-        axis = (torch.arange(side) + 0.5) / side
-        centres = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).flatten(0, 1)  # (P - 1, 2)
-        far = side**2 * (points[:, None] - centres).square().sum(-1)  # (B, P - 1), in patches squared
-        far = F.pad(far, (1, 0))[:, None, None, None]  # CLS is never penalised
-        return F.softplus(self.focus)[:, None, None, None] * self.pointed[:, None, None] * far
-
-
-def correct(probe: Probe, tokens: Tensor, exam: Exam) -> dict[str, float]:
-    """Accuracy of each task, in percent, over the scenes that allow it."""
-    right = {name: 0 for name in TASKS}
-    with torch.no_grad(), autocast(tokens.device):
-        for rows in torch.arange(len(tokens)).split(500):
-            for name, logits in probe(tokens[rows], exam.points[rows]).items():
-                right[name] += int((logits.argmax(-1) == exam.labels[name][rows]).sum())
-    return {name: 100 * hits / int((exam.labels[name] != NONE).sum()) for name, hits in right.items()}
-
-
-def train_probe(
-    encoder: Encoder, exams: dict[str, Exam], report: str, *, steps: int, seeds: int
-) -> dict[str, list[float]]:
-    """Train and evaluate the probe on one source of tokens.
-
-    Args:
-        encoder: the frozen source.
-        exams: scenes for training (``TRAIN``), early stopping (``STOP``) and reporting.
-        report: the key of those for reporting.
-        steps: optimiser steps of 256 scenes.
-        seeds: number of probes, each with its own initialisation.
-
-    Returns:
-        Task to accuracies in percent on the reported scenes, one per seed, at the first step that was best for the
-        task on the early-stopping scenes.
-    """
-    tokens = {split: extract(encoder, exam.images) for split, exam in exams.items()}
-    scale = Standardise(tokens[TRAIN])
-    held = {split: scale(tokens[split]) for split in exams if split != TRAIN}
-    results: dict[str, list[float]] = {name: [] for name in TASKS}
-    for seed in range(seeds):
-        torch.manual_seed(seed)
-        probe = Probe(dim=tokens[TRAIN].shape[-1], patches=tokens[TRAIN].shape[1])
-        best = {name: (-1.0, 0.0) for name in TASKS}
-        optimizer = torch.optim.AdamW(probe.parameters(), lr=2e-3, weight_decay=0.05)
-        decay = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=max(steps, 11), pct_start=0.1)
-        for step in range(steps):
-            rows = torch.randint(len(tokens[TRAIN]), (256,), generator=generator(seed, step))
-            with autocast(tokens[TRAIN].device):
-                logits = probe(scale(tokens[TRAIN][rows]), exams[TRAIN].points[rows])
-                terms = [F.cross_entropy(logits[name], exams[TRAIN].labels[name][rows]) for name in TASKS]
-            optimizer.zero_grad()
-            torch.stack(terms).sum().backward()
-            optimizer.step()
-            decay.step()
-            if (step + 1) % max(1, steps // 8) == 0:
-                stop, shown = (correct(probe, held[split], exams[split]) for split in (STOP, report))
-                best = {name: max(best[name], (stop[name], shown[name]), key=itemgetter(0)) for name in TASKS}
-        for name in TASKS:
-            results[name].append(best[name][1])
-    return results
+from lavis_xformer.probe.exam import NONE, TASKS, Exam, make_exam
+from lavis_xformer.probe.figure import draw
+from lavis_xformer.probe.pooling import STOP, TRAIN, train_probe
+from lavis_xformer.probe.positions import position_r2
+from lavis_xformer.probe.spectrum import similarity_curves
+from lavis_xformer.probe.tokens import Encoder, encoders, extract
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -245,8 +140,6 @@ def main(argv: list[str]) -> int:
     record |= {"position_r2": placed, "similarity": curves}
     (args.out / "probe.json").write_text(json.dumps(record, indent=2) + "\n")
     (args.out / "probe.md").write_text(text + "\n")
-    from lavis_xformer.mini.probe_figure import draw
-
     means = {name: {task: interval(values) for task, values in by.items()} for name, by in results.items()}
     draw(args.out / "probe.png", means, curves)
     print(f"{text}\n{args.out}: probe.md, probe.json, probe.png in {(time.monotonic() - begin) / 60:.1f} min")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lavis_xformer.mini.augment import unit
-from lavis_xformer.mini.features import Encoder, Standardise, extract
+from lavis_xformer.probe.tokens import Encoder, Standardise, extract
 
 #: cycles per image side; 64 pixels can represent up to 32, and 8 is one cycle per patch
 CUTOFFS = (2, 4, 6, 8, 12, 16, 24)

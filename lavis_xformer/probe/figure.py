@@ -19,7 +19,7 @@ def draw(
     Args:
         path: output file.
         results: source to task to accuracy in percent and half the width of its interval, infinite if there is none.
-        curves: as returned by :func:`lavis_xformer.mini.spectrum.similarity_curves`.
+        curves: as returned by :func:`lavis_xformer.probe.spectrum.similarity_curves`.
     """
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 1))
