@@ -13,7 +13,7 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.mini import build
 from lavis_xformer.mini.mae import mae_config
 from lavis_xformer.models.mae import MaskedAutoencoder
-from lavis_xformer.probe import run
+from lavis_xformer.probe import pooling, run
 from lavis_xformer.probe.exam import NONE, TASKS, Exam, make_exam
 from lavis_xformer.probe.pooling import STOP, TRAIN, Probe, train_probe
 from lavis_xformer.probe.positions import position_r2
@@ -52,7 +52,7 @@ def test_the_best_step_is_chosen_on_other_scenes_than_are_reported_on(monkeypatc
     """Of eight checks the third is the best on the scenes to stop by, and the sixth as good; on the others the last."""
     stop, shown = [10, 20, 90, 30, 40, 90, 50, 60], [1, 2, 3, 4, 5, 6, 7, 8]
     said = iter([value for pair in zip(stop, shown, strict=True) for value in pair])
-    monkeypatch.setattr(run, "correct", lambda probe_, tokens, exam: dict.fromkeys(TASKS, float(next(said))))
+    monkeypatch.setattr(pooling, "correct", lambda probe_, tokens, exam: dict.fromkeys(TASKS, float(next(said))))
     exams = {TRAIN: told(300, 0), STOP: told(4, 100), "val": told(4, 200)}
     assert train_probe(reveal, exams, "val", steps=8, seeds=1) == {name: [3.0] for name in TASKS}
 

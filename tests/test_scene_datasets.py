@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 from torch.utils.data.dataloader import default_collate
 
-from lavis_xformer.data import registry as _  # noqa: F401  (all builders register themselves)
 from lavis_xformer.data.scenes import ANSWERS, QUESTION_KINDS, captions, make_scene, render
 from lavis_xformer.errors import UserError
 from lavis_xformer.images import CLIP_MEAN, CLIP_STD
@@ -88,6 +87,16 @@ def test_splits_share_no_picture():
     datasets = build("xformer_scenes")
     pictures = [d.source.paint(index).tobytes() for d in datasets.values() for index in range(12)]
     assert len(set(pictures)) == 36
+
+
+def test_seed_size_captions_and_processors_are_those_of_the_configuration():
+    levels = [f"splits.{split}.captions=fine" for split in ("train", "val", "test")]
+    built = build("xformer_scenes", "seed=3", "image_size=32", "vis_processor.eval.image_size=16", *levels)
+    for split, side in (("train", 64), ("val", 16), ("test", 16)):
+        scene = make_scene(3, split, 0)
+        assert (built[split].source.paint(0) == render(scene, 32)).all()
+        assert built[split][0]["text_input"] == captions(scene, "fine", 1)[0]
+        assert built[split][0]["image"].shape == (6, side, side)
 
 
 def test_a_split_of_no_scenes_is_left_out():
@@ -165,6 +174,13 @@ def test_every_kind_is_asked_as_often_about_scenes_of_every_preset(each):
     assert set(Counter((row["kind"], row["image_id"] % 3) for row in rows).values()) == {2}
     alone = build("xformer_scenes_vqa", "preset=fine", *changes[2:], f"splits.val.scenes={scenes // 3}")["val"]
     assert [row["kind"] for row in rows if row["image_id"] % 3 == 1] == [row["kind"] for row in alone.annotation]
+
+
+def test_questions_of_one_kind_about_one_scene_differ():
+    changes = "kinds=[count_group]", "splits.val.scenes=8", "splits.val.questions_per_image=6"
+    rows = list(build("xformer_scenes_vqa", *changes)["val"].annotation)
+    asked = [{row["question"] for row in rows[start : start + 6]} for start in range(0, 48, 6)]
+    assert sum(len(questions) > 2 for questions in asked) >= 6
 
 
 def test_a_scene_that_stands_in_is_of_the_same_preset():
