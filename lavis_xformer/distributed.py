@@ -1,15 +1,17 @@
-"""Rank, world size and gathering, safe where there is no process group.
+"""Rank, world size and what processes tell each other, safe where there is no process group.
 
 B: samples of this process, W: processes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def is_distributed() -> bool:
@@ -83,3 +85,35 @@ class _Gather(torch.autograd.Function):
 def own_rows(batch_size: int, device: torch.device) -> Tensor:
     """Return this process's rows of a gathered batch: (B,) indices."""
     return torch.arange(batch_size, device=device) + rank() * batch_size
+
+
+def share(value: T) -> T:
+    """Return rank 0's ``value`` on every rank."""
+    if not is_distributed():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def collect(value: T) -> list[T]:
+    """Return every rank's ``value``, in the order of the ranks, on every rank."""
+    if not is_distributed():
+        return [value]
+    values: list[T] = [value] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def total(values: Tensor) -> Tensor:
+    """Return the sum over ranks of a CPU tensor; the tensor itself is unchanged."""
+    values = values.clone()
+    if is_distributed():
+        dist.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if is_distributed():
+        dist.barrier()

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import os
 import re
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from lavis_xformer.distributed import is_distributed, is_main, world_size
 from lavis_xformer.errors import UserError
-
-T = TypeVar("T")
 
 # Rank 0 may download, render or evaluate alone for a long time, but a hang must end eventually.
 TIMEOUT = datetime.timedelta(hours=2)
@@ -115,60 +109,6 @@ def _leave_group() -> None:
     leaving = threading.Thread(target=dist.destroy_process_group, daemon=True)
     leaving.start()
     leaving.join(timeout=5)
-
-
-def share(value: T) -> T:
-    """Return rank 0's ``value`` on every rank."""
-    if not is_distributed():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def collect(value: T) -> list[T]:
-    """Return every rank's ``value``, in the order of the ranks, on every rank."""
-    if not is_distributed():
-        return [value]
-    values: list[T] = [value] * world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def total(values: torch.Tensor) -> torch.Tensor:
-    """Return the sum over ranks of a CPU tensor; the tensor itself is unchanged."""
-    values = values.clone()
-    if is_distributed():
-        dist.all_reduce(values)
-    return values
-
-
-def barrier() -> None:
-    """Wait for all ranks."""
-    if is_distributed():
-        dist.barrier()
-
-
-def new_job_id(output_dir: Path) -> str:
-    """Return the name of a folder that rank 0 creates: the time to the second, plus a number if that is taken."""
-    return share(_new_folder(output_dir) if is_main() else "")
-
-
-def _new_folder(output_dir: Path) -> str:
-    now = datetime.datetime.now().strftime("%Y%m%d_%H%M%S")
-    names = itertools.chain([now], (f"{now}_{number}" for number in itertools.count(2)))
-    return next(name for name in names if _is_made(output_dir / name))
-
-
-def _is_made(folder: Path) -> bool:
-    """Create a folder; return False if it exists already, perhaps from another run started in the same second."""
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        return False
-    except OSError:
-        pass  # the runner, which needs the folder, reports why
-    return True
 
 
 def device_of(wanted: str) -> str:

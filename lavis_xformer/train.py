@@ -15,7 +15,7 @@ from typing import Any
 from lavis.common.registry import registry
 from lavis.tasks import setup_task
 
-from lavis_xformer import launch, register
+from lavis_xformer import distributed, launch, register
 from lavis_xformer.analysis.report import write_report
 from lavis_xformer.config.load import DEFAULT_RUNNER, load_config
 from lavis_xformer.distributed import is_main, rank
@@ -70,22 +70,14 @@ def build_runner(config: Any) -> Any:
     if runner_class.__module__.startswith("lavis."):
         raise UserError(f"run.runner: LAVIS's own runners can't be started from here; set it to {DEFAULT_RUNNER}")
     options = RunOptions.from_config(config.run_cfg)
-    job_id = choose_job(config, options)
+    job_id = jobs.choose(config.to_dict(), job_id=options.job_id, resume=options.resume)
     rng.seed_everything(options.seed)
     task = setup_task(config)
     datasets = task.build_datasets(config)
     model = task.build_model(config)
     rng.seed_everything(rng.seed_of(options.seed, rank()))
-    launch.barrier()
+    distributed.barrier()
     return runner_class(cfg=config, task=task, model=model, datasets=datasets, job_id=job_id)
-
-
-def choose_job(config: Any, options: RunOptions) -> str:
-    """Return the name of the run folder, the same on all ranks."""
-    found, output_dir = options.job_id, Path(config.run_cfg.output_dir)
-    if not found and options.resume == "auto" and is_main():
-        found = jobs.newest_matching(output_dir, config.to_dict()) or ""
-    return launch.share(found) or launch.new_job_id(output_dir)
 
 
 def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
@@ -130,7 +122,7 @@ def table(task: Any, figures: Mapping[str, float]) -> str:
     else:
         rows = [(n, f"{v:.4f}", "") for n, v in figures.items() if isinstance(v, float)]
     lines = [f"  {'':<24}{'':>10}{'reference':>10}"] if any(row[2] for row in rows) else []
-    return "\n".join([*lines, *(f"  {name:<24}{value:>10}{by:>10}" for name, value, by in rows)])
+    return "\n".join([*lines, *(f"  {name:<24}{value:>10}{by:>10}".rstrip() for name, value, by in rows)])
 
 
 def show(path: Path | None) -> str:

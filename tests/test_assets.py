@@ -54,9 +54,10 @@ def test_missing_file_is_named(shelf):
         resolve("assets://tiny/clip", root=shelf)
 
 
-def test_unknown_part_names_the_nearest(shelf):
+@pytest.mark.parametrize("part", ["clipp", "cli"])
+def test_unknown_part_names_the_nearest(shelf, part):
     with pytest.raises(UserError, match="did you mean 'clip'"):
-        resolve("assets://tiny/clipp", root=shelf)
+        resolve(f"assets://tiny/{part}", root=shelf)
 
 
 def test_a_card_may_be_edited(shelf):

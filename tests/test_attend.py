@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,8 @@ def test_maps_are_the_means_over_heads_without_cls(
     make_xformer: Any, batch: dict[str, Any], fusion: str, sources: list[str]
 ) -> None:
     model = make_xformer(fusion, init="normal").eval()
+    if "M'" in sources:  # a deeper fusion, whose last layer is shown
+        model.fusion.enrich_blocks.append(deepcopy(model.fusion.enrich_blocks[0]))
     maps = attention_maps(model, {"image": batch["image"]})
     assert {name: found.shape for name, found in maps.items()} == dict.fromkeys(sources, (4, 4, 4, 4))
     with torch.no_grad(), recording(model) as found:
@@ -49,21 +53,41 @@ def test_maps_are_the_means_over_heads_without_cls(
     if "M" in maps:
         assert torch.allclose(maps["M"].flatten(2), weights[..., 18:])
     if "M'" in maps:
-        weights = found["fusion.enrich_blocks.0.cross_attention"].mean(dim=1)
+        weights = found["fusion.enrich_blocks.1.cross_attention"].mean(dim=1)
         assert torch.allclose(maps["M'"].flatten(2), weights[..., 1:])
 
 
+def log_odds(model: Any, samples: dict[str, Any]) -> torch.Tensor:
+    """Of a match, by stage 1."""
+    tokens, text = model.encode_image(samples["image"]), model.tokenize(samples["text_input"])
+    logits = model.match(tokens.clip, tokens.mae_tokens, text.input_ids, text.attention_mask).double()
+    return logits[0, 1] - logits[0, 0]
+
+
+def log_likelihood(model: Any, samples: dict[str, Any]) -> torch.Tensor:
+    """Of a caption, by stage 2."""
+    return -model(samples)["loss_lm"]
+
+
+@pytest.mark.parametrize(("stage", "score"), [("make_xformer", log_odds), ("make_stage2", log_likelihood)])
 def test_a_texts_map_is_what_more_attention_would_do_to_its_score(
-    make_stage2: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    stage: str,
+    score: Callable[..., torch.Tensor],
+    request: pytest.FixtureRequest,
+    batch: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = make_stage2("opt", init="normal").eval()
+    model = request.getfixturevalue(stage)(init="normal").eval()
     samples = {"image": batch["image"][:1], "text_input": ["a red circle"]}
+    if score is log_odds:  # a score that hardly depends on M' would be lost in rounding
+        for parameter in model.fusion.enrich_blocks.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
     with recording(model) as found:
-        model(samples)
+        score(model, samples)
     plain = found["fusion.enrich_blocks.0.cross_attention"].detach()  # (1, heads, Q, S)
     explained = attention_maps(model, samples)["M'"].flatten(2)  # (1, Q, N)
 
-    def log_likelihood(change: torch.Tensor) -> float:
+    def shifted_score(change: torch.Tensor) -> float:
         def shifted(self: Attention, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
             _, weights = self.with_map(x, context)
             *_, value = self._heads(x, context)
@@ -71,13 +95,13 @@ def test_a_texts_map_is_what_more_attention_would_do_to_its_score(
 
         monkeypatch.setattr(Attention, "forward", shifted)
         with torch.no_grad():
-            return -float(model(samples)["loss_lm"])
+            return float(score(model, samples))
 
     query, patch, step, expected = 1, 5, 0.02, 0.0
     for head in range(plain.shape[1]):
         change = torch.zeros_like(plain)
         change[0, head, query, 1 + patch] = step
-        slope = (log_likelihood(change) - log_likelihood(-change)) / (2 * step)
+        slope = (shifted_score(change) - shifted_score(-change)) / (2 * step)
         expected += max(0.0, slope * float(plain[0, head, query, 1 + patch])) / plain.shape[1]
     assert expected > 0
     assert float(explained[0, query, patch]) == pytest.approx(expected, rel=0.02)
@@ -154,6 +178,22 @@ def test_a_title_is_no_formula(tmp_path: Path) -> None:
     row = attend.Row(r"a $\foo star$ for $5", Image.new("RGB", (8, 8)), {"C": torch.rand(2, 2)})
     attend.draw([row], tmp_path / "map.png")
     assert (tmp_path / "map.png").stat().st_size > 1000
+
+
+def test_a_long_title_is_wrapped_above_its_image(tmp_path: Path) -> None:
+    row = attend.Row("a long caption " * 8, Image.new("RGB", (8, 8)), {"C": torch.ones(2, 2)})
+    attend.draw([row], tmp_path / "map.png")
+    with Image.open(tmp_path / "map.png") as drawn:
+        middle = drawn.convert("L").crop((0, drawn.height // 2, drawn.width // 2, drawn.height // 2 + 1))
+    assert sum(middle.point(lambda value: 255 * (value < 10)).histogram()[1:]) > 0.9 * middle.width, "black: the image"
+
+
+def test_a_picture_is_written_where_the_message_says(tmp_path: Path) -> None:
+    row = attend.Row("a star", Image.new("RGB", (8, 8)), {"C": torch.rand(2, 2)})
+    attend.draw([row], tmp_path / "map")
+    assert (tmp_path / "map").is_file()
+    with pytest.raises(UserError, match="Is a directory"):
+        attend.draw([row], tmp_path)
 
 
 @pytest.mark.parametrize("given", [["--text", "a", "--question", "b"], ["--answer", "two"]])

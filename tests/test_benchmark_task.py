@@ -13,7 +13,7 @@ from lavis.common.registry import registry
 from lavis.models.base_model import BaseModel
 from omegaconf import OmegaConf
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from lavis_xformer.errors import UserError
 from lavis_xformer.tasks import benchmark
@@ -96,6 +96,36 @@ def test_the_protocol_is_what_the_model_is_asked_with(tmp_path: Path, blind: boo
     assert ("image" in samples) is not blind
 
 
+def test_answers_of_every_rank_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lavis_xformer.distributed.collect", lambda own: [own, {1: "yes", 3: "red"}])
+    task = BenchmarkTask(protocol=PROTOCOLS["paper"], config=CONFIG)
+    answers = task.evaluation(Parrot("2", "3"), DataLoader(Subset(SCENES, [0, 2])))
+    assert answers == {0: "2", 1: "yes", 2: "3", 3: "red"}
+
+
+def test_answers_are_read_by_the_scorer_that_is_named() -> None:
+    asked = Questions(("a", "count", "how many?", "1"), ("a", "presence", "is there a star?", "no"))
+    found = items(asked, {0: "someone", 1: "I do not know"})
+    for scorer, accuracy in (("gvt_official", 1), ("strict", 0)):
+        scores = benchmark.score(found, scorer)
+        assert {kind: (score.scorer, score.accuracy) for kind, score in scores.items()} == {
+            "count": (scorer, accuracy), "presence": (scorer, accuracy),
+        }  # fmt: skip
+
+
+def test_the_result_names_the_question_files_and_their_template(tmp_path: Path) -> None:
+    dataset = Questions(("a", "presence", "is there a star?", "yes"))
+    task = BenchmarkTask(protocol=PROTOCOLS["paper"], config=CONFIG)
+    for own, expected in (
+        ({}, ({"rendered": fingerprint(items(dataset, {}))}, "raw")),
+        ({"question_sha256": {"q.json": "ab"}, "template": "repaired"}, ({"q.json": "ab"}, "repaired")),
+    ):
+        vars(dataset).update(own)
+        evaluate(task, Parrot("yes"), tmp_path, dataset)
+        result = json.loads((tmp_path / "test_xformer_scenes_vqa.json").read_text())
+        assert (result["question_sha256"], result["template"]) == expected
+
+
 def test_a_scorer_that_cannot_read_the_answers_is_refused_before_anything_is_asked() -> None:
     task = BenchmarkTask(protocol=PROTOCOLS["paper"], config=CONFIG, scorer="pope_official")
     with pytest.raises(UserError, match=r"run\.scorer: 'pope_official' can't score answers of kind attribute, count; "):
@@ -147,6 +177,7 @@ def test_settings_are_read_and_checked() -> None:
     task = setup(protocol="lavis", scorer="pope_official", num_beams=1)
     assert (task.protocol.prompt, task.protocol.num_beams) == ("Question: {} Short answer:", 1)
     assert task.scorer == "pope_official"
+    assert [setup(**run).blind for run in ({}, {"blind": False}, {"blind": True})] == [False, False, True]
     with pytest.raises(UserError, match="did you mean 'paper'"):
         setup(protocol="papers")
     with pytest.raises(UserError, match=r"run\.scorer"):

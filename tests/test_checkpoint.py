@@ -151,6 +151,12 @@ def test_random_state_survives_a_checkpoint(tmp_path):
     assert draws() == expected
 
 
+def test_other_keys_give_other_seeds():
+    keys = [(1, 23), (12, 3), (123,), (0, 123), (23, 1)]
+    assert len({rng.seed_of(*key) for key in keys}) == len(keys)
+    assert rng.seed_of(1, 23) == rng.seed_of(1, 23)
+
+
 def test_a_seeded_block_leaves_no_trace_and_repeats():
     rng.seed_everything(5)
     expected = draws()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from shutil import copytree, ignore_patterns
 from typing import Any
@@ -12,10 +14,12 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
+from transformers import BertConfig, BertForMaskedLM
 
 from lavis_xformer.errors import UserError
 from lavis_xformer.models import towers
 from lavis_xformer.models.checkpoints import LoadReport, load_pretrained, load_state, read_checkpoint
+from lavis_xformer.models.opt import OptLanguage
 from lavis_xformer.models.stage1 import XFormer
 from lavis_xformer.models.t5 import T5Language
 
@@ -155,7 +159,7 @@ class Malicious:
 
 def test_pickled_code_torn_and_missing_files_are_refused(tmp_path: Path) -> None:
     torch.save({"model": Malicious(tmp_path / "owned")}, tmp_path / "bad.pth")
-    with pytest.raises(UserError, match="pickled code"):
+    with pytest.raises(UserError, match=r"pickled code are refused\): Unsupported global"):
         read_checkpoint(str(tmp_path / "bad.pth"), key="pretrained")
     assert not (tmp_path / "owned").exists()
     torch.save({"model": {"w": torch.zeros(1000)}}, tmp_path / "torn.pth")
@@ -197,6 +201,31 @@ def test_no_door_runs_pickled_code(
     with pytest.raises(UserError, match=r"pickled code|can't be read"):
         doors[door]()
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("door", "size"),
+    [("mae_model", "intermediate_size"), ("bert", "intermediate_size"), ("opt_model", "ffn_dim"), ("t5_model", "d_ff")],
+)
+def test_weights_of_other_shapes_than_their_configuration_are_one_line(
+    door: str, size: str, request: pytest.FixtureRequest, vocab_folder: Path, tiny_mae_model: Any, tmp_path: Path
+) -> None:
+    if door in ("mae_model", "bert"):
+        model = BertForMaskedLM(BertConfig.from_pretrained(vocab_folder)) if door == "bert" else tiny_mae_model
+        model.save_pretrained(tmp_path)
+    else:
+        copytree(request.getfixturevalue(door.replace("model", "folder")), tmp_path, dirs_exist_ok=True)
+    said = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(said | {size: said[size] + 8}))
+    doors: dict[str, Callable[[str], Any]] = {
+        "mae_model": towers.build_mae,
+        "bert": partial(towers.build_qformer, num_queries=4, vision_width=20, cross_attention_freq=2),
+        "opt_model": OptLanguage.from_source,
+        "t5_model": T5Language.from_source,
+    }
+    with pytest.raises(UserError, match=rf"model\.{door}: '.*' .*(another shape|doesn't fit).* torch\.Size") as caught:
+        doors[door](str(tmp_path))
+    assert "\n" not in str(caught.value)
 
 
 def warned(caplog: pytest.LogCaptureFixture) -> list[str]:

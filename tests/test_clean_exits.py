@@ -14,14 +14,14 @@ TRAINING = """
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from lavis_xformer import launch
-from lavis_xformer.distributed import gather
+from lavis_xformer.distributed import collect, gather
 
 with launch.process_group("cpu") as place:
     torch.manual_seed(0)
     model = DistributedDataParallel(torch.nn.Linear(4, 4))
     for _ in range(5):
         gather(model(torch.randn(8, 4))).square().mean().backward()  # collectives within the backward pass
-    launch.collect(place.rank)
+    collect(place.rank)
 """
 
 

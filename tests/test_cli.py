@@ -93,15 +93,17 @@ def test_help_version_and_unknown_commands(capsys):
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
-def test_every_command_exists_and_shows_its_help(name: str, capsys):
+def test_every_command_exists_and_shows_its_help(name: str, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stopped:
         import_module(cli.COMMANDS[name][0]).main(["--help"])
     assert stopped.value.code == 0
     said = capsys.readouterr().out
     assert f"usage: lavis-xformer {name} " in said
     assert f"lavis-xformer {name}" in said.split("\n\n")[1], "what it does"
-    for unwanted in ("``", ":func:", "::", "B: batch"):
+    for unwanted in ("`", ":func:", "::", "B: batch"):
         assert unwanted not in said
+    assert all(len(line) <= 80 or line.startswith(" ") for line in said.splitlines()), "only examples are longer"
 
 
 def test_options_may_come_in_several_parts():

@@ -304,7 +304,7 @@ def test_a_shipped_yaml_is_extended_from_anywhere(tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": [1]}, "'seed': did you mean 'seeds'"),
+        ({"seed": [1]}, "'seed' is no key of a comparison; did you mean 'seeds'"),
         ({"baseline": "aa"}, "baseline: no variant 'aa'; did you mean 'a'"),
         ({"claim": "bb"}, "claim: no variant 'bb'; did you mean 'b'"),
         ({"variants": {"a": {"frist": {}}}}, r"variants\.a\.frist: did you mean 'first'"),
@@ -331,6 +331,20 @@ def test_a_shipped_yaml_is_extended_from_anywhere(tmp_path: Path, monkeypatch: p
 def test_mistakes_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         make(tmp_path, content(tmp_path) | change)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"seeds: [1\nbaseline: a\n", r"plan\.yaml is not valid YAML, line 2: "),
+        (b"\xff\xfe", r"plan\.yaml is not UTF-8 text"),
+        (b"model: {arch: xformer}", r"plan\.yaml: 'model' is no key of a comparison; there is: baseline"),
+    ],
+)
+def test_a_file_that_is_no_comparison_is_named(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "plan.yaml").write_bytes(text)
+    with pytest.raises(UserError, match=message):
+        read_plan(str(tmp_path / "plan.yaml"))
 
 
 def answer(number: int, correct: bool, *, truth: str = "1", kind: str = "count") -> dict[str, Any]:
@@ -538,7 +552,7 @@ def test_a_run_that_was_stopped_took_as_long_as_all_its_starts(tmp_path: Path) -
 
 def test_weights_that_are_tied_count_once(tmp_path: Path) -> None:
     table = torch.zeros(3, 4)
-    state = {"table": table, "head": table, "bias": torch.zeros(5), "steps": torch.zeros(7, dtype=torch.long)}
+    state = {"table": table, "head": table.detach(), "bias": torch.zeros(5), "steps": torch.zeros(7, dtype=torch.long)}
     torch.save({"model": state}, tmp_path / "checkpoint_best.pth")
     assert run.trained_weights(tmp_path / "checkpoint_best.pth") == 3 * 4 + 5
     assert run.trained_weights(tmp_path / "none.pth") is None

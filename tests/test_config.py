@@ -309,6 +309,7 @@ def test_a_schedule_takes_the_keys_that_it_reads(load):
         ("run.valid_splits=val", r"run\.valid_splits is 'val'; it must be a list: \[val\]"),
         ("run.train_dataset_ratios=3", r"run\.train_dataset_ratios is 3; it must be a list: \[3\]"),
         ("run.log_freq=x", r"run\.log_freq is 'x'; it must be of type int"),
+        ("run.evaluate=Flase", r"run\.evaluate is 'Flase'; it must be True or False"),
     ],
 )
 def test_impossible_values_of_laviss_keys(option: str, message: str):

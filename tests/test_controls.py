@@ -5,9 +5,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from lavis.models import eva_vit
+from transformers import BertConfig, BertForMaskedLM
 
 import lavis_xformer
 from lavis_xformer.errors import UserError
@@ -279,6 +282,19 @@ def test_an_untrained_mae_is_the_same_one_every_time(configured: Any, toy: Any, 
     assert torch.equal(m, second.mae.encode(pixels).tokens)
     assert not torch.allclose(m, configured(toy).mae.encode(pixels).tokens)
     assert not any(p.requires_grad for p in first.mae.parameters())
+    assert not torch.equal(first.query_tokens, second.query_tokens), "all else is drawn as the run's seed says"
+
+
+def test_the_qformer_starts_from_berts_weights(configured: Any, toy: Any, tmp_path: Path) -> None:
+    bert = BertForMaskedLM(BertConfig.from_pretrained(toy.bert))
+    shutil.copytree(toy.bert, tmp_path, dirs_exist_ok=True)
+    bert.save_pretrained(tmp_path)
+    model = configured(toy, bert=str(tmp_path))
+    for ours, theirs in zip(model.Qformer.bert.encoder.layer, bert.bert.encoder.layer, strict=True):
+        for part in ("attention.self.query", "intermediate.dense", "output.dense", "output.LayerNorm"):
+            assert torch.equal(ours.get_submodule(part).weight, theirs.get_submodule(part).weight), part
+        assert torch.equal(ours.intermediate_query.dense.weight, theirs.intermediate.dense.weight), "as in BLIP-2"
+        assert torch.equal(ours.output_query.dense.weight, theirs.output.dense.weight)
 
 
 def test_a_deeper_qformer_is_a_larger_blip2(configured: Any, toy: Any, batch: dict[str, Any]) -> None:
@@ -302,7 +318,7 @@ def test_the_wide_blip2_of_the_mini_world_has_x_formers_size() -> None:
 
 
 def test_mistakes_are_named(configured: Any, toy: Any) -> None:
-    with pytest.raises(UserError, match=r"model\.mae_source: no source 'clipp'; did you mean 'clip'"):
+    with pytest.raises(UserError, match=r"model\.mae_source: 'clipp'; did you mean 'clip'"):
         configured(toy, mae_source="clipp")
     with pytest.raises(UserError, match="'clip' with fusion 'concat' would read C twice"):
         configured(toy, mae_source="clip", fusion="concat")
@@ -323,9 +339,9 @@ def test_mistakes_are_named(configured: Any, toy: Any) -> None:
         configured(toy, vit_model=toy.mae_model, mae_source="clip", clip_layer=1)
     with pytest.raises(UserError, match=r"model\.fusion_init: 'identiti'; did you mean 'identity'"):
         configured(toy, fusion_init="identiti")
-    for depth in (0, None, 1.5):
-        with pytest.raises(UserError, match=rf"model\.fusion_depth is {depth}; it must be a whole number above 0"):
-            configured(toy, fusion_depth=depth)
+    for key, count in (("fusion_depth", 0), ("fusion_depth", 1.5), ("num_query_token", 0)):
+        with pytest.raises(UserError, match=rf"model\.{key} is {count}; it must be a whole number above 0"):
+            configured(toy, **{key: count})
 
 
 def test_a_language_model_answers_without_an_image(make_stage2: Any, batch: dict[str, Any]) -> None:
@@ -360,6 +376,20 @@ def test_without_an_image_opt_predicts_as_after_an_empty_one(make_stage2: Any) -
     expected = language.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1]
     assert torch.allclose(logits, expected, atol=1e-5)
     assert language.tokenizer.decode(labels[labels != NO_TARGET]) == " two\n"
+
+
+def test_eva_clip_is_built_as_lavis_builds_it() -> None:
+    class BuiltError(Exception):
+        """Instead of a download."""
+
+    with mock.patch.object(eva_vit, "VisionTransformer", side_effect=BuiltError) as theirs, pytest.raises(BuiltError):
+        eva_vit.create_eva_vit_g(img_size=224, drop_path_rate=0.1)
+    with mock.patch.object(towers, "VisionTransformer") as ours:
+        towers.eva_vit(img_size=224, drop_path_rate=0.1, **towers.EVA_CLIP_G)
+    mine, expected = ours.call_args.kwargs, theirs.call_args.kwargs
+    norms = [sizes.pop("norm_layer")(4) for sizes in (mine, expected)]
+    assert norms[0].eps == norms[1].eps
+    assert mine == expected
 
 
 def test_the_released_eva_clip_goes_on_behind_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

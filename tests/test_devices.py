@@ -84,8 +84,9 @@ def test_gradients_of_a_large_batch_survive_a_language_model_in_fp16(
     kind: str, make_stage2: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of a mean over many tokens are below what fp16 holds; a run in fp16 has a scaler for them."""
-    monkeypatch.setattr(language, "compute_dtype", lambda device, precision: torch.float16)
+    monkeypatch.setattr(language, "compute_dtype", lambda device, precision: DTYPES[precision])
     speaker = make_stage2(kind).language
+    speaker.precision = "fp16"
     visual = torch.randn(1, 4, speaker.width)
 
     def gradient(copies: int, amp: torch.dtype | None = None) -> torch.Tensor:
@@ -116,10 +117,18 @@ def test_all_of_it_runs_on_a_gpu(device: str, model: Any, batch: dict[str, Any])
 
 
 @pytest.mark.parametrize("precision", sorted(DTYPES))
-def test_precision_is_a_gpus_affair(precision: Precision, stage2_config: Any) -> None:
+def test_precision_is_a_gpus_affair(
+    precision: Precision, stage2_config: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage2_config.model |= {"llm_precision": precision, "vit_precision": precision}
     model = XFormerOPT.from_config(stage2_config.model)
     assert (model.language.precision, model.vit_precision) == (precision, precision)
+    for module in (frozen, language):
+        monkeypatch.setattr(module, "compute_dtype", lambda device, precision: DTYPES[precision])  # as on a GPU
+    model.generate(batch, num_beams=1, max_length=2)
+    for part in (model.visual_encoder.blocks[0].mlp.fc1, model.mae.model.vit.encoder.layer[0].output.dense):
+        assert part.weight.dtype == DTYPES[precision]
+    assert model.language.model.dtype == DTYPES[precision]
     assert compute_dtype(torch.device("cuda"), precision) == DTYPES[precision]
     assert compute_dtype(torch.device("cpu"), precision) == torch.float32
     assert compute_dtype(torch.device("mps"), precision) == torch.float32

@@ -26,10 +26,40 @@ def test_an_enrichment_that_is_the_same_for_every_image_is_none_of_its_own(
     model = make_xformer("dual")
     torch.nn.init.ones_(model.fusion.enrich_blocks[-1].feed_forward[-1].bias)  # Z' = Zq + 1
     found = diagnose.enrichment(model, batch["image"])
-    assert found["Z' size"] > 0
+    zq = model.query_image(model.encode_image(batch["image"]).clip).last_hidden_state
+    assert found["Z' size"] == pytest.approx(zq.numel() ** 0.5 / float(zq.detach().norm()))
     assert found["Z' own"] == pytest.approx(0, abs=1e-6)
     changed = make_xformer("dual", init="normal")
     assert diagnose.enrichment(changed, batch["image"])["Z' own"] > 1e-3
+
+
+def test_what_varies_between_images_is_their_own(make_xformer: Any, batch: dict[str, Any]) -> None:
+    model = make_xformer("dual", init="normal")
+    tokens = model.encode_image(batch["image"])
+    zq = model.query_image(tokens.clip).last_hidden_state
+    change = model.fusion.refine(zq, tokens.mae_tokens)[0] - zq  # (B, Q, D)
+    own = (change - change.mean(dim=0)).square().sum() / change.square().sum()
+    assert diagnose.enrichment(model, batch["image"])["Z' own"] == pytest.approx(float(own), rel=1e-4)
+
+
+def test_the_floor_of_the_reconstruction_is_the_frozen_maes_whatever_was_trained(
+    make_xformer: Any, batch: dict[str, Any]
+) -> None:
+    found = []
+    for init in ("identity", "normal"):
+        model = make_xformer("dual", init=init)
+        torch.manual_seed(0)
+        found.append(diagnose.reconstruction(model, batch["image"]))
+    assert found[0]["from M"] == pytest.approx(found[1]["from M"])
+    assert found[0]["from M'"] != pytest.approx(found[1]["from M'"])
+
+
+def test_the_figures_with_anothers_m_stand_beside_those_with_its_own() -> None:
+    checks = {"enrichment": {}, "gradients": {}, "reconstruction": {}}
+    own, other = ({"loss": loss, "majority_answers": 50.0} for loss in (1.0, 2.0))
+    said = diagnose.text({"with_own_m": own, "with_anothers_m": other, **checks})
+    assert ["loss", "1.0000", "2.0000"] in [line.split() for line in said.splitlines()]
+    assert "majority" not in said, "the same for any M"
 
 
 def test_entropy_of_attention_by_hand() -> None:
@@ -54,7 +84,9 @@ def test_blip2_has_gradients_alone(make_xformer: Any, batch: dict[str, Any]) -> 
     found = diagnose.look(make_xformer("none").eval(), [batch])
     assert found["enrichment"] == found["reconstruction"] == {}
     assert found["gradients"]["itc > queries Z"] > 0
-    assert "this fusion uses no M" in diagnose.text({"with_own_m": {}, "with_anothers_m": {}, **found})
+    said = diagnose.text({"with_own_m": {}, "with_anothers_m": {}, **found})
+    assert "this fusion uses no M" in said
+    assert [line[0] for line in said.splitlines() if line[0] != " "] == ["1", "3"], "no title without figures"
 
 
 def test_losses_that_train_nothing_have_no_gradients(make_xformer: Any, batch: dict[str, Any]) -> None:
@@ -73,13 +105,20 @@ def test_a_fusion_without_ca1_has_no_such_part(make_xformer: Any, batch: dict[st
     assert parts == {"queries Z", "Q-Former, attention to C", "Q-Former, the rest", "fusion"}
 
 
-def test_the_command_on_the_shipped_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_on_the_shipped_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shuffled, look = [], diagnose.look
+    monkeypatch.setattr(
+        diagnose, "look", lambda model, batches: shuffled.append(model.shuffle_mae) or look(model, batches)
+    )
     options = [
         "datasets.xformer_scenes.splits.train.scenes=0", "datasets.xformer_scenes.splits.val.scenes=12",
         "run.batch_size_eval=6", f"run.output_dir={tmp_path}", "run.job_id=d", "model.fusion_init=normal",
     ]  # fmt: skip
     given = ["--cfg-path", "projects/xformer/pretrain.yaml", "--batches", "1", "--options", *options]
     assert diagnose.main(given) == 0
+    assert shuffled == [False], "what M changes is looked at with each image's own"
     found = json.loads((tmp_path / "d" / "diagnosis.json").read_text())
     assert found["with_own_m"]["loss_itc"] != found["with_anothers_m"]["loss_itc"]
     assert found["with_own_m"]["loss_rec"] == pytest.approx(found["with_anothers_m"]["loss_rec"], rel=0.2)

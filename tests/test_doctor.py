@@ -113,3 +113,9 @@ def test_exit_status_says_whether_something_is_wrong(wrong: bool, monkeypatch, c
     monkeypatch.setattr(doctor, "examine", lambda cfg_path, options: iter([finding]))
     assert doctor.main([]) == int(wrong)
     assert "-> mend it" in capsys.readouterr().out
+
+
+def test_options_are_those_of_a_yaml(capsys):
+    with pytest.raises(SystemExit):
+        doctor.main(["--options", "run.max_epoch=1"])
+    assert "--options needs a --cfg-path" in capsys.readouterr().err

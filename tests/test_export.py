@@ -32,6 +32,7 @@ def trained(stage2_config: Any) -> XFormerOPT:
 def checkpoint(trained: XFormerOPT, stage2_config: Any, tmp_path: Path) -> Path:
     """A checkpoint as the runner writes it, after two epochs of two steps, and the log beside it."""
     scenes = {"preset": "easy", "splits": {"train": {"n": 8}}}
+    stage2_config.preprocess.vis_processor.eval.mae_image_size = 16  # as image_size, not the model's
     said = {"run": {"task": "xformer_stage2"}, "datasets": {"scenes": scenes}}
     content = {
         "model": runner_state(trained),
@@ -43,6 +44,7 @@ def checkpoint(trained: XFormerOPT, stage2_config: Any, tmp_path: Path) -> Path:
     torch.save(content, tmp_path / "run.pth")
     records = [{"kind": "step", "step": 2}]
     records += [{"kind": "eval", "split": "val", "step": n, "answers": r} for n, r in ((2, 50.5), (4, 61.5), (6, 70.5))]
+    records[1]["captions"] = 33.5  # in the first evaluation only
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, records)))
     return tmp_path / "run.pth"
 
@@ -61,19 +63,22 @@ def test_a_folder_gives_the_model_back_bit_for_bit(
     checkpoint.unlink()
     folder = (tmp_path / "first").rename(tmp_path / "moved")
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "config.yaml", "README.md"}
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644, "others may read it"
     card = (folder / "README.md").read_text()
     assert f"| model.safetensors | `{sha256(folder / 'model.safetensors')}` |" in card
     assert "61.5" in card, "what was measured with these weights"
-    assert "50.5" not in card
-    assert "70.5" not in card
+    assert not [figure for figure in ("33.5", "50.5", "70.5") if figure in card], "before and after"
     assert "task xformer_stage2, processes 2" in card
     assert 'scenes {"preset": "easy", "n": 8}' in card
 
     model, vis, text = lavis_xformer.from_folder(folder)
     assert_equal(model, trained)
     assert not model.training
+    assert lavis_xformer.from_folder(folder, is_eval=False)[0].training
     assert model.generate(batch, num_beams=2) == trained.generate(batch, num_beams=2)
-    assert vis["eval"](Image.new("RGB", (50, 40))).shape == (6, 32, 32), "the processors fit the model"
+    views = vis["eval"](Image.new("RGB", (50, 40)))
+    assert views.shape == (6, 32, 32), "the processors fit the model"
+    assert views[:, -1, -1].all(), "both of its encoders"
     assert text["eval"]("A star.") == "a star"
 
     from lavis.models import load_model_and_preprocess
@@ -194,11 +199,13 @@ def test_a_frozen_image_encoder_that_a_file_had_brought_is_exported(
     assert torch.equal(model(batch)["loss"], trained(batch)["loss"])
 
 
+@pytest.mark.parametrize("freeze_vit", [True, False])  # False: the file brings an image encoder, which is changed too
 def test_a_run_that_changed_all_of_its_blip2_needs_it_no_more(
-    stage2_config: Any, make_stage2: Any, tmp_path: Path
+    freeze_vit: bool, stage2_config: Any, make_stage2: Any, tmp_path: Path
 ) -> None:
-    torch.save({"model": trainable_state(perturb(make_stage2("opt", "none")))}, tmp_path / "blip2.pth")
-    stage2_config.model.blip2_pretrained = str(tmp_path / "blip2.pth")
+    source = perturb(make_stage2("opt", "none", freeze_vit=freeze_vit))
+    torch.save({"model": trainable_state(source)}, tmp_path / "blip2.pth")
+    stage2_config.model |= {"blip2_pretrained": str(tmp_path / "blip2.pth"), "freeze_vit": freeze_vit}
     trained = perturb(XFormerOPT.from_config(stage2_config.model))
     torch.save({"model": runner_state(trained), "config": OmegaConf.to_container(stage2_config)}, tmp_path / "run.pth")
     (tmp_path / "blip2.pth").unlink()
@@ -239,6 +246,10 @@ def test_what_cannot_be_exported_or_read_is_one_line(checkpoint: Path, tmp_path:
         export(checkpoint, tmp_path / "full")
     with pytest.raises(UserError, match="file is a file; name a new folder"):
         export(checkpoint, tmp_path / "full" / "file")
+    with pytest.raises(UserError, match="below can't be created: "):
+        export(checkpoint, tmp_path / "full" / "file" / "below")
+    with pytest.raises(UserError, match=r"there is no checkpoint .*nothing\.pth"):
+        export(tmp_path / "nothing.pth", tmp_path / "new")
     torch.save({"model": {"w": torch.zeros(1)}}, tmp_path / "bare.pth")
     with pytest.raises(UserError, match=r"doesn't name its model.*--model"):
         export(tmp_path / "bare.pth", tmp_path / "new")

@@ -63,6 +63,17 @@ def test_identity_start_is_exact(name: str, tokens: tuple[torch.Tensor, ...]) ->
     assert torch.equal(fusion.visual_tokens(clip, mae), clip)
 
 
+@pytest.mark.parametrize(("name", "stacks"), [("dual", ["align_blocks", "enrich_blocks"]), ("early", ["blocks"])])
+def test_a_deeper_fusion_has_more_blocks_of_one_kind_and_passes_all(
+    name: str, stacks: list[str], tokens: tuple[torch.Tensor, ...]
+) -> None:
+    clip, mae, queries = tokens
+    fusion = FUSIONS[name](**SIZES, init="normal", depth=3, self_attention=False)
+    assert [len(getattr(fusion, stack)) for stack in stacks] == [3] * len(stacks)
+    (fusion.visual_tokens(clip, mae).sum() + fusion.refine(queries, mae)[0].sum()).backward()
+    assert [part for part, p in fusion.named_parameters() if "self_" in part or p.grad is None] == []
+
+
 def test_normal_start_is_not_the_identity(tokens: tuple[torch.Tensor, ...]) -> None:
     _, mae, queries = tokens
     z, aligned = FUSIONS["dual"](**SIZES, init="normal").refine(queries, mae)
@@ -76,6 +87,7 @@ def test_weights_start_as_wide_as_asked(name: str, std: float) -> None:
     fusion = FUSIONS[name](**SIZES, init="normal", std=std)
     weights = torch.cat([p.flatten() for p in fusion.parameters() if p.ndim == 2])
     assert weights.std().item() == pytest.approx(std, rel=0.1)
+    assert not any(m.bias.any() for m in fusion.modules() if isinstance(m, torch.nn.Linear)), "as in BERT"
 
 
 def test_the_fusion_starts_as_wide_as_the_q_former(stage2_config: Any, tmp_path: Path) -> None:
@@ -89,6 +101,7 @@ def test_the_fusion_starts_as_wide_as_the_q_former(stage2_config: Any, tmp_path:
     for part in (model.fusion, model.itg_reader.cross_attention.query, model.Qformer.bert.encoder):
         weights = torch.cat([p.flatten() for p in part.parameters() if p.ndim == 2])
         assert weights.std().item() == pytest.approx(wanted, rel=0.1)
+    assert model.query_tokens.std().item() == pytest.approx(wanted, rel=0.2)
 
 
 def test_early_cross_attention_has_as_many_heads_as_clip(stage2_config: Any) -> None:

@@ -88,6 +88,32 @@ def test_rows_of_one_image_are_one_image(photos: Path) -> None:
     assert datasets["val"].text[3:] == ["c1", "c3", "c5"]
 
 
+def test_each_split_has_its_processor_and_its_own_folder_of_images(photos: Path, captions: Path) -> None:
+    own = {"annotations": str(captions), "image_root": str(photos)}
+    sizes = {"train": {"image_size": 16}, "eval": {"image_size": 24}}
+    splits = {"train": own, "val": own, "test": own}
+    built = build("image_text_json", image_root="/nowhere", splits=splits, vis_processor=sizes)
+    assert {split: data[0]["image"].shape[-1] for split, data in built.items()} == {"train": 16, "val": 24, "test": 24}
+
+
+def test_the_true_answer_is_the_most_frequent_one(photos: Path) -> None:
+    rows = [{"image": "0.png", "question": "q", "answer": given} for given in (["a", "b", "b"], [])]
+    path = photos.parent / "rows.json"
+    path.write_text(json.dumps(rows))
+    splits = {"test": {"annotations": str(path)}}
+    dataset = build("image_question_json", image_root=str(photos), splits=splits)["test"]
+    assert [dataset[number]["answer"] for number in (0, 1)] == ["b", None]
+
+
+def test_questions_to_train_on_need_answers(photos: Path) -> None:
+    path = photos.parent / "rows.json"
+    path.write_text(json.dumps([{"image": "0.png", "question": "q"}]))
+    for split in ("val", "test"):
+        assert build("image_question_json", image_root=str(photos), splits={split: {"annotations": str(path)}})
+    with pytest.raises(UserError, match="row 1: no answer under 'answer'"):
+        build("image_question_json", image_root=str(photos), splits={"train": {"annotations": str(path)}})
+
+
 def test_several_files_are_joined(photos: Path, captions: Path) -> None:
     splits = {"train": {"annotations": [str(captions), str(captions)]}}
     assert len(build("image_text_json", image_root=str(photos), splits=splits)["train"]) == 40

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torchvision.transforms.functional import normalize
+from lavis.processors.blip_processors import BlipImageBaseProcessor
+from torchvision.transforms.functional import InterpolationMode, normalize
+from torchvision.transforms.functional import resize as torchvisions_resize
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from lavis_xformer.errors import UserError
 from lavis_xformer.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, clip_to_mae, pack, resize, unpack
+
+
+def test_each_encoder_has_the_pixels_it_was_trained_on() -> None:
+    lavis = BlipImageBaseProcessor().normalize
+    assert (lavis.mean, lavis.std) == (CLIP_MEAN, CLIP_STD)
+    assert (list(IMAGENET_MEAN), list(IMAGENET_STD)) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 
 
 def test_renormalising_equals_normalising_the_pixels() -> None:
@@ -34,6 +43,12 @@ def test_resize_keeps_a_constant_image_and_one_that_fits() -> None:
     image = torch.full((1, 3, 9, 9), 0.3)
     assert torch.allclose(resize(image, 6), torch.full((1, 3, 6, 6), 0.3), atol=1e-6)
     assert resize(image, 9) is image
+
+
+def test_resize_is_torchvisions_as_in_the_processors() -> None:
+    image = torch.rand(2, 3, 16, 16)
+    expected = torchvisions_resize(image, [6, 6], InterpolationMode.BICUBIC, antialias=True)
+    assert torch.allclose(resize(image, 6), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

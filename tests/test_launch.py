@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from lavis_xformer import launch
+from lavis_xformer.engine.jobs import new_job_id
 from lavis_xformer.errors import UserError
-from lavis_xformer.launch import Placement, device_of, first_node, new_job_id, placement
+from lavis_xformer.launch import Placement, device_of, first_node, placement
 
 
 def test_one_process_needs_no_variables():

@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 import lavis_xformer
 from lavis_xformer.errors import UserError
 from lavis_xformer.images import clip_to_mae
+from lavis_xformer.models import towers
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +112,17 @@ def test_cross_attention_is_as_frequent_as_configured(arch: str) -> None:
     cfg = OmegaConf.load(cls.default_config_path("mini")).model
     layers = cls.from_config(OmegaConf.merge(cfg, {"cross_attention_freq": 1})).Qformer.bert.encoder.layer
     assert all(layer.has_cross_attention for layer in layers)
+
+
+def test_an_image_encoder_comes_from_the_file_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"patch_size": 8, "embed_dim": 20, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "qkv_bias": True}
+    monkeypatch.setattr(towers, "EVA_CLIP_G", sizes)
+    state = towers.eva_vit(img_size=64, **sizes).state_dict()
+    torch.save(state, tmp_path / "eva.pth")
+    cls = registry.get_model_class("lavis_blip2")
+    cfg = OmegaConf.load(cls.default_config_path("mini")).model
+    model = cls.from_config(cfg | {"vit_model": "eva_clip_g", "vit_weights": str(tmp_path / "eva.pth")})
+    assert torch.equal(model.visual_encoder.cls_token, state["cls_token"])
 
 
 def test_lavis_class_has_only_its_own_types() -> None:

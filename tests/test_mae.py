@@ -14,6 +14,7 @@ import torch
 from lavis_xformer import losses
 from lavis_xformer.errors import UserError
 from lavis_xformer.models.mae import MaskedAutoencoder, random_mask
+from lavis_xformer.models.meta_mae import meta_config
 
 
 @pytest.fixture
@@ -143,6 +144,28 @@ def test_metas_files_give_transformers_model(file: str, normalised: bool, meta_m
     assert torch.allclose(losses.reconstruction(prediction, mae.target(pixels), seen.mask), theirs.loss, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("width", "depth", "heads", "patch"), [(768, 12, 12, 16), (1024, 24, 16, 16), (1280, 32, 16, 14)]
+)
+def test_metas_models_have_their_published_sizes(width: int, depth: int, heads: int, patch: int) -> None:
+    """Those of the hub's facebook/vit-mae-{base,large,huge}; the number of heads shows in no weight."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "patch_embed.proj.weight": (width, 3, patch, patch),
+        "pos_embed": (1, 1 + (224 // patch) ** 2, width),
+        "blocks.0.mlp.fc1.weight": (4 * width, width),
+        f"blocks.{depth - 1}.mlp.fc1.weight": (4 * width, width),
+        "decoder_embed.weight": (512, width),
+        "decoder_blocks.0.mlp.fc1.weight": (2048, 512),
+        "decoder_blocks.7.mlp.fc1.weight": (2048, 512),
+    }
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    config = meta_config(state, norm_pix_loss=True)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (width, depth, heads)
+    assert (config.decoder_num_hidden_layers, config.decoder_num_attention_heads) == (8, 16)
+    assert (config.image_size, config.patch_size, config.intermediate_size) == (224, patch, 4 * width)
+    assert config.layer_norm_eps == 1e-6  # of Meta's code; transformers' default is another
+
+
 def test_metas_file_of_unknown_kind_asks_which(meta_model: Any, tmp_path: Path) -> None:
     from lavis_xformer.models.towers import build_mae
 
@@ -173,6 +196,10 @@ def test_hub_folder_loads_and_without_decoder_is_refused(tiny_mae_model: Any, tm
     tiny_mae_model.vit.save_pretrained(tmp_path / "encoder")
     with pytest.raises(UserError, match="encoder only"):
         build_mae(str(tmp_path / "encoder"))
+    state = {name: weight for name, weight in tiny_mae_model.state_dict().items() if "layer.1.output" not in name}
+    tiny_mae_model.save_pretrained(tmp_path / "torn", state_dict=state)
+    with pytest.raises(UserError, match=r"torn' doesn't fit ViTMAEForPreTraining: \['vit\.encoder\.layer\.1\.output"):
+        build_mae(str(tmp_path / "torn"))
 
 
 def test_unreachable_hub_and_pickled_code_are_refused_by_name(tmp_path: Path) -> None:

@@ -275,5 +275,11 @@ def test_no_gpu_is_one_line():
         build.main(["--out", "unused", "--device", "cuda"])
 
 
+def test_a_folder_that_cannot_be_created_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--out .*below can't be created: Not a directory"):
+        build.main(["--out", str(tmp_path / "file" / "below")])
+
+
 def test_recipes_are_plain_values():
     assert all(json.dumps(asdict(recipe)) for recipe in build.RECIPES.values())

@@ -53,10 +53,12 @@ def test_each_part_moves_as_alone_muon_at_its_pace(pace):
     muon = torch.optim.Muon([twin.hidden.weight], lr=pace * 1e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     twin.loss().backward()
     muon.step()
-    moved = train(model, MuonAdamW(model, **RATES, pace=pace), 1)
+    optimizer = MuonAdamW(model, **RATES, pace=pace)
+    moved = train(model, optimizer, 1)
     torch.testing.assert_close(moved["hidden.weight"], twin.hidden.weight.detach(), rtol=0, atol=0)
     assert not torch.equal(moved["queries"], twin.queries.detach())
     assert torch.equal(moved["frozen.weight"], twin.frozen.weight)
+    assert {group["lr"] for group in optimizer.param_groups} == {1e-3}, "the pace is no other rate"
 
 
 def test_a_rate_of_zero_moves_nothing():

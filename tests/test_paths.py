@@ -41,3 +41,8 @@ def test_a_missing_project_is_named_with_those_that_exist(name: str, monkeypatch
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"no such file.*projects/xformer/"):
         paths.project_path(name)
+
+
+def test_a_mistyped_project_is_told_the_right_one():
+    with pytest.raises(UserError, match=r"did you mean 'projects/xformer/pretrain\.yaml'.* others$"):
+        paths.project_path("projects/xformer/pretrain.yml")

@@ -99,6 +99,14 @@ def test_registry_builds_from_nothing_and_from_yaml(photo: Image.Image, name: st
     assert cls.from_config(config)(photo).shape == (6, 16, 16)
 
 
+def test_each_view_is_normalised_as_the_yaml_says(photo: Image.Image) -> None:
+    norms = {"mean": [0.1, 0.2, 0.3], "std": [1.0, 2.0, 4.0], "mae_mean": [0.4, 0.5, 0.6], "mae_std": [0.5, 0.5, 0.5]}
+    clip, mae = views(XFormerImageEvalProcessor.from_config({"image_size": 16, **norms})(photo), 16, 16)
+    pixels = transforms.ToTensor()(photo.resize((16, 16), Image.Resampling.BICUBIC))
+    for view, mean, std in ((clip, "mean", "std"), (mae, "mae_mean", "mae_std")):
+        torch.testing.assert_close(view, transforms.Normalize(norms[mean], norms[std])(pixels))
+
+
 def test_mistakes_are_named(photo: Image.Image) -> None:
     with pytest.raises(UserError, match="did you mean 'min_scale'"):
         XFormerImageTrainProcessor.from_config({"min_scael": 0.5})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -411,7 +412,7 @@ def test_training_and_evaluation_have_batches_of_their_own_size(tmp_path):
 
 def test_images_without_ids_are_one_each_on_every_rank(monkeypatch):
     model, parts = toy_training.ToyModel(), []
-    monkeypatch.setattr("lavis_xformer.launch.collect", lambda own: parts.append(own) or parts)
+    monkeypatch.setattr("lavis_xformer.distributed.collect", lambda own: parts.append(own) or parts)
     for rank in (0, 1):
         monkeypatch.setattr(stage1, "rank", lambda rank=rank: rank)
         task = stage1.Stage1Task()
@@ -589,3 +590,14 @@ def test_lines_of_a_log_that_are_no_records_are_skipped(tmp_path):
     (tmp_path / "log.jsonl").write_bytes(b'\xff\x00\n[1]\n"x"\n{"step": 1}\n{"kind": "st')
     with pytest.raises(UserError, match=r"log\.jsonl has no training step yet"):
         report.read_log(tmp_path)
+
+
+def test_a_report_that_cannot_be_made_is_one_line(unbroken, tmp_path):
+    shutil.copy(unbroken.output_dir / "log.jsonl", tmp_path)
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(UserError, match=r"summary\.json is not JSON"):
+        report.main([str(tmp_path)])
+    (tmp_path / "curves.png").unlink()
+    (tmp_path / "curves.png").mkdir()
+    with pytest.raises(UserError, match=r"the report can't be written: .*curves\.png"):
+        report.main([str(tmp_path)])

@@ -9,6 +9,7 @@ import pytest
 import toy_training
 from torch.utils.data import ConcatDataset
 
+from lavis_xformer.engine import sampling
 from lavis_xformer.engine.sampling import EpochBatchSampler, Mixture
 from lavis_xformer.errors import UserError
 
@@ -77,6 +78,24 @@ def test_ratios_have_to_fit_the_datasets():
     for wrong in ([1], [1, 0], [1, "2"]):
         with pytest.raises(UserError, match=r"one positive number for each of the 2 .* 4 samples, 6 samples"):
             Mixture.of(joined, wrong)
+
+
+def test_the_runs_seed_decides_the_order_and_every_augmentation(tmp_path):
+    first, again, other = (
+        toy_training.make_runner(tmp_path, job_id=name, seed=seed).train_loader
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert list(first.batch_sampler) == list(again.batch_sampler) != list(other.batch_sampler)
+    pictures = [loader.dataset[0, 3]["image"] for loader in (first, again, other)]
+    assert pictures[0].equal(pictures[1])
+    assert not pictures[0].equal(pictures[2])
+
+
+def test_each_process_does_the_batches_of_an_epoch_of_a_given_length(monkeypatch):
+    monkeypatch.setattr(sampling, "world_size", lambda: 2)
+    for batches in (3, 9):
+        loader = sampling.train_loader(toy_training.ToyPairs(24), batch_size=4, seed=1, batches=batches, num_workers=0)
+        assert len(loader) == batches
 
 
 def test_a_run_with_ratios_resumes_to_the_bit(tmp_path):

@@ -22,6 +22,7 @@ from lavis_xformer.data.scenes import (
     majority_share,
     make_scene,
     questions,
+    visible_shares,
     vocabulary,
 )
 from lavis_xformer.data.scenes.words import COLOURS, DIRECTED, GROUNDS, MARKS, NUMBERS, SHAPES, SIZES, plural
@@ -242,6 +243,30 @@ def test_answers_of_the_largest_object_are_those_of_the_largest():
                 assert asked.answer == next(a for a, w in zip(true, words, strict=True) if w in asked.text)
                 found += 1
     assert found > 200
+
+
+def test_what_the_picture_does_not_show_clearly_is_not_asked_about():
+    draw, asked = rng(), Counter()
+    for scene in SCENES:
+        shares = dict(zip(scene.objects, visible_shares(scene.objects), strict=True))
+        for question in questions(scene, draw, kinds=("mark", "facing", "position")):
+            named = [o for o in scene.singles() if o.name in question.text]
+            (item,) = [scene.largest()] if "largest" in question.text else named
+            if question.kind == "position":
+                assert min(abs(v - border) for v in (item.x, item.y) for border in (0.385, 0.615)) >= 0.03
+            else:
+                assert shares[item] >= 0.93
+            asked[question.kind] += 1
+    assert min(asked.values()) > 200
+
+
+def test_what_is_asked_for_does_not_tell_whether_it_is_there():
+    draw, answers = rng(), {"shape": Counter(), "colour": Counter(), "both": Counter()}
+    for scene in SCENES:
+        asked = ask(scene, draw, "presence")
+        words = asked.text.removesuffix(" exist in the image?").split()[2:]  # after "does a"
+        answers["colour" if "object" in words else "both" if len(words) == 2 else "shape"][asked.answer] += 1
+    assert all(0.4 < given["yes"] / given.total() < 0.6 for given in answers.values()), answers
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -12,7 +12,8 @@ import pytest
 from lavis_xformer.data.scenes import PRESETS, QUESTION_KINDS, make_scene, relations, render, visible_shares
 from lavis_xformer.data.scenes.sheet import main
 from lavis_xformer.data.scenes.sprites import AREAS, sprite
-from lavis_xformer.data.scenes.words import COLOURS, GROUNDS, MARKS, SHAPES
+from lavis_xformer.data.scenes.words import COLOURS, FACINGS, GROUNDS, MARKS, SHAPES
+from lavis_xformer.data.scenes.world import DIAMETERS
 from lavis_xformer.errors import UserError
 
 
@@ -66,6 +67,31 @@ def test_every_object_stays_mostly_visible(preset):
             gone = np.abs(whole - render(replace(scene, objects=rest))).sum(-1) > 0
             covered = np.count_nonzero(item.sprite(64).alpha > 0.5)
             assert np.count_nonzero(gone) >= 0.8 * share * covered  # what it alone changes in the picture
+
+
+def test_objects_are_painted_where_they_are_in_their_colour_and_size():
+    for scene in scenes("easy", 80):
+        empty = render(replace(scene, objects=())).astype(int)
+        for item in scene.objects:
+            low, high = DIAMETERS[item.size]
+            assert low <= item.diameter <= high
+            if item.shape not in ("circle", "square", "cross") or item.mark != "plain":
+                continue
+            picture = render(replace(scene, objects=(item,)))
+            rows, columns = (np.abs(picture - empty).sum(-1) > 0).nonzero()
+            x, y = columns.mean(), rows.mean()
+            assert (x, y) == pytest.approx((64 * item.x, 64 * item.y), abs=1.5)
+            seen = picture[int(y) - 1 : int(y) + 2, int(x) - 1 : int(x) + 2].mean((0, 1))  # in its middle
+            assert item.colour == min(COLOURS, key=lambda name, seen=seen: np.abs(seen - COLOURS[name]).sum())
+
+
+@pytest.mark.parametrize("facing", FACINGS)
+def test_a_triangle_points_the_way_it_faces(facing):
+    item = replace(scenes(count=1)[0].objects[0], shape="triangle", mark="plain", facing=facing, tilt=0)
+    alpha = item.sprite(64).alpha
+    half = len(alpha) // 2
+    parts = {"up": alpha[:half], "down": alpha[half:], "left": alpha[:, :half], "right": alpha[:, half:]}
+    assert min(parts, key=lambda name: parts[name].sum()) == facing
 
 
 def test_objects_are_larger_than_a_patch_and_inside_the_picture():
@@ -173,5 +199,6 @@ def test_contact_sheet_is_written(tmp_path, capsys):
     assert str(path) in capsys.readouterr().out
     with pytest.raises(UserError, match="nowhere"):
         main(["--out", str(tmp_path / "nowhere" / "scenes.png")])
-    with pytest.raises(UserError, match="--seed -1: it must be at least 0"):
-        main(["--out", str(path), "--seed", "-1"])
+    with pytest.raises(SystemExit):
+        main(["--split", "tset"])
+    assert "invalid choice: 'tset'" in capsys.readouterr().err

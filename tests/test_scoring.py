@@ -41,6 +41,13 @@ def test_bins_by_the_number_of_objects() -> None:
     assert [(b.low, b.high, b.accuracy) for b in bins] == [(0, 10, 1), (10, 20, 0), (20, None, 1)]
 
 
+def test_a_bin_begins_with_its_lower_edge() -> None:
+    counts = score_counts(["2", "3", "5", "6", "8", "9", "40"], [2, 3, 5, 6, 8, 9, 40]).bins
+    assert [(b.low, b.high, b.n) for b in counts] == [(0, 3, 1), (3, 6, 2), (6, 9, 2), (9, None, 2)]
+    objects = score_presence(["yes"] * 5, ["yes"] * 5, sizes=[0, 9, 10, 19, 20]).bins
+    assert [(b.low, b.high, b.n) for b in objects] == [(0, 10, 2), (10, 20, 2), (20, None, 1)]
+
+
 def test_official_presence_accepts_yes_or_no_anywhere() -> None:
     answers, truths = ["I do not know", "I do not know", "yes and no", "yes and no", "maybe"], "No. Yes. No. Yes. Yes."
     score = score_presence(answers, truths.split(), scorer="gvt_official")

@@ -11,10 +11,11 @@ import torch
 from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
 from omegaconf import OmegaConf
 
+from lavis_xformer import losses
 from lavis_xformer.errors import UserError
 from lavis_xformer.images import clip_to_mae
 from lavis_xformer.models.fusion import FUSIONS
-from lavis_xformer.models.stage1 import XFormer
+from lavis_xformer.models.stage1 import LOSSES, XFormer
 
 
 @pytest.fixture
@@ -71,6 +72,37 @@ def test_without_fusion_features_and_matching_are_lavis_blip2s(make_xformer: Any
     arguments = (image, text.input_ids, text.attention_mask)
     assert torch.allclose(ours.compute_itm(*arguments), theirs.compute_itm(*arguments), atol=1e-5)
     assert ours.generate(batch, num_beams=2) == theirs.generate(batch, num_beams=2)
+
+
+WAYS = {
+    "beams": {"num_beams": 2, "max_length": 14, "min_length": 12},
+    "short": {"num_beams": 3, "max_length": 4, "min_length": 4},
+    "nucleus": {"use_nucleus_sampling": True, "num_beams": 2, "max_length": 20},
+    "narrow nucleus": {"use_nucleus_sampling": True, "top_p": 0.2},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_without_fusion_captions_are_lavis_blip2s(way: str, make_xformer: Any, batch: dict[str, Any]) -> None:
+    ours = make_xformer("none").eval()
+    ours.Qformer.cls.predictions.bias.data[ours.tokenizer.sep_token_id] = 1.0  # so that some captions end early
+    said = []
+    for model in (ours, blip2_like(ours).eval()):
+        torch.manual_seed(7)
+        said.append(model.generate(batch, **WAYS[way]))
+    assert said[0] == said[1]
+    assert any(said[0])
+
+
+def test_a_penalty_on_repetition_changes_captions(make_xformer: Any, batch: dict[str, Any]) -> None:
+    model = make_xformer("none").eval()  # LAVIS's own takes the penalty and ignores it
+    model.Qformer.cls.predictions.bias.data[model.tokenizer.convert_tokens_to_ids("red")] = 1.0
+    plain, penalised = (
+        model.generate(batch, num_beams=1, max_length=4, min_length=4, repetition_penalty=penalty)[0]
+        for penalty in (1.0, 9.0)
+    )
+    assert plain == "red red red"
+    assert penalised.split().count("red") == 1
 
 
 @pytest.mark.parametrize("mode", ["text", "multimodal"])
@@ -157,6 +189,57 @@ def test_batch_of_one(fusion: str, make_xformer: Any, batch: dict[str, Any]) -> 
     output["loss"].backward()
     assert all(torch.isfinite(value) for value in output.values())
     assert all(value.ndim == 0 for value in output.values())
+
+
+def test_features_are_normalised_in_full_precision_under_autocast(
+    make_xformer: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[torch.Tensor] = []
+    similarity = losses.similarity
+    monkeypatch.setattr(losses, "similarity", lambda *pair: compared.extend(pair) or similarity(*pair))
+    with torch.autocast("cpu", torch.bfloat16):
+        make_xformer("none")(batch)
+    assert len(compared) == 4
+    for features in compared:
+        assert torch.allclose(features.float().norm(dim=-1), torch.ones(()), atol=1e-5)
+
+
+def test_itm_accuracy_is_the_share_of_pairs_told_apart(make_xformer: Any, batch: dict[str, Any]) -> None:
+    model = make_xformer("dual")
+    for answer, right in ((0, 8 / 12), (1, 4 / 12)):  # always one answer to 4 true and 8 wrong pairs
+        torch.nn.init.zeros_(model.itm_head.weight)
+        model.itm_head.bias.data.copy_(torch.nn.functional.one_hot(torch.tensor(answer), 2))
+        assert model(batch)["itm_accuracy"].item() == pytest.approx(right)
+
+
+def test_a_long_caption_is_cut_at_max_txt_len(make_xformer: Any) -> None:
+    model = make_xformer("none")
+    assert model.tokenize(["red " * 30]).input_ids.shape == (1, model.max_txt_len) == (1, 12)
+
+
+def test_an_image_encoder_that_is_not_frozen_is_trained(make_xformer: Any, batch: dict[str, Any]) -> None:
+    model = make_xformer("none", freeze_vit=False).train()
+    model(batch)["loss"].backward()
+    assert model.visual_encoder.training
+    assert [n for n, p in model.visual_encoder.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("mode", ["image", "multimodal"])
+def test_features_see_m(mode: str, make_xformer: Any, batch: dict[str, Any]) -> None:
+    model = make_xformer("dual", init="normal").eval()
+    before = model.extract_features(batch, mode)[f"{mode}_embeds"]
+    model.fusion.mae_in.weight.data.zero_()
+    assert not torch.allclose(before, model.extract_features(batch, mode)[f"{mode}_embeds"])
+
+
+def test_a_caption_reads_the_z_of_its_own_image(make_xformer: Any, batch: dict[str, Any]) -> None:
+    model = make_xformer("dual", init="normal", itg_source="xformer", itg_init="normal").eval()
+    for parameter in (*model.itg_reader.parameters(), *model.fusion.parameters()):
+        torch.nn.init.normal_(parameter, std=0.5)
+    options = {"num_beams": 2, "max_length": 6, "min_length": 6}
+    alone = [model.generate({"image": image[None]}, **options)[0] for image in batch["image"]]
+    assert model.generate(batch, **options) == alone
+    assert len(set(alone)) > 1
 
 
 def test_masks_can_be_replayed(make_xformer: Any, batch: dict[str, Any], same_negatives: None) -> None:
@@ -298,6 +381,8 @@ def test_wrong_images_and_weights_are_named(make_xformer: Any, batch: dict[str, 
     for name, value in (("max_length", 500), ("num_beams", 0), ("top_p", 0.0), ("min_length", -1)):
         with pytest.raises(UserError, match=f"{name} is {value}"):
             model.generate(batch, **{name: value})
+    with pytest.raises(UserError, match="min_length is 10, max_length only 5"):
+        model.generate(batch, max_length=5)
     with pytest.raises(UserError, match="32 x 32"):
         model({**batch, "image": torch.zeros(4, 3, 24, 24)})
     with pytest.raises(UserError, match="shape"):
@@ -308,14 +393,32 @@ def test_what_a_configuration_says_reaches_the_model(stage2_config: Any) -> None
     cfg = {name: value for name, value in stage2_config.model.items() if name != "opt_model"}
     said = {"mask_ratio": 0.75, "mask_vl": False, "shuffle_mae": True, "max_txt_len": 7, "vit_precision": "bf16"}
     asked = {"loss_weights": {"rec": 2.0}, "embed_dim": 8, "itg_source": "xformer", "token_positions": ["mae"]}
-    model = XFormer.from_config(OmegaConf.create({**cfg, **said, **asked, "freeze_vit": False}))
+    blocks = {"fusion_depth": 2, "fusion_self_attention": False, "cross_attention_freq": 1, "mae_norm_pix_loss": False}
+    encoder = {"freeze_vit": False, "drop_path_rate": 0.1, "use_grad_checkpoint": True}
+    model = XFormer.from_config(OmegaConf.create({**cfg, **said, **asked, **blocks, **encoder}))
     assert {name: getattr(model, name) for name in said} == said
     assert model.loss_weights == {"itc": 1, "itm": 1, "itg": 1, "rec": 2}
     assert (model.vision_proj.out_features, model.token_positions) == (8, {"mae"})
-    assert model.itg_reader is not None
+    assert model.itg_reader.cross_attention.heads == 4
+    assert model.itg_reader.cross_attention.out.weight.any(), "fusion_init is normal"
+    assert [block.self_attention for block in model.fusion.enrich_blocks] == [None, None]
+    assert all(layer.has_cross_attention for layer in model.Qformer.bert.encoder.layer)
+    assert model.mae.model.config.norm_pix_loss is False, "though the checkpoint says True"
     assert any(parameter.requires_grad for parameter in model.visual_encoder.parameters())
+    assert model.visual_encoder.use_checkpoint
+    assert model.visual_encoder.blocks[-1].drop_path.drop_prob == pytest.approx(0.1)
+    with pytest.raises(UserError, match=r"model\.mae_image_size is 64, but .* 32 pixels"):
+        XFormer.from_config(OmegaConf.create({**cfg, "mae_image_size": 64}))
     with pytest.raises(UserError, match=r"model\.max_txt_len is 500; the Q-Former reads at most \d+ tokens"):
         XFormer.from_config(OmegaConf.create({**cfg, "max_txt_len": 500}))
+
+
+def test_what_a_configuration_leaves_out_is_as_in_the_paper(stage2_config: Any) -> None:
+    model = XFormer.from_config(stage2_config.model)
+    assert (model.mask_ratio, model.mask_vl, model.loss_weights) == (0.5, True, dict.fromkeys(LOSSES, 1))
+    assert (model.itg_reader, model.max_txt_len, model.vision_proj.out_features) == (None, 32, 256)  # BLIP-2's
+    assert model.temp.item() == pytest.approx(0.07)
+    assert not any(parameter.requires_grad for parameter in model.visual_encoder.parameters())
 
 
 def test_losses_fall_when_a_batch_is_learned_by_heart(make_xformer: Any, batch: dict[str, Any]) -> None:

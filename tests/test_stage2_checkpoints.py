@@ -172,7 +172,7 @@ def test_wrong_files_are_one_line_each(make_xformer: Any, make_stage2: Any, stag
 
     opt, t5, blip2 = make_stage2("opt"), make_stage2("t5"), make_stage2("opt", "none")
     refused(r"missing: opt_proj.*unknown: t5_proj", opt, pretrained=save("t5.pth", t5))
-    refused(r"missing: .* and \d+ more; unknown: opt_proj", stage1, pretrained=save("opt.pth", opt))
+    refused(r"opt\.pth' is a checkpoint of stage 2; stage 1 can't", stage1, pretrained=save("opt.pth", opt))
     refused(r"checkpoint of BLIP-2.*model\.blip2_pretrained", opt, pretrained=save("blip2.pth", blip2))
     refused(r"checkpoint of X-Former; set model\.pretrained", opt, blip2_pretrained=save("own.pth", opt))
     refused(r"unknown: fusion", blip2, pretrained=str(tmp_path / "own.pth"))
@@ -217,6 +217,12 @@ def test_a_whole_configuration_builds(stage2_config: Any, batch: dict[str, Any])
     assert (model.language.max_txt_len, model.language.precision) == (16, "bf16")
     assert len(model.generate(batch, num_beams=2, max_length=5)) == 4
     assert "loss_rec" in model(batch)
+
+
+def test_what_a_configuration_leaves_out_is_as_in_the_paper(stage2_config: Any) -> None:
+    model = XFormerOPT.from_config(stage2_config.model)
+    assert (model.mask_ratio, model.prefix_lm, model.loss_weights) == (0.5, False, {"lm": 1, "rec": 0})
+    assert (model.prompt, model.vqa_prompt) == ("", "Question: {} Short answer:")
 
 
 def test_the_fusion_alone_on_top_of_blip2(make_stage2: Any, batch: dict[str, Any], tmp_path: Path) -> None:

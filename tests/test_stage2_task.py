@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lavis.common.registry import registry
+from omegaconf import OmegaConf
 from PIL import Image
-from torch.utils.data import ChainDataset, DataLoader, Dataset
+from torch.utils.data import ChainDataset, DataLoader, Dataset, DistributedSampler
 
 from lavis_xformer.data.guard import guard, guards_in
 from lavis_xformer.data.image_text_datasets import QuestionEvalDataset
@@ -82,7 +84,7 @@ def test_a_split_of_questions_without_answers_is_refused_before_training() -> No
 
 @pytest.mark.parametrize("divided", [True, False])
 def test_ranks_that_each_evaluate_the_whole_split_count_once(divided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lavis_xformer.launch.collect", lambda value: [value, value])
+    monkeypatch.setattr("lavis_xformer.distributed.collect", lambda value: [value, value])
     task = Stage2Task()
     task._divided = divided
     task._said = [Said(CAPTION, word, [word]) for word in ("red", "blue", "pink")]
@@ -139,6 +141,51 @@ def test_evaluation_generates_both_and_scores_them(
     assert [row[0] for row in task.table(figures)] == [
         "loss", "loss_lm", "caption words F1 %", "answers %", "answers count %", "answers position %",
     ]  # fmt: skip
+
+
+class Teller:
+    """Says the same of every image, and keeps what it was asked with."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+
+    def generate(self, samples: dict[str, Any], **options: Any) -> list[str]:
+        self.asked.append((len(samples["image"]), options))
+        return ["a red star"] * len(samples["image"])
+
+    def predict_answers(self, samples: dict[str, Any], **options: Any) -> list[str]:
+        self.asked.append((samples["text_input"], options))
+        return ["left"] * len(samples["image"])
+
+
+def test_samples_that_only_pad_a_rank_are_not_asked_about_and_the_others_as_the_run_says() -> None:
+    run = OmegaConf.create({"num_beams": 3, "max_len": 7, "max_answer_len": 2})
+    task, model = Stage2Task.setup_task(SimpleNamespace(run_cfg=run)), Teller()
+    data = CaptionsAndQuestions([CAPTIONS, QUESTIONS])
+    task.observe(model, data.collater([data[number] for number in (0, 1, 3, 2)]), [True, False, True, False])
+    assert model.asked == [(1, {"num_beams": 3, "max_length": 7}), (["where?"], {"num_beams": 3, "max_len": 2})]
+    figures = task.figures()
+    assert (len(task.scores), figures["caption_f1"], figures["answers"]) == (1, 100, 100)
+    assert figures["majority_answers"] == 100
+
+
+class Brightness(torch.nn.Module):
+    """Its loss is the mean of its images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, samples: dict[str, Any]) -> dict[str, torch.Tensor]:
+        return {"loss": samples["image"].mean()}
+
+
+def test_the_loss_of_a_split_is_the_mean_over_samples_and_what_pads_a_rank_is_none() -> None:
+    data = Rows(*({"text_input": "a", "image": torch.full((3,), float(n))} for n in range(5)))
+    task, model = NamedLossTask(), Brightness()
+    assert task.evaluation(model, DataLoader(data, batch_size=2))["loss"] == 2
+    padded = DistributedSampler(data, num_replicas=2, rank=1, shuffle=False)  # samples 1 and 3, then 0 again
+    assert task.evaluation(model, DataLoader(data, batch_size=2, sampler=padded))["loss"] == 2
 
 
 def test_questions_without_answers_are_no_captions(make_stage2: Any) -> None:
@@ -203,7 +250,7 @@ def test_texts_of_several_ranks_are_scored_in_the_order_of_the_split(monkeypatch
     scores = []
     for parts in ([texts], [texts[::2], texts[1::2]], [texts[rank::3] for rank in range(3)]):
         task = Stage2Task()
-        monkeypatch.setattr("lavis_xformer.launch.collect", lambda said, parts=parts: parts)
+        monkeypatch.setattr("lavis_xformer.distributed.collect", lambda said, parts=parts: parts)
         task.figures()
         scores.append(task.scores)
     assert scores[0] == scores[1] == scores[2]

@@ -56,6 +56,16 @@ def test_clipping_bounds_the_step_but_reports_the_norm():
     torch.testing.assert_close(norm, reported)
 
 
+def test_a_scaled_loss_is_clipped_as_one_that_is_not():
+    data = 100 * torch.randn(4, 5, dtype=torch.float64)
+    plain, scaled = (make_stepper(max_grad_norm=1.0, scaler=scaler) for scaler in (None, torch.amp.GradScaler("cpu")))
+    torch.testing.assert_close(scaled.gradients([data]), plain.gradients([data]))
+    for stepper in (plain, scaled):
+        stepper.apply()
+    for left, right in zip(plain.parameters, scaled.parameters, strict=True):
+        torch.testing.assert_close(left, right)
+
+
 def test_skipping_batches_goes_on_where_the_epoch_was():
     sampler = EpochBatchSampler(length=20, batch_size=4, seed=1)
     whole = list(sampler)

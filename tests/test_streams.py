@@ -111,6 +111,17 @@ def test_skipping_batches_goes_on_where_the_epoch_was(location, workers):
         assert torch.equal(left["image"], right["image"])
 
 
+def test_every_epoch_and_every_seed_draws_its_own_augmentations(location):
+    def drawn(seed, epoch):
+        samples = ShardStream(pipeline(location), seed=seed, guard=StreamGuard())
+        samples.epoch = epoch
+        first = list(islice(samples, 6))  # see ``augment``: the mean of the picture, and what was drawn
+        return [round(float(s["image"][0]) - 4 * int(s["text_input"][1:]) / 255 / 3, 6) for s in first]
+
+    assert drawn(1, 0) == drawn(1, 0)
+    assert len({*drawn(1, 0), *drawn(1, 1), *drawn(2, 0)}) == 18
+
+
 def test_a_pipeline_that_splits_itself_is_not_split_twice(location):
     own = wds.DataPipeline(
         wds.SimpleShardList(location), wds.split_by_node, wds.split_by_worker, wds.tarfile_to_samples()
@@ -241,6 +252,14 @@ def test_laviss_names_of_an_iteration_based_run_are_read(location, tmp_path):
     )
     runner.train()
     assert (runner.state.position.steps, runner.max_epoch) == (15, 3)
+
+
+def test_the_runs_seed_decides_the_order_of_a_stream(location, tmp_path):
+    first, again, other = (
+        words(islice(make_runner(tmp_path, location, job_id=name, seed=seed, text=str).train_loader, 6))
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert first == again != other
 
 
 def test_iterations_alone_are_one_epoch(tmp_path):

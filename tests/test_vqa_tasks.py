@@ -76,7 +76,9 @@ def test_gqa_by_type_by_hand_and_overall_as_lavis(tmp_path: Path) -> None:
         "min_len": 1,
     }  # fmt: skip
     assert task.prompt == "Question: {} Answer:"
-    assert [answer["correct"] for answer in result["answers"]] == [True, False, True]
+    assert [(answer["image"], answer["correct"]) for answer in result["answers"]] == [
+        ("a.jpg", True), ("a.jpg", False), ("b.jpg", True),
+    ]  # fmt: skip
     assert list(result["question_sha256"]) == [str(tmp_path / "questions.json")]
 
 
@@ -129,6 +131,7 @@ def test_vqa_scores_as_lavis(tmp_path: Path) -> None:
     assert result["blind"] is False
     assert result["scorer"] == "lavis"
     assert [answer["correct"] for answer in result["answers"]] == [1, 0.6]
+    assert [(answer["image"], answer["truth"]) for answer in result["answers"]] == [("9", "2"), ("9", "blue")]
 
 
 @pytest.mark.parametrize(

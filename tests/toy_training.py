@@ -21,7 +21,6 @@ from torch import nn
 
 import lavis_xformer
 from lavis_xformer import distributed, launch
-from lavis_xformer.train import choose_job
 
 lavis_xformer.register()
 WIDTH = 8
@@ -115,12 +114,12 @@ def make_runner(output_dir, *, dropout=0.1, broken=(), length=48, delay=0.0, dat
     from lavis.common.registry import registry
     from lavis.tasks import setup_task
 
-    from lavis_xformer.engine import rng
+    from lavis_xformer.engine import jobs, rng
     from lavis_xformer.engine.options import RunOptions
 
     config = ToyConfig({**DEFAULTS, "output_dir": str(output_dir), **run})
     options = RunOptions.from_config(config.run_cfg)
-    job_id = choose_job(config, options)
+    job_id = jobs.choose(config.to_dict(), job_id=options.job_id, resume=options.resume)
     rng.seed_everything(options.seed)
     model = ToyModel(dropout)
     rng.seed_everything(rng.seed_of(options.seed, distributed.rank()))

@@ -15,7 +15,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, ViTMAEConfig, ViTMAEForPreTraining
 
-from lavis_xformer import launch
+from lavis_xformer import distributed, launch
 from lavis_xformer.distributed import rank, world_size
 from lavis_xformer.engine.step import Stepper
 from lavis_xformer.models import towers
@@ -92,7 +92,7 @@ def train():
         for images, captions, noise in joined_batches():
             part = {"image": images[mine], "text_input": captions[mine], "noise": noise[mine]}
             terms = stepper.gradients([part])
-            history.append({name: launch.total(value).item() / world_size() for name, value in terms.items()})
+            history.append({name: distributed.total(value).item() / world_size() for name, value in terms.items()})
             first_gradients = first_gradients or {name: p.grad.clone() for name, p in trained.items()}
             stepper.apply()
     return {"history": history, "gradients": first_gradients, "weights": {n: p.detach() for n, p in trained.items()}}

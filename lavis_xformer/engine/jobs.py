@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
 import fcntl
+import itertools
 import logging
 import platform
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from lavis_xformer import launch
+from lavis_xformer import distributed
 from lavis_xformer.distributed import is_main
 from lavis_xformer.engine import checkpoint
 from lavis_xformer.errors import UserError
@@ -45,6 +47,36 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def choose(config: Mapping[str, Any], *, job_id: str, resume: str) -> str:
+    """Return the name of the run folder, the same on all ranks: the given one, one to resume, or a new one."""
+    output_dir = Path(config["run"]["output_dir"])
+    if not job_id and resume == "auto" and is_main():
+        job_id = newest_matching(output_dir, config) or ""
+    return distributed.share(job_id) or new_job_id(output_dir)
+
+
+def new_job_id(output_dir: Path) -> str:
+    """Return the name of a folder that rank 0 creates: the time to the second, plus a number if that is taken."""
+    return distributed.share(_new_folder(output_dir) if is_main() else "")
+
+
+def _new_folder(output_dir: Path) -> str:
+    now = datetime.datetime.now().strftime("%Y%m%d_%H%M%S")
+    names = itertools.chain([now], (f"{now}_{number}" for number in itertools.count(2)))
+    return next(name for name in names if _is_made(output_dir / name))
+
+
+def _is_made(folder: Path) -> bool:
+    """Create a folder; return False if it exists already, perhaps from another run started in the same second."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass  # the runner, which needs the folder, reports why
+    return True
+
+
 def newest_matching(output_dir: Path, config: Mapping[str, Any]) -> str | None:
     """Return the id of the newest run under ``output_dir`` that this configuration can resume.
 
@@ -75,7 +107,7 @@ def claim(folder: Path) -> IO[str] | None:
         UserError: another process is training in it.
     """
     file = _locked(folder) if is_main() else None
-    if not launch.share(file is not None):
+    if not distributed.share(file is not None):
         raise UserError(
             f"another process is training in {folder}: wait for it or stop it (run.resume=auto then resumes it), "
             "or give this run its own run.job_id"

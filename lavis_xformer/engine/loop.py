@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader
 
-from lavis_xformer import launch
+from lavis_xformer import distributed
 from lavis_xformer.distributed import is_main, rank, world_size
 from lavis_xformer.engine import rng
 from lavis_xformer.engine.interruption import Interruption, leave_lost_workers_to_next
@@ -136,9 +136,9 @@ class EpochLoop:
             fault = lost_worker(error) or ""
             if not fault:
                 raise
-        if launch.total(torch.tensor(bool(fault), dtype=torch.float64)) == 0:
+        if distributed.total(torch.tensor(bool(fault), dtype=torch.float64)) == 0:
             return window
-        faults = dict.fromkeys(text for text in launch.collect(fault) if text)
+        faults = dict.fromkeys(text for text in distributed.collect(fault) if text)
         self._save_what_is_done()
         raise UserError("; ".join(faults))
 
@@ -158,7 +158,7 @@ class EpochLoop:
         checked = [i for i, n in enumerate(names) if n != "grad_norm" or not self.stepper.scaler]
         bad = not bool(torch.isfinite(values[checked]).all())
         flags = torch.tensor([bad, self.interruption.signum, self._save_is_due()]).double()
-        summed = launch.total(torch.cat([flags, values]))
+        summed = distributed.total(torch.cat([flags, values]))
         means = (summed[3:] / world_size()).tolist()
         return Verdict(
             terms=dict(zip(names, means, strict=True)),
@@ -206,7 +206,8 @@ class EpochLoop:
             self.save()
             self._last_save = time.monotonic()
         if verdict.signum:
-            logger.info("signal %d: step %d done and saved", verdict.signum, self.position.steps)
+            step = self.position.steps
+            logger.info("signal %d: step %d done and saved; run.resume=auto resumes from it", verdict.signum, step)
             raise SystemExit(128 + verdict.signum)
 
     def _skip_or_stop(self, terms: dict[str, float], window: list[Any], before: dict[str, Any]) -> None:
@@ -214,13 +215,13 @@ class EpochLoop:
         bad = [name for name, value in terms.items() if not math.isfinite(value)]
         ids = [image_ids(samples) for samples in window]
         found = f"rank {rank()}: {', '.join(bad)} for image ids {ids}" if bad else ""
-        about = "; ".join(text for text in launch.collect(found) if text)
+        about = "; ".join(text for text in distributed.collect(found) if text)
         about = f"not finite in step {self.position.steps + 1} of epoch {self.position.epoch}: {about}"
         if self.position.skipped < self.options.skip_nonfinite:
             self.position.skipped += 1
             logger.warning("%s; skipped (%d)", about, self.position.skipped)
             return
-        saved = launch.collect(self._save_bundle(bad, terms, window, before) if bad else "")
+        saved = distributed.collect(self._save_bundle(bad, terms, window, before) if bad else "")
         where = ", ".join(path for path in saved if path) or "no file (see the warning above)"
         self.stepper.discard()
         rng.restore(before)

@@ -21,6 +21,7 @@ NUMBERS: dict[str, tuple[type, float]] = {
     **dict.fromkeys(("init_lr", "min_lr", "weight_decay"), (float, 0)),
     "warmup_lr": (float, -1),  # LAVIS's value for "not set"
 }
+SWITCHES = ("evaluate", "use_dist_eval_sampler", "report_metric", "blind")
 LISTS = ("train_splits", "valid_splits", "test_splits", "train_dataset_ratios")
 ON_CORRUPT = {"": "", "skip": "skip", "raise": "raise"}
 
@@ -74,7 +75,8 @@ def check_lavis_keys(run_cfg: Mapping[str, Any]) -> None:
     """Reject a ``run:`` section in which a LAVIS key without a default is missing, or one has an invalid value.
 
     Raises:
-        UserError: keys are missing, a number is invalid or too small, or splits or ratios are not a list.
+        UserError: keys are missing, a number is invalid or too small, a switch is neither True nor False, or splits or
+            ratios are not a list.
     """
     needed = NEEDED if run_cfg.get("evaluate") else (*NEEDED, *NEEDED_TO_TRAIN)
     given = {name for name in needed if run_cfg.get(name) is not None}
@@ -86,6 +88,9 @@ def check_lavis_keys(run_cfg: Mapping[str, Any]) -> None:
     for name, (kind, least) in NUMBERS.items():
         if run_cfg.get(name) is not None and _number(name, run_cfg[name], kind) < least:
             raise UserError(f"run.{name} is {run_cfg[name]!r}; it must be at least {least}")
+    for name in SWITCHES:
+        if not isinstance(run_cfg.get(name, False), int):
+            raise UserError(f"run.{name} is {run_cfg[name]!r}; it must be True or False")
     for name in LISTS:
         if isinstance(run_cfg.get(name), (str, int, float)):
             raise UserError(f"run.{name} is {run_cfg[name]!r}; it must be a list: [{run_cfg[name]}]")

@@ -35,7 +35,8 @@ def attention_maps(model: XFormerBase, samples: dict[str, Any], *, layer: int = 
 
     Returns:
         Means over heads (B, Q, side, side) with N = side ** 2, CLS left out: ``C``, the Q-Former's attention to
-        CLIP; ``M'``, the fusion's to the aligned M, or ``M``, the Q-Former's where it reads that too (``concat``).
+        CLIP; ``M'``, that of the fusion's last layer to the aligned M, or ``M``, the Q-Former's where it reads that
+        too (``concat``).
 
     Raises:
         UserError: there is no such layer.

@@ -27,7 +27,7 @@ from lavis_xformer import losses
 from lavis_xformer.distributed import world_size
 from lavis_xformer.errors import UserError
 from lavis_xformer.images import other_rows, unpack
-from lavis_xformer.models import towers
+from lavis_xformer.models import parts, towers
 from lavis_xformer.models.checkpoints import CheckpointLoading
 from lavis_xformer.models.frozen import Precision, compact, computing, freeze, is_frozen
 from lavis_xformer.models.fusion import Fusion
@@ -38,7 +38,10 @@ logger = logging.getLogger(__name__)
 
 
 class Tokens(NamedTuple):
-    """The two encoders' outputs for a batch of images."""
+    """The two encoders' outputs for a batch of images.
+
+    Built anew rather than by ``_replace``, with which torch.compile (2.11) fails.
+    """
 
     clip: Tensor  #: C (B, Nc, Dc), or the fusion of C and M that the Q-Former reads
     mae: MaeFeatures | None  #: M and its mask; None where the fusion needs no MAE
@@ -56,12 +59,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
     #: loaded if a user names no type: ships with the package and runs offline; None if there is no such type
     DEFAULT_MODEL_TYPE: ClassVar[str | None] = "mini"
     #: keys that ``from_config`` reads, besides LAVIS's arch, model_type, load_finetuned, finetuned and pretrained
-    CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset(
-        "vit_model vit_weights image_size drop_path_rate use_grad_checkpoint vit_precision freeze_vit mae_model "
-        "mae_norm_pix_loss mae_image_size mae_source token_positions clip_layer shuffle_mae bert num_query_token "
-        "cross_attention_freq qformer_layers fusion fusion_depth fusion_self_attention fusion_init fusion_heads "
-        "max_txt_len train_only blip2_pretrained".split()
-    )
+    CONFIG_KEYS: ClassVar[frozenset[str]] = parts.KEYS | {"train_only", "blip2_pretrained"}
 
     #: the last images, up to two different ones (1, 3 or 6, S, S), for ``shuffle_mae``
     _images_before: tuple[Tensor, ...] = ()
@@ -160,16 +158,17 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         """
         tokens = self._encode(image, mask_ratio, noise)
         if tokens.mae is None:
-            return tokens._replace(clip=compact(tokens.clip))
+            return Tokens(compact(tokens.clip), mae=None, pixels=None)
         if self.shuffle_mae:
             tokens = self._with_others(tokens, tokens.mae, image, mask_ratio, noise)
-        return tokens._replace(clip=compact(self.fusion.visual_tokens(tokens.clip, tokens.mae_tokens)))
+        clip = compact(self.fusion.visual_tokens(tokens.clip, tokens.mae_tokens))
+        return Tokens(clip, tokens.mae, tokens.pixels)
 
     def mask_again(self, tokens: Tokens, image: Tensor, *, mask_ratio: float, noise: Tensor | None = None) -> Tokens:
         """The same C with the M of a masked image, running only MAE; arguments as in :meth:`encode_image`."""
         pixels = tokens.pixels if self.shuffle_mae else self._views(image)[1]  # still the other images'
         assert pixels is not None
-        return tokens._replace(mae=self._placed(self._run_mae(pixels, mask_ratio, noise)), pixels=pixels)
+        return Tokens(tokens.clip, self._placed(self._run_mae(pixels, mask_ratio, noise)), pixels)
 
     def split_tokens(self, joined: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
         """Split C's and M's tokens, which are concatenated along ``dim`` (Nc + Nm)."""
@@ -202,9 +201,8 @@ class XFormerBase(CheckpointLoading, Blip2Base):
 
     def _placed(self, mae: MaeFeatures) -> MaeFeatures:
         """M with its positions, if ``token_positions`` has ``mae``."""
-        if "mae" in self.token_positions:
-            mae = mae._replace(tokens=mae.tokens + mae.positions())
-        return mae._replace(tokens=compact(mae.tokens))
+        tokens = mae.tokens + mae.positions() if "mae" in self.token_positions else mae.tokens
+        return MaeFeatures(compact(tokens), mae.mask, mae.ids_restore)
 
     def _with_others(
         self, own: Tokens, m: MaeFeatures, image: Tensor, mask_ratio: float, noise: Tensor | None
@@ -232,7 +230,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         assert self.mae is not None
         with computing(self.mae.model.vit, self.device, self.vit_precision):
             mae = self.mae.encode(pixels, mask_ratio=mask_ratio, noise=noise)
-        return mae._replace(tokens=mae.tokens.float())
+        return MaeFeatures(mae.tokens.float(), mae.mask, mae.ids_restore)
 
     def reconstruction_loss(self, aligned: Tensor | None, tokens: Tokens) -> Tensor:
         """Reconstruct the masked patches from M' (B, Nm, Dm) with MAE's frozen decoder.

@@ -38,6 +38,7 @@ CLIP = r"visual_encoder\."
 CLIP_POSITIONS = "visual_encoder.pos_embed"
 BROUGHT_CLIP = "brought_clip"  # a buffer: fingerprint of an image encoder that came from a file, not from vit_model
 LANGUAGE_MODEL = r"(opt|t5)_model\."  # frozen; LAVIS's files nevertheless hold its tied weights
+PROJECTION = r"(opt|t5)_proj\."  # to the language model: stage 2 has it, stage 1 doesn't
 #: keys of ``model`` that change what the weights mean without changing their shapes; without M, only the first two
 SETTINGS = ("vit_model", "token_positions", "mae_model", "mae_source", "clip_layer", "fusion_heads")
 
@@ -127,6 +128,8 @@ def _load_own(
             f"model.{key}: '{source}' is a checkpoint of BLIP-2, without X-Former's fusion; "
             "set model.blip2_pretrained to it instead"
         )
+    if model.NEW_WEIGHTS == NOTHING and _any(PROJECTION, state):
+        raise UserError(f"model.{key}: '{source}' is a checkpoint of stage 2; stage 1 can't start from it")
     if cfg is not None and trained:
         _tell_other_settings(model, cfg, trained, source=source, stage1=_any(model.STAGE1_WEIGHTS, state))
     return _load_either_stage(model, state, source=source, key=key, may_miss=may_miss, held=held)

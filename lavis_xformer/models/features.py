@@ -28,8 +28,6 @@ ITG_SOURCES = ("qformer", "xformer")
 class FeatureModel(XFormerBase):
     """Stage 1's heads on Z', and inference with them, in which MAE always sees the whole image."""
 
-    CONFIG_KEYS = XFormerBase.CONFIG_KEYS | {"embed_dim", "itg_source"}
-
     def __init__(
         self, *, embed_dim: int = 256, itg_source: str = "qformer", itg_init: Init = "identity", **parts: Any
     ) -> None:
@@ -186,6 +184,8 @@ class FeatureModel(XFormerBase):
         check_whole(0, min_length=min_length)
         check_positive(top_p=top_p, repetition_penalty=repetition_penalty)
         self._check_length("max_length", max_length)
+        if min_length > max_length:
+            raise UserError(f"min_length is {min_length}, max_length only {max_length}; lower one or raise the other")
         beams = 1 if use_nucleus_sampling else num_beams
         tokens = self.encode_image(take(samples, "image"))
         start = torch.full((len(tokens.clip), 1), self.tokenizer.bos_token_id, device=tokens.clip.device)

@@ -25,14 +25,6 @@ SPACY_MODEL = "en_core_web_sm"
 class GenerativeModel(XFormerBase):
     """Z' through one linear layer is the prefix of a frozen language model; MAE sees the whole image."""
 
-    CONFIG_KEYS = XFormerBase.CONFIG_KEYS | {
-        "prompt",
-        "vqa_prompt",
-        "vqa_length_penalty",
-        "apply_lemmatizer",
-        "llm_precision",
-    }
-
     def __init__(
         self,
         *,

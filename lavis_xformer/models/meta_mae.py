@@ -22,7 +22,7 @@ from transformers import ViTMAEConfig
 
 from lavis_xformer.errors import UserError
 
-HEAD_WIDTH = {768: 64, 1024: 64, 1280: 80, 512: 32}  # ViT-B, ViT-L, ViT-H, and the decoder: 16 heads of 32
+VIT_H = 1280  # width of ViT-H, whose heads are 80 wide; those of ViT-B and ViT-L are 64, of every decoder 32
 
 RENAMES = (
     (r"^cls_token$", "vit.embeddings.cls_token"),
@@ -91,7 +91,7 @@ def meta_config(state: dict[str, Tensor], *, norm_pix_loss: bool) -> ViTMAEConfi
     return ViTMAEConfig(
         hidden_size=width,
         num_hidden_layers=_depth("blocks"),
-        num_attention_heads=width // HEAD_WIDTH.get(width, 64),
+        num_attention_heads=width // (80 if width == VIT_H else 64),
         intermediate_size=state["blocks.0.mlp.fc1.weight"].shape[0],
         layer_norm_eps=1e-6,
         image_size=grid * patch,
@@ -99,7 +99,7 @@ def meta_config(state: dict[str, Tensor], *, norm_pix_loss: bool) -> ViTMAEConfi
         num_channels=channels,
         decoder_hidden_size=decoder_width,
         decoder_num_hidden_layers=_depth("decoder_blocks"),
-        decoder_num_attention_heads=decoder_width // HEAD_WIDTH.get(decoder_width, 32),
+        decoder_num_attention_heads=decoder_width // 32,
         decoder_intermediate_size=state["decoder_blocks.0.mlp.fc1.weight"].shape[0],
         norm_pix_loss=norm_pix_loss,
     )

@@ -18,6 +18,7 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.losses import NO_TARGET
 from lavis_xformer.models.frozen import Precision
 from lavis_xformer.models.language import Dialogue, LanguageModel, check_fewest
+from lavis_xformer.models.state_dicts import REPORTING
 
 
 class CachedOPT(OPTForCausalLM):
@@ -47,7 +48,7 @@ class OptLanguage(LanguageModel):
     @staticmethod
     def load(path: str) -> tuple[Any, dict[str, Any]]:
         """Load :class:`CachedOPT`."""
-        return CachedOPT.from_pretrained(path, torch_dtype="auto", output_loading_info=True)
+        return CachedOPT.from_pretrained(path, torch_dtype="auto", **REPORTING)
 
     @staticmethod
     def load_tokenizer(path: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models import towers
@@ -14,7 +14,26 @@ from lavis_xformer.models.fusion import FUSIONS, Init
 from lavis_xformer.models.mae import MaskedAutoencoder
 
 ENCODERS = ("clip", "mae")
-MAE_SOURCES = ("mae", "random", "clip")  # source of M: MAE's tokens, those of an untrained MAE, or CLIP's
+COUNTS = ("num_query_token", "cross_attention_freq", "fusion_depth")
+#: mae_source: M is MAE's tokens, those of an untrained MAE, or CLIP's
+CHOICES = {"fusion_init": get_args(Init), "vit_precision": tuple(DTYPES), "mae_source": ("mae", "random", "clip")}
+#: keys whose values the fusions take, and ``XFormerBase`` takes, under these names
+FUSION_OPTIONS = ("fusion_depth", "fusion_self_attention", "fusion_init")
+OPTIONS = ("freeze_vit", "vit_precision", "max_txt_len", "token_positions", "clip_layer", "shuffle_mae")
+#: all keys that are read here
+KEYS = frozenset(
+    {
+        *"vit_model vit_weights image_size drop_path_rate use_grad_checkpoint bert num_query_token".split(),
+        *"cross_attention_freq qformer_layers mae_model mae_norm_pix_loss mae_image_size mae_source".split(),
+        *("fusion", "fusion_heads", *FUSION_OPTIONS, *OPTIONS),
+    }
+)
+
+
+def given(cfg: DictConfig, *keys: str) -> dict[str, Any]:
+    """Return those of the keys that are set, as plain values; for the others the constructor's defaults hold."""
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    return {key: values[key] for key in keys if values.get(key) is not None}
 
 
 def build_parts(cfg: DictConfig) -> dict[str, Any]:
@@ -29,26 +48,23 @@ def build_parts(cfg: DictConfig) -> dict[str, Any]:
         cfg.vit_model,
         image_size=cfg.image_size,
         weights=cfg.get("vit_weights"),
-        drop_path_rate=cfg.get("drop_path_rate", 0.0),
-        use_grad_checkpoint=cfg.get("use_grad_checkpoint", False),
+        **given(cfg, "drop_path_rate", "use_grad_checkpoint"),
     )
     mae = _build_mae(cfg, visual_encoder, fusion=name)
     qformer = towers.build_qformer(
         cfg.bert,
         num_queries=cfg.num_query_token,
         vision_width=visual_encoder.num_features,
-        cross_attention_freq=cfg.get("cross_attention_freq", 2),
         layers=cfg.get("qformer_layers"),
+        **given(cfg, "cross_attention_freq"),
     )
     fusion = FUSIONS[name](
         query_width=qformer.config.hidden_size,
         clip_width=visual_encoder.num_features,
         mae_width=visual_encoder.num_features if mae is None else mae.width,
         heads=cfg.get("fusion_heads") or _heads(name, visual_encoder, qformer),
-        depth=cfg.get("fusion_depth", 1),
-        self_attention=cfg.get("fusion_self_attention", True),
-        init=cfg.get("fusion_init", "identity"),
         std=qformer.config.initializer_range,
+        **{key.removeprefix("fusion_"): value for key, value in given(cfg, *FUSION_OPTIONS).items()},
     )
     return {
         "visual_encoder": visual_encoder,
@@ -57,12 +73,7 @@ def build_parts(cfg: DictConfig) -> dict[str, Any]:
         "tokenizer": towers.build_tokenizer(cfg.bert),
         "fusion": fusion,
         "image_size": cfg.image_size,
-        "freeze_vit": cfg.get("freeze_vit", True),
-        "vit_precision": cfg.get("vit_precision", "fp16"),
-        "max_txt_len": cfg.get("max_txt_len", 32),
-        "token_positions": cfg.get("token_positions") or [],
-        "clip_layer": cfg.get("clip_layer"),
-        "shuffle_mae": cfg.get("shuffle_mae", False),
+        **given(cfg, *OPTIONS),
     }
 
 
@@ -86,19 +97,19 @@ def _heads(fusion: str, visual_encoder: Any, qformer: Any) -> int:
 
 
 def _check_names(cfg: DictConfig) -> None:
-    """Check the names in a ``model`` configuration before anything is built.
+    """Check the names and counts in a ``model`` configuration before anything is built.
 
     Raises:
-        UserError: there is no such fusion, initialisation, depth, precision or encoder.
+        UserError: there is no such fusion, initialisation, precision or encoder, or a count is not positive.
     """
     if (name := cfg.get("fusion", "dual")) not in FUSIONS:
         raise UserError(f"model.fusion: no fusion '{name}'; {nearest(name, FUSIONS)}")
-    if (init := cfg.get("fusion_init", "identity")) not in get_args(Init):
-        raise UserError(f"model.fusion_init: '{init}'; {nearest(init, get_args(Init))}")
-    if not isinstance(depth := cfg.get("fusion_depth", 1), int) or depth < 1:
-        raise UserError(f"model.fusion_depth is {depth}; it must be a whole number above 0")
-    if (precision := cfg.get("vit_precision", "fp16")) not in DTYPES:
-        raise UserError(f"model.vit_precision: '{precision}'; {nearest(precision, DTYPES)}")
+    for key, value in given(cfg, *CHOICES).items():
+        if value not in CHOICES[key]:
+            raise UserError(f"model.{key}: '{value}'; {nearest(str(value), CHOICES[key])}")
+    for key, count in given(cfg, *COUNTS).items():
+        if not isinstance(count, int) or count < 1:
+            raise UserError(f"model.{key} is {count}; it must be a whole number above 0")
     if isinstance(placed := cfg.get("token_positions") or [], str):
         raise UserError(f"model.token_positions: '{placed}' is not a list; write [{placed}]")
     for encoder in placed:
@@ -108,8 +119,7 @@ def _check_names(cfg: DictConfig) -> None:
 
 def _build_mae(cfg: DictConfig, visual_encoder: Any, *, fusion: str) -> MaskedAutoencoder | None:
     """The model that computes M; None if the fusion needs no M, or gets CLIP's tokens instead."""
-    if (source := cfg.get("mae_source", "mae")) not in MAE_SOURCES:
-        raise UserError(f"model.mae_source: no source '{source}'; {nearest(source, MAE_SOURCES)}")
+    source = cfg.get("mae_source") or "mae"
     if (source, fusion) == ("clip", "concat"):
         raise UserError("model.mae_source: 'clip' with fusion 'concat' would read C twice; choose 'mae' or 'random'")
     if (layer := cfg.get("clip_layer")) is not None:

@@ -20,10 +20,11 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.models.base import Tokens
 from lavis_xformer.models.checkpoints import load_pretrained
 from lavis_xformer.models.features import FeatureModel
-from lavis_xformer.models.parts import build_parts, weights_of
+from lavis_xformer.models.parts import build_parts, given, weights_of
 from lavis_xformer.models.samples import take, texts_of
 
 LOSSES = ("itc", "itm", "itg", "rec")
+OPTIONS = ("embed_dim", "itg_source", "mask_ratio", "mask_vl", "loss_weights")  # keys that the constructor takes
 
 
 @registry.register_model("xformer")
@@ -39,7 +40,7 @@ class XFormer(FeatureModel):
         "mini": "models/xformer_mini.yaml",
         "pretrain": "models/xformer_pretrain.yaml",
     }
-    CONFIG_KEYS = FeatureModel.CONFIG_KEYS | {"mask_ratio", "mask_vl", "loss_weights"}
+    CONFIG_KEYS = FeatureModel.CONFIG_KEYS | {*OPTIONS}
 
     def __init__(
         self,
@@ -182,12 +183,8 @@ class XFormer(FeatureModel):
             UserError: a name, folder or file in the configuration is wrong.
         """
         model = cls(
-            embed_dim=cfg.get("embed_dim", 256),
-            itg_source=cfg.get("itg_source", "qformer"),
-            itg_init=cfg.get("fusion_init", "identity"),
-            mask_ratio=cfg.get("mask_ratio", 0.5),
-            mask_vl=cfg.get("mask_vl", True),
-            loss_weights=dict(cfg.get("loss_weights") or {}),
+            itg_init=cfg.get("fusion_init") or "identity",
+            **given(cfg, *OPTIONS),
             **build_parts(cfg),
         )
         model.load_report = load_pretrained(model, cfg)

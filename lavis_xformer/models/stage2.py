@@ -20,13 +20,16 @@ from typing_extensions import Self
 
 from lavis_xformer import losses
 from lavis_xformer.errors import UserError
-from lavis_xformer.models.checkpoints import load_pretrained
+from lavis_xformer.models.checkpoints import PROJECTION, load_pretrained
 from lavis_xformer.models.generation import GenerativeModel, ask
 from lavis_xformer.models.language import Dialogue, LanguageModel
 from lavis_xformer.models.opt import OptLanguage
-from lavis_xformer.models.parts import build_parts, weights_of
+from lavis_xformer.models.parts import build_parts, given, weights_of
 from lavis_xformer.models.samples import one_per_image, take, texts_of
 from lavis_xformer.models.t5 import T5Language
+
+#: keys that the constructor takes
+OPTIONS = "prompt vqa_prompt vqa_length_penalty apply_lemmatizer mask_ratio loss_weights prefix_lm".split()
 
 
 class Texts(NamedTuple):
@@ -46,8 +49,8 @@ class XFormerStage2(GenerativeModel):
         r"|Qformer\.bert\.embeddings\.(word|position)_embeddings\."
         r"|Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\."
     )
-    NEW_WEIGHTS = r"(opt|t5)_proj\."
-    CONFIG_KEYS = GenerativeModel.CONFIG_KEYS | {"mask_ratio", "loss_weights", "prefix_lm"}
+    NEW_WEIGHTS = PROJECTION
+    CONFIG_KEYS = GenerativeModel.CONFIG_KEYS | {"llm_precision", *OPTIONS}
 
     def __init__(
         self,
@@ -183,19 +186,9 @@ class XFormerStage2(GenerativeModel):
         language = cls.LANGUAGE.from_source(
             cfg[f"{cls.LANGUAGE.kind}_model"],
             precision=cfg.get("llm_precision"),
-            max_txt_len=cfg.get("max_txt_len", 32),
+            **given(cfg, "max_txt_len"),
         )
-        model = cls(
-            language=language,
-            prompt=cfg.get("prompt") or "",
-            vqa_prompt=cfg.get("vqa_prompt", "Question: {} Short answer:"),
-            vqa_length_penalty=cfg.get("vqa_length_penalty"),
-            apply_lemmatizer=cfg.get("apply_lemmatizer", False),
-            mask_ratio=cfg.get("mask_ratio", 0.5),
-            loss_weights=dict(cfg.get("loss_weights") or {}),
-            prefix_lm=cfg.get("prefix_lm", False),
-            **build_parts(cfg),
-        )
+        model = cls(language=language, **given(cfg, *OPTIONS), **build_parts(cfg))
         model.load_report = load_pretrained(model, cfg)
         return model
 

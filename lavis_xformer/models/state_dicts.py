@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 LISTED = 5  # names that a message lists before it counts the rest
 NOTHING = r"(?!)"  # a regular expression that matches no name
+#: options of transformers' from_pretrained: report what doesn't fit, other shapes too, which raise by default
+REPORTING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from transformers import T5Config, T5ForConditionalGeneration, T5TokenizerFast
 from lavis_xformer.losses import NO_TARGET
 from lavis_xformer.models.frozen import Precision
 from lavis_xformer.models.language import Dialogue, LanguageModel, check_fewest
+from lavis_xformer.models.state_dicts import REPORTING
 
 
 class T5Language(LanguageModel):
@@ -29,9 +30,7 @@ class T5Language(LanguageModel):
         """Load transformers' own T5, whose cache works, with exact GELU as its activation, as in LAVIS."""
         config = T5Config.from_pretrained(path)
         config.dense_act_fn = "gelu"
-        return T5ForConditionalGeneration.from_pretrained(
-            path, config=config, torch_dtype="auto", output_loading_info=True
-        )
+        return T5ForConditionalGeneration.from_pretrained(path, config=config, torch_dtype="auto", **REPORTING)
 
     @staticmethod
     def load_tokenizer(path: str) -> Any:

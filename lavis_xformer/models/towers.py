@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertTokenizer, ViTMAEConfig, ViTMAEForPreTraining
 
 from lavis_xformer.assets import SCHEME, resolve
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError, first_line, nearest
 from lavis_xformer.models.mae import MaeTower, MaskedAutoencoder
 from lavis_xformer.models.meta_mae import from_meta
-from lavis_xformer.models.state_dicts import load_exactly
+from lavis_xformer.models.state_dicts import REPORTING, load_exactly
 
 # EVA-CLIP ViT-g/14 as BLIP-2 reads it: 39 of its 40 blocks (LAVIS `create_eva_vit_g`)
 EVA_CLIP_G: dict[str, Any] = {
@@ -204,7 +204,7 @@ def build_mae(
 def _load_hub_mae(path: str, name: str, *, key: str) -> ViTMAEForPreTraining:
     try:
         config = ViTMAEConfig.from_pretrained(path)
-        model, report = ViTMAEForPreTraining.from_pretrained(path, config=config, output_loading_info=True)
+        model, report = ViTMAEForPreTraining.from_pretrained(path, config=config, **REPORTING)
     except (OSError, SafetensorError) as error:
         raise offline_error(name, key, error) from error
     problems = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
@@ -219,7 +219,7 @@ def _load_hub_mae(path: str, name: str, *, key: str) -> ViTMAEForPreTraining:
 
 
 def build_qformer(
-    name: str, *, num_queries: int, vision_width: int, cross_attention_freq: int, layers: int | None = None
+    name: str, *, num_queries: int, vision_width: int, cross_attention_freq: int = 2, layers: int | None = None
 ) -> Any:
     """LAVIS's Q-Former: BERT with learned queries and cross-attention to C in every n-th layer.
 
@@ -245,9 +245,12 @@ def build_qformer(
         )
         if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in WEIGHT_FILES):
             return BertLMHeadModel(config)
-        return BertLMHeadModel.from_pretrained(path, config=config)
+        model, report = BertLMHeadModel.from_pretrained(path, config=config, **REPORTING)
     except (OSError, SafetensorError) as error:
         raise offline_error(name, "bert", error) from error
+    if wrong := report["mismatched_keys"]:
+        raise UserError(f"model.bert: '{name}' has weights of another shape than its config.json says: {wrong[:5]}")
+    return model
 
 
 def qformer_config(config: BertConfig, *, num_queries: int, vision_width: int, cross_attention_freq: int) -> BertConfig:
@@ -290,7 +293,7 @@ def load_torch_file(path: str | Path, *, key: str) -> dict[str, Any]:
     except Exception as error:
         raise UserError(
             f"model.{key}: '{file}' is not an intact tensor file (files with pickled code are refused): "
-            f"{str(error).splitlines()[0]}"
+            f"{first_line(error.__context__ or error)}"  # torch's own message advises to load such code
         ) from error
     if not isinstance(content, dict):
         raise UserError(f"model.{key}: '{file}' holds a {type(content).__name__}, not a dict of tensors")

@@ -15,7 +15,7 @@ import torch
 from lavis.common.registry import registry
 from torch import nn
 
-from lavis_xformer import launch
+from lavis_xformer import distributed
 from lavis_xformer.distributed import is_main, rank, world_size
 from lavis_xformer.engine import checkpoint, jobs, rng
 from lavis_xformer.engine.interruption import Interruption
@@ -125,7 +125,7 @@ class XFormerRunner(PortableRunner):
 
     def _corrupt_anywhere(self) -> set[str]:
         """The samples that any rank has skipped since the last (re)start."""
-        return {name for names in launch.collect(self.corrupt()) for name in names}
+        return {name for names in distributed.collect(self.corrupt()) for name in names}
 
     def eval_epoch(self, split_name: str, cur_epoch: int | str, skip_reload: bool = False) -> dict[str, Any] | None:
         """Evaluate a split with seeded randomness; the training's random state is untouched.
@@ -151,7 +151,7 @@ class XFormerRunner(PortableRunner):
     def _validate(self, epoch: int) -> None:
         """Evaluate the validation splits; the best epoch's checkpoint gets a second name."""
         for split in self.valid_splits:
-            figures = launch.share(self.eval_epoch(split, epoch))
+            figures = distributed.share(self.eval_epoch(split, epoch))
             if figures is None:
                 continue
             if "agg_metrics" not in figures:
@@ -262,10 +262,10 @@ class XFormerRunner(PortableRunner):
     def _save_checkpoint(self) -> None:
         """Save the current position; must be called on all ranks."""
         self._count_corrupt()
-        states = launch.collect(rng.capture())
+        states = distributed.collect(rng.capture())
         position = self.state.position
         name = checkpoint.name_of(position.epoch, None if self.state.epoch_done else position.steps)
-        self._save_error = launch.share(self._write(name, states) if is_main() else "")
+        self._save_error = distributed.share(self._write(name, states) if is_main() else "")
         if self._save_error:
             logger.warning("%s; continuing, earlier checkpoints are intact", self._save_error)
 
@@ -285,8 +285,8 @@ class XFormerRunner(PortableRunner):
             UserError: a checkpoint can't be resumed from, or the folder holds another run's checkpoints.
         """
         if self.options.resume == "auto":
-            path = launch.share(checkpoint.newest(self.output_dir) if is_main() else None)
-            summary = launch.share(jobs.read_summary(self.output_dir))
+            path = distributed.share(checkpoint.newest(self.output_dir) if is_main() else None)
+            summary = distributed.share(jobs.read_summary(self.output_dir))
             if path is not None:
                 self._go_on_from(str(path))
                 if summary is None or not self._trained:
@@ -311,7 +311,7 @@ class XFormerRunner(PortableRunner):
     def _go_on_from(self, path: str) -> None:
         """Resume from a checkpoint, which may be one of LAVIS's own runner."""
         self.state.restore(checkpoint.read(Path(path)), source=path)
-        if not launch.share((self.output_dir / checkpoint.BEST).exists()):
+        if not distributed.share((self.output_dir / checkpoint.BEST).exists()):
             self.state.best = {}  # its weights are in another folder
         position = self.state.position
         logger.info("resuming from %s: epoch %d, step %d", path, position.epoch, position.steps)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from lavis_xformer import launch
+from lavis_xformer import distributed
 from lavis_xformer.distributed import is_main
 from lavis_xformer.engine.loop import count_samples, to_device
 from lavis_xformer.errors import UserError
@@ -74,7 +74,7 @@ class NamedLossTask(BaseTask):
 
     def collect(self, value: T) -> list[T]:
         """Return every rank's value, or only the first if each rank has evaluated the whole split."""
-        values = launch.collect(value)
+        values = distributed.collect(value)
         return values if self._divided else values[:1]
 
     def figures(self) -> dict[str, float]:
@@ -111,7 +111,7 @@ class TermSums:
         """Return the means over all ranks."""
         names = list(self._sums)
         values = [self._sums[name].cpu().double() for name in names]
-        summed = launch.total(torch.stack([*values, torch.tensor(self._weight).double()]))
+        summed = distributed.total(torch.stack([*values, torch.tensor(self._weight).double()]))
         return dict(zip(names, (summed[:-1] / summed[-1]).tolist(), strict=True))
 
 

@@ -18,7 +18,7 @@ from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 from torch.utils.data import DataLoader
 
-from lavis_xformer import launch
+from lavis_xformer import distributed
 from lavis_xformer.distributed import is_main
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.tasks import scoring
@@ -100,7 +100,7 @@ class BenchmarkTask(NeedsMethod, BaseTask):
             shown = {"text_input": samples["text_input"]} | ({} if self.blind else {"image": samples["image"]})
             said = model.predict_answers(shown, **ask)
             answers |= zip((int(number) for number in samples["question_id"].tolist()), said, strict=True)
-        return {number: answer for part in launch.collect(answers) for number, answer in part.items()}
+        return {number: answer for part in distributed.collect(answers) for number, answer in part.items()}
 
     def after_evaluation(
         self, val_result: Mapping[int, str], split_name: str, epoch: int | str, **unused: object
