@@ -29,7 +29,7 @@ from lavis_xformer.models import frozen, generation, language
 from lavis_xformer.models.frozen import DTYPES
 from lavis_xformer.models.fusion import FUSIONS
 from lavis_xformer.models.generation import SPACY_MODEL, lemmatize
-from lavis_xformer.models.stage2 import continuation, split
+from lavis_xformer.models.texts import Prompts, continuation, split, texts_to_learn
 
 KINDS = ("opt", "t5")
 SHARED = "visual_encoder ln_vision Qformer query_tokens".split()
@@ -169,7 +169,7 @@ def test_prefix_lm_splits_captions_beside_questions_as_those_alone(make_stage2: 
 def test_prompt_and_target_are_two_words(before: str, after: str, make_stage2: Any, batch: dict[str, Any]) -> None:
     model = make_stage2("opt")
     texts = {"image": batch["image"][:1], "text_input": [before], "text_output": [after]}
-    ids, *_ = model.language.encode(model._texts(texts, None).dialogues)
+    ids, *_ = model.language.encode(texts_to_learn(texts, Prompts(model.prompt, model.vqa_prompt)).dialogues)
     assert model.language.tokenizer.decode(ids[0]) == "</s>a photo of a star\n"
     assert before + continuation(before, after) == "a photo of a star"
 
@@ -442,6 +442,7 @@ def test_dual_starts_as_blip2(kind: str, make_stage2: Any, batch: dict[str, Any]
     features = [model.extract_features(batch).image_embeds for model in (dual, blip2)]
     assert torch.equal(*features)
     assert features[0].shape == (4, 4, 32)
+    assert not features[0].requires_grad
 
 
 @pytest.mark.parametrize("fusion", sorted(FUSIONS))

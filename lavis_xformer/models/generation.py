@@ -17,6 +17,7 @@ from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models.base import XFormerBase
 from lavis_xformer.models.language import LanguageModel
 from lavis_xformer.models.samples import check_positive, check_whole, one_per_image, take
+from lavis_xformer.models.texts import ask
 
 METHODS = ("generate", "rank")  # of answering
 SPACY_MODEL = "en_core_web_sm"
@@ -208,11 +209,6 @@ class GenerativeModel(XFormerBase):
             raise UserError(f"mode: stage 2 has no features '{mode}', only 'image'; use xformer_feature_extractor")
         z = self.encode_queries(take(samples, "image"))
         return BlipOutputFeatures(image_embeds=z, image_embeds_proj=self.projection(z))
-
-
-def ask(template: str, question: str) -> str:
-    """Put the question where the template says ``{}``; an empty template is the bare question."""
-    return template.replace("{}", question) if template else question
 
 
 def lemmatize(answer: str) -> str:

@@ -9,8 +9,7 @@ L: width of the language model, N: image patches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from lavis.common.registry import registry
@@ -21,23 +20,16 @@ from typing_extensions import Self
 from lavis_xformer import losses
 from lavis_xformer.errors import UserError
 from lavis_xformer.models.checkpoints import PROJECTION, load_pretrained
-from lavis_xformer.models.generation import GenerativeModel, ask
-from lavis_xformer.models.language import Dialogue, LanguageModel
+from lavis_xformer.models.generation import GenerativeModel
+from lavis_xformer.models.language import LanguageModel
 from lavis_xformer.models.opt import OptLanguage
 from lavis_xformer.models.parts import build_parts, given, weights_of
-from lavis_xformer.models.samples import one_per_image, take, texts_of
+from lavis_xformer.models.samples import take
 from lavis_xformer.models.t5 import T5Language
+from lavis_xformer.models.texts import Prompts, texts_to_learn
 
 #: keys that the constructor takes
 OPTIONS = "prompt vqa_prompt vqa_length_penalty apply_lemmatizer mask_ratio loss_weights prefix_lm".split()
-
-
-class Texts(NamedTuple):
-    """Prompts and targets of the language model: A dialogues, most of them of one turn."""
-
-    dialogues: Sequence[Dialogue]
-    weights: Tensor | None = None  #: (A,)
-    images: Tensor | None = None  #: (A,) the image of each text; None if each has its own
 
 
 class XFormerStage2(GenerativeModel):
@@ -65,7 +57,7 @@ class XFormerStage2(GenerativeModel):
         Args:
             mask_ratio: share of the patches that a second pass hides from MAE, if there is a reconstruction loss.
             loss_weights: of ``lm``, 1 by default, and of ``rec``, 0 by default.
-            prefix_lm: in training, put a random beginning of each caption into the prompt, see :func:`split`.
+            prefix_lm: in training, put a random beginning of each caption into the prompt, see :func:`texts.split`.
             parts: of :class:`GenerativeModel`.
 
         Raises:
@@ -108,73 +100,20 @@ class XFormerStage2(GenerativeModel):
             UserError: texts that don't fit the images, or questions (``question_id``) without answers.
         """
         image = take(samples, "image")
-        texts = self._texts(samples, generator)
+        prompts = Prompts(self.prompt, self.vqa_prompt, splits=self.prefix_lm and self.training)
+        texts = texts_to_learn(samples, prompts, generator)
         tokens = self.encode_image(image)
         zq = self.query_image(tokens.clip).last_hidden_state  # Zq (B, Q, D)
         z, _ = self.fusion.refine(zq, tokens.mae_tokens)  # Z' (B, Q, D)
         prefix = self.projection(z)  # (B, Q, L)
         if texts.images is not None:
-            prefix = prefix[texts.images]  # (A, Q, L)
-        terms = {"lm": self.language.loss(prefix, texts.dialogues, texts.weights)}
+            prefix = prefix[texts.images.to(prefix.device)]  # (A, Q, L)
+        weights = None if texts.weights is None else texts.weights.to(prefix.device)
+        terms = {"lm": self.language.loss(prefix, texts.dialogues, weights)}
         if self.reconstructs:
             seen = self.mask_again(tokens, image, mask_ratio=self.mask_ratio, noise=noise)
             terms["rec"] = self.reconstruction_loss(self.fusion.align(seen.mae_tokens, zq), seen)  # of M'
         return losses.weighted(terms, self.loss_weights)
-
-    def _texts(self, samples: dict[str, Any], generator: torch.Generator | None) -> Texts:
-        """Prompts, which are excluded from the loss, and targets of a batch."""
-        if "question_id" in samples and None in samples.get("answer", [None]):
-            raise UserError("samples['question_id']: questions without answers, which can't be scored; leave them out")
-        if "answer" in samples and "text_output" not in samples:
-            return self._answers(samples, generator)
-        count = len(samples["image"])
-        texts = texts_of(samples, count)
-        if "text_output" in samples:
-            said = one_per_image(samples["text_output"], count, name="samples['text_output']")
-            return Texts([[(text, spaced(text, target))] for text, target in zip(texts, said, strict=True)])
-        return Texts([[self._caption(text, generator)] for text in texts])
-
-    def _caption(self, text: str, generator: torch.Generator | None) -> tuple[str, str]:
-        """A caption's prompt and target; in training, ``prefix_lm`` moves part of it to the prompt."""
-        caption = continuation(self.prompt, text)
-        return split(self.prompt, caption, generator) if self.prefix_lm and self.training else (self.prompt, caption)
-
-    def _answers(self, samples: dict[str, Any], generator: torch.Generator | None) -> Texts:
-        count, questions = len(samples["image"]), take(samples, "text_input")
-        if not (isinstance(questions, list) and any(isinstance(question, list) for question in questions)):
-            questions = one_per_image(questions, count, name="samples['text_input']")
-        each = samples.get("n_answers")
-        each = torch.ones(len(questions), dtype=torch.long) if each is None else each.cpu()
-        answers = samples["answer"]
-        if not len(each) == len(questions) == count or int(each.sum()) != len(answers):
-            raise UserError(
-                f"samples['answer'] has {len(answers)} answers to {len(questions)} questions about {count} images; "
-                "samples['n_answers'] must say how many belong to each"
-            )
-        images = torch.arange(len(questions)).repeat_interleave(each)  # (A,)
-        weights = samples.get("weight")
-        asked = [questions[i] for i in images.tolist()]
-        return Texts(
-            dialogues=[self._dialogue(*turns, generator) for turns in zip(asked, answers, strict=True)],
-            weights=None if weights is None else weights.to(self.device),
-            images=images.to(self.device),
-        )
-
-    def _dialogue(
-        self, questions: str | Sequence[str], answers: str | Sequence[str], generator: torch.Generator | None
-    ) -> Dialogue:
-        """Question and answer, or several of each, as prompts and targets."""
-        if isinstance(questions, str) and isinstance(answers, str):
-            questions, answers = [questions], [answers]
-        elif isinstance(questions, str) or isinstance(answers, str) or not len(questions) == len(answers) > 0:
-            raise UserError(
-                f"samples['answer']: {answers!r:.80} does not answer {questions!r:.80}; a list of questions needs a "
-                "list of as many answers"
-            )
-        return [
-            (ask(self.vqa_prompt, question), f" {answer}") if question else self._caption(answer, generator)
-            for question, answer in zip(questions, answers, strict=True)
-        ]
 
     @classmethod
     def from_config(cls, cfg: DictConfig) -> Self:
@@ -223,25 +162,3 @@ class XFormerT5(XFormerStage2):
         "pretrain_flant5xl": "models/xformer_t5_pretrain_flant5xl.yaml",
     }
     CONFIG_KEYS = XFormerStage2.CONFIG_KEYS | {"t5_model"}
-
-
-def continuation(prompt: str, caption: str) -> str:
-    """The caption as it follows the prompt, which the text processor may already have prepended."""
-    return caption[len(prompt) :] if caption.startswith(prompt) else spaced(prompt, caption)
-
-
-def spaced(before: str, after: str) -> str:
-    """``after`` as it follows ``before``: with a space between them if neither has one."""
-    joined = not before or before[-1].isspace() or not after or after[0].isspace()
-    return after if joined else f" {after}"
-
-
-def split(prompt: str, caption: str, generator: torch.Generator | None = None) -> tuple[str, str]:
-    """Move a random number of the caption's words, but not all, to the prompt.
-
-    Prefix language modelling, with which BLIP-2 trains encoder-decoder models (arXiv 2301.12597, section 3.3, which
-    doesn't say where it splits).
-    """
-    words = caption.split(" ")
-    cut = int(torch.randint(len(words), (), generator=generator))
-    return prompt + " ".join(words[:cut]), (" " if cut else "") + " ".join(words[cut:])
