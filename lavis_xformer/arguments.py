@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Callable
 
 _LEGEND = re.compile(r"[A-Z]: ")  # a paragraph that explains the letters of shapes
-_VERBATIM = re.compile(r" |\d\. ")  # a paragraph that is an example or a list
+_ITEM = re.compile(r"\d\. ")  # begins an item of a numbered list
 _MARKUP = re.compile(r"``|:\w+:`(\w+)`|:(?=:\Z)")
 
 
@@ -37,8 +37,10 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def _plain(paragraph: str) -> str:
-    """Remove a paragraph's markup and fit it to the terminal; examples and lists keep their lines."""
+    """Remove a paragraph's markup and fit it to the terminal, item by item; examples, indented, keep their lines."""
     text = _MARKUP.sub(lambda found: found[1] or "", paragraph)
-    if _VERBATIM.match(text):
+    if text.startswith(" "):
         return text
-    return textwrap.fill(" ".join(text.split()), shutil.get_terminal_size().columns - 2)
+    width, indent = shutil.get_terminal_size().columns - 2, "   " if _ITEM.match(text) else ""
+    items = re.split(rf"\n(?={_ITEM.pattern})", text)
+    return "\n".join(textwrap.fill(" ".join(item.split()), width, subsequent_indent=indent) for item in items)

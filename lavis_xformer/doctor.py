@@ -1,4 +1,4 @@
-"""`lavis-xformer doctor`: what is wrong with this environment, or with a run's YAML, and how to fix it.
+"""``lavis-xformer doctor``: what is wrong with this environment, or with a run's YAML, and how to fix it.
 
 Versions are read from the installed packages' metadata, and whatever may crash is imported in a separate
 process: the doctor works where nothing else does.
@@ -74,6 +74,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--cfg-path", help="a run's YAML, whose names, keys and files are checked too")
     parser.add_argument("--options", nargs="+", action="extend", default=[], help="section.key=value, as for the run")
     arguments = parser.parse_args(argv)
+    if arguments.options and not arguments.cfg_path:
+        parser.error("--options needs a --cfg-path")
     findings: list[Finding] = []
     for finding in examine(arguments.cfg_path, arguments.options):
         print(render(finding), flush=True)

@@ -91,6 +91,8 @@ def export(
         raise UserError(f"{target} is {'not empty' if target.is_dir() else 'a file'}; name a new folder")
     if Path(checkpoint).is_dir():
         raise UserError(f"{checkpoint} is a folder, exported already perhaps; name a checkpoint file")
+    if not Path(checkpoint).exists():
+        raise UserError(f"there is no checkpoint {checkpoint}")
     cfg, facts = _configuration(Path(checkpoint), arch, model_type)
     model = registry.get_model_class(cfg.model.arch).from_config(cfg.model)
     if str(checkpoint) not in (cfg.model.get("pretrained"), cfg.model.get("blip2_pretrained")):  # else loaded above
@@ -113,9 +115,17 @@ def export(
 
 @contextlib.contextmanager
 def _staging(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder whose files move to ``target`` at the end; if the block fails, nothing is left."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=target.parent, prefix=".export-") as folder:
+    """Yield a temporary folder whose files move to ``target`` at the end; if the block fails, nothing is left.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged = TemporaryDirectory(dir=target.parent, prefix=".export-")
+    except OSError as error:
+        raise UserError(f"{target} can't be created: {error.strerror}") from error
+    with staged as folder:
         yield Path(folder)
         target.mkdir(exist_ok=True)
         for file in Path(folder).iterdir():

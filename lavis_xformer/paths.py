@@ -56,9 +56,9 @@ def project_path(path: str) -> Path:
     shipped = projects.parent / path
     if shipped.is_file() and projects in shipped.parents:
         return shipped
-    known = sorted(str(file.relative_to(projects.parent)) for file in projects.rglob("*.yaml"))
+    known = [str(file.relative_to(projects.parent)) for file in projects.rglob("*.yaml")]
     raise UserError(
-        f"--cfg-path {path}: there is no such file here ({Path.cwd()}). Shipped with lavis_xformer: {', '.join(known)}"
+        f"'{path}': there is no such file here ({Path.cwd()}), nor among the shipped ones; {nearest(path, known)}"
     )
 
 

@@ -39,7 +39,7 @@ def test_what_varies_between_images_is_their_own(make_xformer: Any, batch: dict[
     zq = model.query_image(tokens.clip).last_hidden_state
     change = model.fusion.refine(zq, tokens.mae_tokens)[0] - zq  # (B, Q, D)
     own = (change - change.mean(dim=0)).square().sum() / change.square().sum()
-    assert diagnose.enrichment(model, batch["image"])["Z' own"] == pytest.approx(float(own), rel=1e-4)
+    assert diagnose.enrichment(model, batch["image"])["Z' own"] == pytest.approx(float(own.detach()), rel=1e-4)
 
 
 def test_the_floor_of_the_reconstruction_is_the_frozen_maes_whatever_was_trained(

@@ -91,6 +91,7 @@ def test_a_run_whose_type_is_a_folder_loads_its_weights(trained: XFormerOPT, che
     from lavis_xformer.config.load import load_config
 
     lavis_xformer.register()
+    (tmp_path / "out").mkdir()  # which may be there, empty
     folder = export(checkpoint, tmp_path / "out")
     run = {
         "model": {"arch": "xformer_opt", "model_type": str(folder)},

@@ -114,15 +114,18 @@ def test_cross_attention_is_as_frequent_as_configured(arch: str) -> None:
     assert all(layer.has_cross_attention for layer in layers)
 
 
-def test_an_image_encoder_comes_from_the_file_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parts_are_built_as_configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"patch_size": 8, "embed_dim": 20, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "qkv_bias": True}
     monkeypatch.setattr(towers, "EVA_CLIP_G", sizes)
     state = towers.eva_vit(img_size=64, **sizes).state_dict()
     torch.save(state, tmp_path / "eva.pth")
     cls = registry.get_model_class("lavis_blip2")
     cfg = OmegaConf.load(cls.default_config_path("mini")).model
-    model = cls.from_config(cfg | {"vit_model": "eva_clip_g", "vit_weights": str(tmp_path / "eva.pth")})
+    encoder = {"vit_model": "eva_clip_g", "vit_weights": str(tmp_path / "eva.pth"), "drop_path_rate": 0.1}
+    model = cls.from_config(cfg | encoder | {"pretrained": None})
     assert torch.equal(model.visual_encoder.cls_token, state["cls_token"])
+    assert model.visual_encoder.blocks[-1].drop_path.drop_prob == pytest.approx(0.1)
+    assert model.query_tokens.std().item() == pytest.approx(model.Qformer.config.initializer_range, rel=0.1)
 
 
 def test_lavis_class_has_only_its_own_types() -> None:

@@ -13,7 +13,7 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.mini import build
 from lavis_xformer.mini.mae import mae_config
 from lavis_xformer.models.mae import MaskedAutoencoder
-from lavis_xformer.probe import pooling, run
+from lavis_xformer.probe import figure, pooling, run
 from lavis_xformer.probe.exam import NONE, TASKS, Exam, make_exam
 from lavis_xformer.probe.pooling import STOP, TRAIN, Probe, train_probe
 from lavis_xformer.probe.positions import position_r2
@@ -165,6 +165,12 @@ def test_scenes_too_few_to_ask_for_everything_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "make_exam", lambda *args, **kwargs: Exam(torch.zeros(3), torch.zeros(3, 2), answers))
     with pytest.raises(UserError, match="--scenes 3: none of these scenes has an answer for category; use more"):
         run.main(["--scenes", "3", "--out", str(tmp_path)])
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_figure_of_pixels_alone_has_no_curves(tmp_path):
+    figure.draw(tmp_path / "probe.png", {"pixels": {"count": (9.5, 6.4)}}, {"cutoffs": {"cycles": [2.0]}})
+    assert (tmp_path / "probe.png").stat().st_size > 1_000
 
 
 def test_command_writes_table_figures_and_json(tmp_path):

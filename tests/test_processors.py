@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 
 import numpy as np
@@ -97,6 +98,12 @@ def test_registry_builds_from_nothing_and_from_yaml(photo: Image.Image, name: st
     config = OmegaConf.create({"name": name, "image_size": 16, "mae_image_size": None, "mean": [0.5, 0.5, 0.5]})
     assert cls.from_config(None)(photo).shape == (6, 224, 224)
     assert cls.from_config(config)(photo).shape == (6, 16, 16)
+
+
+@pytest.mark.parametrize("cls", [XFormerImageTrainProcessor, XFormerImageEvalProcessor])
+def test_spawned_loader_workers_can_be_given_them(photo: Image.Image, cls: type[XFormerImageEvalProcessor]) -> None:
+    processor = cls(image_size=16)
+    assert torch.equal(seeded(pickle.loads(pickle.dumps(processor)), photo, 0), seeded(processor, photo, 0))
 
 
 def test_each_view_is_normalised_as_the_yaml_says(photo: Image.Image) -> None:

@@ -228,6 +228,7 @@ def test_an_image_encoder_that_is_not_frozen_is_trained(make_xformer: Any, batch
 def test_features_see_m(mode: str, make_xformer: Any, batch: dict[str, Any]) -> None:
     model = make_xformer("dual", init="normal").eval()
     before = model.extract_features(batch, mode)[f"{mode}_embeds"]
+    assert not before.requires_grad
     model.fusion.mae_in.weight.data.zero_()
     assert not torch.allclose(before, model.extract_features(batch, mode)[f"{mode}_embeds"])
 
@@ -276,6 +277,21 @@ def test_m_masked_in_a_second_pass_is_m_masked_in_the_first(make_xformer: Any, b
     assert torch.equal(first.clip, again.clip)
     assert torch.equal(first.pixels, again.pixels)
     assert all(torch.equal(*parts) for parts in zip(first.mae, again.mae, strict=True))
+
+
+@pytest.mark.parametrize("fusion", ["dual", "none"])
+def test_torch_compile_goes_on_after_a_break_in_the_graph(
+    fusion: str, make_xformer: Any, batch: dict[str, Any]
+) -> None:
+    model = make_xformer(fusion).eval()
+
+    @torch.compile(backend="eager")
+    def encode(image: torch.Tensor) -> torch.Tensor:
+        tokens = model.encode_image(image)
+        torch._dynamo.graph_break()
+        return model.refined(tokens)
+
+    torch.testing.assert_close(encode(batch["image"]), model.encode_queries(batch["image"]))
 
 
 @pytest.mark.parametrize(("fusion", "tokens"), [("dual", 9), ("concat", 17), ("early", 17)])

@@ -9,6 +9,7 @@ FOLDER was written by ``lavis-xformer export``. Without an image, scenes of the 
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from lavis_xformer.arguments import at_least, command_parser
 from lavis_xformer.errors import UserError, first_line
 
 ENLARGED = 256  # side of a drawn image in pixels
+CHARACTERS = 52  # of a title, beside each other above an image
 
 
 class Row(NamedTuple):
@@ -70,13 +72,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             axes.axis("off")
             axes.imshow(shown if source is None else shown.convert("L"), cmap="gray")
             if source is None:
-                axes.set_title(title.replace("$", r"\$"), fontsize=9, loc="left", wrap=True)  # no formulas
+                lines = textwrap.fill(title, CHARACTERS)
+                axes.set_title(lines.replace("$", r"\$"), fontsize=9, loc="left")  # no formulas
                 continue
             axes.set_title(source, fontsize=9)
             extent = (0, ENLARGED, ENLARGED, 0)
             axes.imshow(maps[source].cpu(), cmap="inferno", alpha=0.65, vmin=0, extent=extent, interpolation="bilinear")
     try:
-        figure.savefig(path, dpi=110)
+        figure.savefig(path, dpi=110, format=path.suffix[1:] or "png")
     except (OSError, ValueError) as error:
         raise UserError(f"--out {path}: {error}") from error
 

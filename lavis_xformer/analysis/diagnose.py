@@ -177,11 +177,11 @@ def text(found: Mapping[str, Any]) -> str:
     lines += [
         f"   {name:<41}{value:>12.4f}{other[name]:>12.4f}"
         for name, value in own.items()
-        if name in other and not name.startswith(("chance", "agg"))
+        if name in other and not name.startswith(("chance", "majority", "agg"))
     ]
     if not other:
         lines.append("   this fusion uses no M")
-    lines.append("2. what M changes")
+    lines += ["2. what M changes"] if found["enrichment"] else []
     lines += [f"   {name:<41}{value:>12.4f}" for name, value in found["enrichment"].items()]
     terms = list(dict.fromkeys(name.split(" > ")[0] for name in found["gradients"]))
     parts = list(dict.fromkeys(name.split(" > ")[1] for name in found["gradients"]))
@@ -189,6 +189,6 @@ def text(found: Mapping[str, Any]) -> str:
     for part in parts:
         norms = (found["gradients"][f"{term} > {part}"] for term in terms)
         lines.append(f"   {part:<41}" + "".join(f"{norm:>12.2e}" for norm in norms))
-    lines.append("4. reconstruction of masked patches")
+    lines += ["4. reconstruction of masked patches"] if found["reconstruction"] else []
     lines += [f"   {name:<41}{value:>12.4f}" for name, value in found["reconstruction"].items()]
     return "\n".join(lines)

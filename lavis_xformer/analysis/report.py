@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,7 +38,7 @@ pre { background: #f5f5f5; padding: 1em; overflow: auto }
 
 
 def read_log(folder: Path) -> list[Record]:
-    """Read the records of a run's ``log.jsonl``; lines truncated by a kill are skipped.
+    """Read the records of a run's ``log.jsonl``; lines truncated by a kill, or otherwise no records, are skipped.
 
     Raises:
         UserError: the folder holds no log, or one without a training step.
@@ -46,11 +47,11 @@ def read_log(folder: Path) -> list[Record]:
     if not path.is_file():
         raise UserError(f"{folder} is not a run folder: it has no log.jsonl")
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            continue
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and {"kind", "step"} <= record.keys():
+                records.append(record)
     if not any(record["kind"] == "step" for record in records):
         raise UserError(f"{path} has no training step yet")
     return records
@@ -195,13 +196,20 @@ def _text(value: object) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+    try:
+        return read_json(path) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command."""
     parser = command_parser("report", __doc__)
     parser.add_argument("run_dir", type=Path, help="the folder of a run, with its log.jsonl")
-    page, picture = write_report(parser.parse_args(argv).run_dir)
+    folder = parser.parse_args(argv).run_dir
+    try:
+        page, picture = write_report(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: the report can't be written: {error}") from error
     print(f"{page}\n{picture}")
     return 0

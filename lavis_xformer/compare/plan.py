@@ -226,12 +226,16 @@ def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise UserError(f"{file} is not valid YAML: {error}") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{file} is not valid YAML{where}: {getattr(error, 'problem', error)}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{file} is not a comparison: it has none of {', '.join(KEYS)}")
     for key in content:
         if key not in KEYS:
-            raise UserError(f"{file}: '{key}': {nearest(key, KEYS)}")
+            raise UserError(f"{file}: '{key}' is no key of a comparison; {nearest(key, KEYS)}")
     for section in ("common", "variants"):
         for name, given in _mapping(f"{file}: {section}", content.get(section)).items():
             if not isinstance(name, str):

@@ -211,11 +211,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         problems += wrong_ids([record for record in records if isinstance(record, Question)], options.id_key)
     if not options.fast:
         problems += undecodable(records, options.image_root)
+    wrong = {number for number, _ in problems}
+    records = [record for record in records if record.row not in wrong]
     print(f"{options.file}: {len(rows)} rows")
     for line in summary(records) if records else ["no good row"]:
         print(f"  {line}")
     print(f"  {len(problems)} problems" if problems else "  no problem found")
-    for number, what in problems[: options.show]:
+    for number, what in sorted(problems)[: options.show]:
         print(f"    row {number}: {what}")
     if len(problems) > options.show:
         print(f"    and {len(problems) - options.show} more (--show N shows more)")
@@ -233,15 +235,14 @@ def wrong_ids(questions: Sequence[Question], key: str) -> list[tuple[int, str]]:
 
 
 def undecodable(records: Sequence[Record], image_root: str | Path) -> list[tuple[int, str]]:
-    """Decode every image once; return the row number and error of those that fail."""
-    problems = []
-    first_rows = {record.image: record.row for record in reversed(records)}
-    for image, number in tqdm(sorted(first_rows.items()), "decoding", unit="image", disable=None):
+    """Decode every image once; return the row number and error of the rows whose image fails."""
+    faults = {}
+    for image in tqdm(sorted({record.image for record in records}), "decoding", unit="image", disable=None):
         try:
             open_photo(expand(image_root) / image)
         except PhotoError as error:
-            problems.append((number, str(error)))
-    return problems
+            faults[image] = str(error)
+    return [(record.row, faults[record.image]) for record in records if record.image in faults]
 
 
 def _parser() -> argparse.ArgumentParser:

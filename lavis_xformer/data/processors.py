@@ -59,6 +59,7 @@ class _TwoViewProcessor(BaseProcessor):
             mae_std: MAE's standard deviation per channel.
         """
         super().__init__()
+        del self.transform  # LAVIS's default is a lambda, which can't be pickled for spawned loader workers
         self.clip_size = _side("image_size", image_size)
         self.mae_size = _side("mae_image_size", image_size if mae_image_size is None else mae_image_size)
         self.clip_normalize = transforms.Normalize(mean, std)

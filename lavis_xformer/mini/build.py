@@ -128,7 +128,7 @@ class Job:
             "written by": f"lavis_xformer {__version__}",
         }
         write_card(self.out / part, facts, figures)
-        print(f"{part}: {seconds:.0f} s, " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+        print(f"{part}: " + ", ".join([f"{seconds:.0f} s", *(f"{k} {v:.4g}" for k, v in figures.items())]))
 
 
 def build_bert(job: Job) -> None:
@@ -244,7 +244,7 @@ def main(argv: list[str]) -> int:
     """Run the command; returns its exit status.
 
     Raises:
-        UserError: the factor is out of range, the folder is a file, or the device does not exist.
+        UserError: the factor is out of range, the folder is a file or can't be created, or the device does not exist.
     """
     parser = command_parser("build-mini", __doc__)
     parser.add_argument("--preset", choices=list(RECIPES), default="quick", help=PRESETS)
@@ -261,6 +261,10 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--out {args.out} is a file; name a folder")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is visible here; use --device cpu")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {args.out} can't be created: {error.strerror}") from error
     job = Job(
         out=args.out,
         recipe=RECIPES[args.preset].longer(args.longer),

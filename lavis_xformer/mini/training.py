@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -104,7 +105,8 @@ def fit(
     last = min(schedule.steps, stop_at or schedule.steps)
     begin = saved = time.monotonic()
     module.train()
-    with tqdm(total=schedule.steps, initial=first, desc=title, mininterval=2) as bar:
+    pause = 2 if sys.stderr.isatty() else 60  # seconds between updates: a file keeps them all
+    with tqdm(total=schedule.steps, initial=first, desc=title, mininterval=pause, maxinterval=60) as bar:
         for step in range(first, last):
             for group in optimizer.param_groups:
                 group["lr"] = schedule.rate(step)

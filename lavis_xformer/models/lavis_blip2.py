@@ -42,7 +42,7 @@ class OwnParts(CheckpointLoading):
         "vit_model vit_weights image_size drop_path_rate use_grad_checkpoint vit_precision freeze_vit bert "
         "num_query_token cross_attention_freq max_txt_len blip2_pretrained fusion".split()
     )
-    config: ClassVar[DictConfig]
+    config: ClassVar[DictConfig]  #: of the model that is being built
 
     @classmethod
     def default_config_path(cls, model_type: str) -> str:
@@ -65,9 +65,8 @@ class OwnParts(CheckpointLoading):
         if not dist.is_initialized():  # LAVIS reads the rank unconditionally
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        built = type(cls.__name__, (cls,), {"config": cfg})  # LAVIS's class methods get no configuration
-        model = super(OwnParts, built).from_config(cfg)  # type: ignore[misc]
-        model.__class__ = cls  # a class that unpickling can find
+        cls.config = cfg  # for LAVIS's class methods, which get no configuration
+        model = super().from_config(cfg)  # type: ignore[misc]
         model.visual_encoder.register_forward_pre_hook(partial(_clip_view, size=cfg.image_size))
         model.fusion = NoFusion()
         model.load_report = load_pretrained(model, cfg)

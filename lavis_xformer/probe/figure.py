@@ -38,5 +38,8 @@ def draw(
         right.plot(cycles, curves[name]["low"], "o-", color=colour, label=f"{name}, low-passed")
         right.plot(cycles, curves[name]["high"], "s--", color=colour, label=f"{name}, high-passed")
     right.set(xlabel="cut-off, cycles per side", ylabel="cosine to tokens of the whole image", title="Frequencies")
-    right.legend(fontsize=8)
+    if len(curves) > 1:
+        right.legend(fontsize=8)
+    else:
+        right.remove()  # only of C, M and an untrained CLIP
     figure.savefig(path, dpi=110)

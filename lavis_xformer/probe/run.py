@@ -135,7 +135,8 @@ def main(argv: list[str]) -> int:
     curves = similarity_curves(told, shown.images[:500])
     placed = {name: position_r2(extract(source, shown.images[:500])) for name, source in sources.items()}
     chance = majority(shown)
-    text = f"{table(results, chance)}\n\n{frequencies(curves)}\n\n{said_of(placed)}"
+    parts = [table(results, chance), *([frequencies(curves)] if told else []), said_of(placed)]
+    text = "\n\n".join(parts)
     record = {"arguments": vars(args) | {"out": str(args.out)}, "accuracy": results, "majority": chance}
     record |= {"position_r2": placed, "similarity": curves}
     (args.out / "probe.json").write_text(json.dumps(record, indent=2) + "\n")

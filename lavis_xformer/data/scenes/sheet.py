@@ -129,7 +129,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", default="scenes.png", help="picture to write (default: %(default)s)")
     parser.add_argument("--preset", default="standard", help=f"{', '.join(PRESETS)} (default: %(default)s)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the world (default: 0)")
-    parser.add_argument("--split", default="train", help="train, val or test (default: train)")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="train", help="default: train")
     parser.add_argument("--answers", type=at_least(1), metavar="N", help="count the answers about N scenes too")
     given = parser.parse_args(argv)
     contact_sheet(given.preset, given.seed, given.out, given.split)
