@@ -36,6 +36,18 @@ def nearest(name: object, options: Iterable[str]) -> str:
     return f"{there_is}: {', '.join(ordered)} and {len(known) - len(ordered)} others"
 
 
+def one_of(key: str, name: str, options: Iterable[str]) -> str:
+    """Return a name that a key gives, if it is one of the options.
+
+    Raises:
+        UserError: it isn't.
+    """
+    known = list(options)
+    if name not in known:
+        raise UserError(f"{key}: '{name}'; {nearest(name, known)}")
+    return name
+
+
 def named(options: Mapping[str, Found], name: str, what: str) -> Found:
     """Return the option with this name; ``what`` says in the error message what the options are.
 

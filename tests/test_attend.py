@@ -122,6 +122,9 @@ def test_a_caption_in_stage_1_and_a_layer_that_is_not_there(make_xformer: Any, b
     maps = attention_maps(model, batch)
     single = attention_maps(model, {"image": batch["image"][1:2], "text_input": batch["text_input"][1:2]})
     assert torch.allclose(maps["C"][1:2], single["C"], atol=1e-6), "images don't see each other"
+    other = attention_maps(model, {**batch, "text_input": ["three green star"] * 4})["C"]
+    assert torch.allclose(other[2], maps["C"][2], rtol=1e-2, atol=1e-8)
+    assert not torch.equal(other[1], maps["C"][1]), "each text has a map of its own"
     assert not torch.allclose(maps["C"], attention_maps(model, batch, layer=0)["C"])
     with pytest.raises(UserError, match="layer 2: the Q-Former has 2 cross-attention layers"):
         attention_maps(model, batch, layer=2)

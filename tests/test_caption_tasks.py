@@ -91,7 +91,7 @@ def test_captions_are_asked_for_by_the_protocol_which_the_result_names(tmp_path:
     assert list(result["question_sha256"]) == [str(tmp_path / "captions.json")]
     caption(setup(XFormerCaptionTask, tmp_path, report_metric=False, prompt="", protocol="lavis", **ASKED), model)
     assert model.asked["prompt"] == ""
-    with pytest.raises(UserError, match=r"run\.protocol: 'papers': did you mean 'paper'"):
+    with pytest.raises(UserError, match=r"run\.protocol: 'papers'; did you mean 'paper'"):
         setup(XFormerCaptionTask, tmp_path, protocol="papers", **ASKED)
 
 

@@ -178,7 +178,7 @@ def assert_lie_apart(added: torch.Tensor) -> None:
 
 
 def test_positions_are_of_an_encoder(configured: Any, toy: Any) -> None:
-    with pytest.raises(UserError, match=r"model\.token_positions: no encoder 'mea'; did you mean 'mae'"):
+    with pytest.raises(UserError, match=r"model\.token_positions: 'mea'; did you mean 'mae'"):
         configured(toy, token_positions=["mea"])
 
 
@@ -323,7 +323,7 @@ def test_mistakes_are_named(configured: Any, toy: Any) -> None:
     with pytest.raises(UserError, match="'clip' with fusion 'concat' would read C twice"):
         configured(toy, mae_source="clip", fusion="concat")
     for nothing in (None, False):
-        with pytest.raises(UserError, match=rf"model\.fusion: no fusion '{nothing}'; .*dual"):
+        with pytest.raises(UserError, match=rf"model\.fusion: '{nothing}'; .*dual"):
             configured(toy, fusion=nothing)
     with pytest.raises(UserError, match=r"model\.token_positions: 'clip' is not a list; write \[clip\]"):
         configured(toy, token_positions="clip")

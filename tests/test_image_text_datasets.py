@@ -170,7 +170,7 @@ def test_question_ids_must_be_unique_whole_numbers(photos: Path, questions: Path
     ("settings", "message"),
     [
         ({}, r"set datasets\.image_text_json\.splits\.train\.annotations"),
-        ({"splits": {"vall": {"annotations": "x"}}}, "split 'vall': did you mean 'val'"),
+        ({"splits": {"vall": {"annotations": "x"}}}, "splits: 'vall'; did you mean 'val'"),
         ({"splits": {"val": {"annotations": "gone.json"}}}, r"gone\.json: no such annotation file"),
         ({"image_root": "/nowhere"}, "/nowhere: no such image folder"),
         ({"caption_key": "text"}, r"10 of 10 rows are wrong: row 1: no caption under 'text'"),

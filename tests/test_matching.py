@@ -53,7 +53,7 @@ def test_both_heads_see_m(head: str, make_itm: Any, batch: dict[str, Any]) -> No
 
 
 def test_an_unknown_head_is_named(make_itm: Any, batch: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="no head 'itk'; did you mean 'itm'"):
+    with pytest.raises(UserError, match="match_head: 'itk'; did you mean 'itm'"):
         make_itm("none")(batch, match_head="itk")
 
 

@@ -151,7 +151,7 @@ def test_an_unknown_source_is_named_before_anything_is_drawn(tmp_path, monkeypat
     folder = tmp_path / "mini"
     build.main(["--preset", "smoke", "--only", "clip", "--only", "mae", "--out", str(folder)])
     monkeypatch.setattr(run, "make_exam", lambda *args, **kwargs: pytest.fail("exams are drawn"))
-    with pytest.raises(UserError, match=r"--sources 'pixel': did you mean 'pixels'\?"):
+    with pytest.raises(UserError, match=r"--sources: 'pixel'; did you mean 'pixels'\?"):
         run.main(["--set", str(folder), "--sources", "C, pixel", "--out", str(tmp_path / "out")])
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--out .*file: File exists; name a folder"):

@@ -161,7 +161,7 @@ def test_vqa_by_hand_as_lavis_and_as_vqas_own_evaluation(
 
 
 def test_an_unknown_scorer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"run\.scorer: 'offical': did you mean 'official'"):
+    with pytest.raises(UserError, match=r"run\.scorer: 'offical'; did you mean 'official'"):
         setup(XFormerVQATask, tmp_path, scorer="offical")
 
 
@@ -232,7 +232,7 @@ def test_the_model_keeps_its_own_length_penalty(tmp_path: Path) -> None:
 
 
 def test_an_unknown_protocol_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"run\.protocol: 'papers': did you mean 'paper'"):
+    with pytest.raises(UserError, match=r"run\.protocol: 'papers'; did you mean 'paper'"):
         setup(XFormerGQATask, tmp_path, protocol="papers")
 
 

@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lavis_xformer.config.files import check_data_files, check_file
 from lavis_xformer.config.keys import check_keys, nodes
 from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.models.parts import check_names
 from lavis_xformer.paths import project_path
 
 logger = logging.getLogger(__name__)
@@ -66,7 +67,8 @@ class RunConfig(Config):
         for dataset in self.config.datasets.values():
             _drop_null((dataset.get("build_info") or {}).get("annotations") or {})
         self.config.run.output_dir = str(Path(str(self.config.run.get("output_dir") or "output")).absolute())
-        _check_fusion(self.config, classes["model"])
+        if classes["model"].__module__.startswith("lavis_xformer."):
+            check_names(self.config.model)
         _check_processors(self.config)
         check_data_files(self.config.datasets, user.datasets)
         check_file("run.resume_ckpt_path", self.config.run.get("resume_ckpt_path"))
@@ -222,14 +224,6 @@ def _drop_null(section: Any) -> None:
     """Remove null entries: a split that is left out, a key of ``run`` that counts as not set."""
     for key in [key for key in section if not OmegaConf.is_interpolation(section, key) and section[key] is None]:
         del section[key]
-
-
-def _check_fusion(config: DictConfig, model: Any) -> None:
-    if model.__module__.startswith("lavis_xformer.") and "fusion" in config.model:
-        from lavis_xformer.models.fusion import FUSIONS
-
-        if (fusion := config.model.fusion) not in FUSIONS:
-            raise UserError(f"model.fusion: '{fusion}' is unknown: {nearest(str(fusion), FUSIONS)}")
 
 
 def _check_processors(config: DictConfig) -> None:

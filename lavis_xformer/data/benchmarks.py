@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from lavis_xformer.data.image_text_datasets import LocalFilesBuilder, QuestionEvalDataset
 from lavis_xformer.data.records import Row, absent_images, expand, read_rows, report, strings
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.files import sha256
 from lavis_xformer.paths import config_path
 
@@ -152,9 +152,7 @@ class BenchmarkBuilder(LocalFilesBuilder):
         """
         if split == "train":
             raise UserError(f"{self.name} is a benchmark: name its files under splits.test or splits.val")
-        template = self.config.get("template", "raw")
-        if template not in TEMPLATES:
-            raise UserError(f"datasets.{self.name}.template: '{template}': {nearest(template, TEMPLATES)}")
+        template = one_of(f"datasets.{self.name}.template", self.config.get("template", "raw"), TEMPLATES)
         files = self.files(split)
         tables = [read_rows(file, rows_key=self.config.get("rows_key")) for file in files]
         digests = {file: self.fingerprint(file) for file in files}  # first: another benchmark's file is rejected whole

@@ -22,7 +22,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from lavis_xformer.data.packed import PackedRows
 from lavis_xformer.data.photos import describe, strict_decoding
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError, one_of
 
 logger = logging.getLogger(__name__)
 
@@ -66,10 +66,8 @@ class GuardedDataset(Dataset):
         Raises:
             UserError: ``on_corrupt`` is neither.
         """
-        if on_corrupt not in ON_CORRUPT:
-            raise UserError(f"on_corrupt: {on_corrupt}: {nearest(on_corrupt, ON_CORRUPT)}")
         self.dataset = dataset
-        self.on_corrupt = on_corrupt
+        self.on_corrupt = one_of("on_corrupt", on_corrupt, ON_CORRUPT)
         self.max_in_a_row = max_in_a_row
         self._noted = 0  # by this process
         # One flag per sample, in memory that the loader's workers share with this process.

@@ -24,7 +24,7 @@ from omegaconf import ListConfig
 from lavis_xformer.data.image_text import Pair, PairKeys, Question, QuestionKeys, Record, load, wrong_ids
 from lavis_xformer.data.photos import open_photo
 from lavis_xformer.data.records import expand, read_strings
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.paths import config_path
 
 Processor = Callable[[Any], Any]
@@ -185,8 +185,7 @@ class LocalFilesBuilder(BaseDatasetBuilder, ABC):
         self.build_processors()
         splits = self.config.get("splits") or {}
         for split in splits:
-            if split not in SPLITS:
-                raise UserError(f"{self.name}: split '{split}': {nearest(split, SPLITS)}")
+            one_of(f"datasets.{self.name}.splits", split, SPLITS)
         given = [name for name in SPLITS if (splits.get(name) or {}).get("annotations")]
         if not given:
             split = next(iter(splits), "train")

@@ -27,7 +27,7 @@ from torchvision.transforms import functional as tv
 from torchvision.transforms.functional import InterpolationMode
 
 from lavis_xformer.data.photos import to_rgb
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, pack
 
 _CROP_RATIO = (3 / 4, 4 / 3)  # torchvision's own default
@@ -70,8 +70,7 @@ class _TwoViewProcessor(BaseProcessor):
         """Build the processor from its YAML node; None and null mean the defaults."""
         given = {str(key): value for key, value in (cfg or {}).items() if key != "name"}
         for key in given:
-            if key not in cls.keys:
-                raise UserError(f"image processor: unknown key '{key}': {nearest(key, cls.keys)}")
+            one_of("image processor", key, cls.keys)
         return cls(**{key: value for key, value in given.items() if value is not None})
 
     def __call__(self, item: Image.Image) -> Tensor:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from lavis_xformer.data.packed import LazyRows
 from lavis_xformer.data.scenes import LEVELS, PRESETS, Scene, captions, make_scene, render
-from lavis_xformer.errors import UserError, named, nearest
+from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.paths import config_path
 
 Processor = Callable[[Any], Any]
@@ -148,8 +148,7 @@ class SceneBuilder(BaseDatasetBuilder, ABC):
         self.build_processors()
         parts = {name: part for name, part in (self.config.splits or {}).items() if part is not None}
         for name, part in parts.items():
-            if name not in SPLITS:
-                raise UserError(f"splits: no split named {name!r}: {nearest(name, SPLITS)}")
+            one_of("splits", name, SPLITS)
             if not isinstance(part, Mapping):
                 raise UserError(f"splits.{name} is {part!r}; it must hold keys such as scenes")
         return {
@@ -161,12 +160,11 @@ class SceneBuilder(BaseDatasetBuilder, ABC):
     def _split(self, name: str, part: Mapping[str, Any]) -> SceneDataset:
         known = ("scenes", *self.split_keys)
         for key in part:
-            if key not in known:
-                raise UserError(f"splits.{name}: unknown key {key!r}: {nearest(key, known)}")
+            one_of(f"splits.{name}", key, known)
         given = self.config.get("preset")
         presets = (list(given) or [""]) if isinstance(given, ListConfig) else [given]
         for preset in presets:
-            named(PRESETS, preset, "scene preset")
+            one_of("preset", preset, PRESETS)
         mode = "train" if name == "train" else "eval"
         shared = {
             "source": SceneSource(
@@ -197,8 +195,7 @@ class ScenePairBuilder(SceneBuilder):
     split_keys = ("captions", "captions_per_image")
 
     def _dataset(self, name: str, part: Mapping[str, Any], shared: Sample) -> SceneDataset:
-        level = part.get("captions", "medium")
-        named(LEVELS, level, "caption level")
+        level = one_of(f"splits.{name}.captions", part.get("captions", "medium"), LEVELS)
         each = whole(f"splits.{name}.captions_per_image", part.get("captions_per_image", 1), least=1)
         cls = ScenePairDataset if name == "train" else ScenePairEvalDataset
         return cls(level=level, captions_per_image=each, **shared)

@@ -18,7 +18,7 @@ from lavis_xformer.data.scene_datasets import Sample, SceneBuilder, SceneDataset
 from lavis_xformer.data.scenes import ANSWERS, QUESTION_KINDS, Question, ask, questions, scene_rng
 from lavis_xformer.data.scenes.qa import KINDS, details_asked, inventory_asked
 from lavis_xformer.data.scenes.text import shuffled
-from lavis_xformer.errors import UserError, named
+from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.paths import config_path
 
 Asked = TypeVar("Asked")  # a question, or several
@@ -139,7 +139,7 @@ class SceneQuestionBuilder(SceneBuilder):
     def _dataset(self, name: str, part: Mapping[str, Any], shared: Sample) -> SceneDataset:
         kinds = tuple(self.config.get("kinds") or QUESTION_KINDS)
         for kind in kinds:
-            named(KINDS, kind, "question kind")
+            one_of("kinds", kind, KINDS)
         each = whole(f"splits.{name}.questions_per_image", part.get("questions_per_image", 1), least=1)
         asked = {"kinds": kinds, "questions_per_image": each, **shared}
         if not part.get("dialogue", False):

@@ -16,7 +16,7 @@ from lavis.models.blip2_models.blip2 import compute_sim_matrix
 from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.models.base import XFormerBase
 from lavis_xformer.models.fusion import CrossAttentionBlock, Init
 from lavis_xformer.models.samples import check_positive, check_whole, take, texts_of
@@ -45,8 +45,7 @@ class FeatureModel(XFormerBase):
         """
         super().__init__(**parts)
         self._check_length("model.max_txt_len", self.max_txt_len)
-        if itg_source not in ITG_SOURCES:
-            raise UserError(f"model.itg_source: '{itg_source}'; {nearest(itg_source, ITG_SOURCES)}")
+        one_of("model.itg_source", itg_source, ITG_SOURCES)
         sizes = self.Qformer.config
         width = sizes.hidden_size
         self.itg_reader = (  # without self-attention, so that no token sees later ones
@@ -108,8 +107,7 @@ class FeatureModel(XFormerBase):
         Raises:
             UserError: an unknown mode, or an input that the mode needs is missing.
         """
-        if mode not in MODES:
-            raise UserError(f"mode: no mode '{mode}'; {nearest(mode, MODES)}")
+        one_of("mode", mode, MODES)
         if mode == "image":
             z = self.encode_queries(take(samples, "image"))
             return BlipOutputFeatures(image_embeds=z, image_embeds_proj=F.normalize(self.vision_proj(z), dim=-1))

@@ -13,7 +13,7 @@ import torch
 from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.models.base import XFormerBase
 from lavis_xformer.models.language import LanguageModel
 from lavis_xformer.models.samples import check_positive, check_whole, one_per_image, take
@@ -156,11 +156,10 @@ class GenerativeModel(XFormerBase):
         """
         check_whole(1, num_beams=num_beams, max_len=max_len, num_ans_candidates=num_ans_candidates)
         check_whole(0, min_len=min_len)
+        one_of("run.inference_method", inference_method, METHODS)
         prefix, asked = self._ask(samples, prompt)
         if inference_method == "rank":
             return self._rank(prefix, asked, answer_list, num_ans_candidates)
-        if inference_method != "generate":
-            raise UserError(f"run.inference_method: '{inference_method}'; {nearest(inference_method, METHODS)}")
         answers = self.language.answer(
             prefix,
             asked,

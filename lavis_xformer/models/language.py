@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from lavis_xformer.assets import resolve
 from lavis_xformer.distributed import token_mean
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.losses import NO_TARGET, language_modelling, token_losses
 from lavis_xformer.models.frozen import (
     DTYPES,
@@ -80,8 +80,8 @@ class LanguageModel(ABC):
             UserError: there is no such model, it can't be fetched, or it is of another kind.
         """
         key = f"model.{cls.kind}_model"
-        if precision is not None and precision not in DTYPES:
-            raise UserError(f"model.llm_precision: '{precision}'; {nearest(str(precision), DTYPES)}")
+        if precision is not None:
+            one_of("model.llm_precision", precision, DTYPES)
         try:
             path = str(resolve(name))
         except UserError as error:

@@ -10,7 +10,7 @@ from typing import Any
 import torch.nn.functional as F
 from lavis.common.registry import registry
 
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import one_of
 from lavis_xformer.models.samples import take, texts_of
 from lavis_xformer.models.stage1 import XFormer
 
@@ -35,8 +35,7 @@ class XFormerITM(XFormer):
         Raises:
             UserError: an unknown head.
         """
-        if match_head not in MATCH_HEADS:
-            raise UserError(f"match_head: no head '{match_head}'; {nearest(match_head, MATCH_HEADS)}")
+        one_of("match_head", match_head, MATCH_HEADS)
         image = take(samples, "image")
         text = self.tokenize(texts_of(samples, len(image)))
         if match_head == "itm":

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.models import towers
 from lavis_xformer.models.frozen import DTYPES
 from lavis_xformer.models.fusion import FUSIONS, Init
@@ -42,7 +42,7 @@ def build_parts(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: a name, folder or file in the configuration is wrong.
     """
-    _check_names(cfg)
+    check_names(cfg)
     name = cfg.get("fusion", "dual")
     visual_encoder = towers.build_clip(
         cfg.vit_model,
@@ -84,8 +84,7 @@ def weights_of(given: Mapping[str, Any] | None, defaults: Mapping[str, float]) -
         UserError: there is no such loss, or its weight is not a number.
     """
     for name, weight in (given or {}).items():
-        if name not in defaults:
-            raise UserError(f"model.loss_weights: no loss '{name}'; {nearest(name, defaults)}")
+        one_of("model.loss_weights", name, defaults)
         if not isinstance(weight, int | float):
             raise UserError(f"model.loss_weights.{name} is {weight!r}; it must be a number")
     return {**defaults, **(given or {})}
@@ -96,25 +95,22 @@ def _heads(fusion: str, visual_encoder: Any, qformer: Any) -> int:
     return towers.heads_of(visual_encoder) if fusion == "early" else qformer.config.num_attention_heads
 
 
-def _check_names(cfg: DictConfig) -> None:
+def check_names(cfg: DictConfig) -> None:
     """Check the names and counts in a ``model`` configuration before anything is built.
 
     Raises:
         UserError: there is no such fusion, initialisation, precision or encoder, or a count is not positive.
     """
-    if (name := cfg.get("fusion", "dual")) not in FUSIONS:
-        raise UserError(f"model.fusion: no fusion '{name}'; {nearest(name, FUSIONS)}")
+    one_of("model.fusion", cfg.get("fusion", "dual"), FUSIONS)
     for key, value in given(cfg, *CHOICES).items():
-        if value not in CHOICES[key]:
-            raise UserError(f"model.{key}: '{value}'; {nearest(str(value), CHOICES[key])}")
+        one_of(f"model.{key}", value, CHOICES[key])
     for key, count in given(cfg, *COUNTS).items():
         if not isinstance(count, int) or count < 1:
             raise UserError(f"model.{key} is {count}; it must be a whole number above 0")
     if isinstance(placed := cfg.get("token_positions") or [], str):
         raise UserError(f"model.token_positions: '{placed}' is not a list; write [{placed}]")
     for encoder in placed:
-        if encoder not in ENCODERS:
-            raise UserError(f"model.token_positions: no encoder '{encoder}'; {nearest(encoder, ENCODERS)}")
+        one_of("model.token_positions", encoder, ENCODERS)
 
 
 def _build_mae(cfg: DictConfig, visual_encoder: Any, *, fusion: str) -> MaskedAutoencoder | None:

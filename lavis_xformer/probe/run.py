@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from lavis_xformer.arguments import at_least, command_parser
 from lavis_xformer.assets import resolve
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.probe.exam import NONE, TASKS, Exam, make_exam
 from lavis_xformer.probe.figure import draw
 from lavis_xformer.probe.pooling import STOP, TRAIN, train_probe
@@ -87,10 +87,7 @@ def chosen(models: str, names: str | None) -> dict[str, Encoder]:
             raise UserError(f"--set {models}: {folder / part} does not exist; {made}")
     sources = encoders(folder)
     wanted = [name.strip() for name in names.split(",")] if names else list(sources)
-    for name in wanted:
-        if name not in sources:
-            raise UserError(f"--sources '{name}': {nearest(name, sources)}")
-    return {name: sources[name] for name in wanted}
+    return {name: sources[one_of("--sources", name, sources)] for name in wanted}
 
 
 def drawn(split: str, count: int) -> Exam:

@@ -28,7 +28,7 @@ from lavis_xformer.engine.options import RunOptions
 from lavis_xformer.engine.sampling import check_ratios, eval_loader, split_by, train_loader
 from lavis_xformer.engine.step import AUTOCAST, computes_bf16
 from lavis_xformer.engine.streams import EpochLoader, JoinedLoader, ShardStream, StreamLoader
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError, one_of
 
 
 class PortableRunner(RunnerBase):
@@ -201,8 +201,7 @@ class PortableRunner(RunnerBase):
                 owners.setdefault(split, []).append(name)
         for key in (*(() if self.evaluate_only else ("train_splits",)), "valid_splits", "test_splits"):
             for split in getattr(self, key):
-                if split not in owners:
-                    raise UserError(f"run.{key}: the datasets have no split '{split}': {nearest(split, owners)}")
+                one_of(f"run.{key}", split, owners)
         for split, names in owners.items():
             if split != "train" and len(names) > 1:
                 raise UserError(

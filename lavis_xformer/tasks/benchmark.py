@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from lavis_xformer import distributed
 from lavis_xformer.distributed import is_main
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.tasks import scoring
 from lavis_xformer.tasks.base import own_batches
 from lavis_xformer.tasks.protocols import PROTOCOL_KEYS, NeedsMethod, Protocol, Row, protocol_of, write_result
@@ -69,9 +69,7 @@ class BenchmarkTask(NeedsMethod, BaseTask):
             UserError: there is no such protocol or scorer, or there are several datasets.
         """
         run = cfg.run_cfg
-        scorer = run.get("scorer", "strict")
-        if scorer not in SCORERS:
-            raise UserError(f"run.scorer: '{scorer}': {nearest(str(scorer), SCORERS)}")
+        scorer = one_of("run.scorer", run.get("scorer", "strict"), SCORERS)
         if len(names := list(cfg.datasets_cfg)) != 1:
             raise UserError(f"xformer_benchmark asks the questions of one dataset, not of {', '.join(names)}")
         return cls(protocol=protocol_of(run), scorer=scorer, blind=bool(run.get("blind", False)), config=cfg.to_dict())

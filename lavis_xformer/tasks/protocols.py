@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from lavis.common.registry import registry
 
 from lavis_xformer.engine import jobs
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.files import sha256, write_json
 
 Row = dict[str, Any]
@@ -58,10 +58,7 @@ def chosen(run: Any, protocols: Mapping[str, Any]) -> Any:
     Raises:
         UserError: there is no such protocol.
     """
-    name = run.get("protocol", "paper")
-    if name not in protocols:
-        raise UserError(f"run.protocol: '{name}': {nearest(str(name), protocols)}")
-    return protocols[name]
+    return protocols[one_of("run.protocol", run.get("protocol", "paper"), protocols)]
 
 
 def protocol_of(run: Any, protocols: Mapping[str, Protocol] = PROTOCOLS) -> Protocol:

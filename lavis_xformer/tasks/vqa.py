@@ -20,7 +20,7 @@ from lavis.common.vqa_tools.vqa_eval import VQAEval
 from lavis.tasks.vqa import GQATask, VQATask
 
 from lavis_xformer.distributed import is_main
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.files import read_json
 from lavis_xformer.tasks.protocols import NeedsMethod, Row, WithProtocol
 
@@ -113,9 +113,7 @@ class XFormerVQATask(AsksByProtocol, VQATask):
         Raises:
             UserError: there is no such protocol or scorer.
         """
-        scorer = cfg.run_cfg.get("scorer", "lavis")
-        if scorer not in SCORERS:
-            raise UserError(f"run.scorer: '{scorer}': {nearest(str(scorer), SCORERS)}")
+        scorer = one_of("run.scorer", cfg.run_cfg.get("scorer", "lavis"), SCORERS)
         task: XFormerVQATask = super().setup_task(cfg)
         task.scorer = scorer
         return task

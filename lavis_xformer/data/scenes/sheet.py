@@ -13,7 +13,7 @@ from lavis_xformer.data.scenes.qa import QUESTION_KINDS, majority_share, questio
 from lavis_xformer.data.scenes.render import render
 from lavis_xformer.data.scenes.text import LEVELS, captions
 from lavis_xformer.data.scenes.world import PRESETS, Scene, make_scene, scene_rng
-from lavis_xformer.errors import UserError, named
+from lavis_xformer.errors import UserError, one_of
 
 INK, SOFT, ANSWER, PAPER, CARD = "#20242c", "#727987", "#0a7050", "#e9ebef", "#ffffff"
 SIDE = 64  # pixels of a scene, as the encoders of the mini world see it
@@ -86,7 +86,7 @@ def contact_sheet(preset: str, seed: int, path: str | Path, split: str = "train"
     Raises:
         UserError: there is no such preset, or ``path`` can't be written.
     """
-    named(PRESETS, preset, "scene preset")
+    one_of("--preset", preset, PRESETS)
     levels = list(LEVELS)
     cards = [
         _card(make_scene(seed, split, index, preset), levels[index % len(levels)]) for index in range(COLUMNS * ROWS)
