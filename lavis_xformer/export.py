@@ -138,7 +138,7 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
 
     from lavis_xformer.config.load import choose_model_type, find
     from lavis_xformer.models.checkpoints import BROUGHT_CLIP, is_blip2, read_checkpoint
-    from lavis_xformer.models.towers import load_torch_file
+    from lavis_xformer.models.weight_files import load_torch_file
 
     cfg: Any
     content: dict[str, Any] = {}

@@ -22,6 +22,7 @@ from lavis_xformer.models.checkpoints import LoadReport, load_pretrained, load_s
 from lavis_xformer.models.opt import OptLanguage
 from lavis_xformer.models.stage1 import XFormer
 from lavis_xformer.models.t5 import T5Language
+from lavis_xformer.models.weight_files import load_torch_file
 
 
 def trainable_state(model: Any) -> dict[str, torch.Tensor]:
@@ -192,7 +193,7 @@ def test_no_door_runs_pickled_code(
     file = tmp_path / ("pytorch_model.bin" if configuration else "mae_pretrain_vit_toy_full.pth")
     torch.save({"model": Malicious(tmp_path / "owned")}, file)
     doors: dict[str, Callable[[], Any]] = {
-        "vit_weights": lambda: towers.load_torch_file(file, key=door),
+        "vit_weights": lambda: load_torch_file(file, key=door),
         "mae_model .pth": lambda: towers.build_mae(str(file)),
         "mae_model": lambda: towers.build_mae(str(tmp_path)),
         "bert": lambda: towers.build_qformer(str(tmp_path), num_queries=4, vision_width=20, cross_attention_freq=2),

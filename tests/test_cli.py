@@ -143,3 +143,8 @@ def test_numbers_out_of_range_are_refused_before_anything_is_read(given: str, wr
         cli.main(given.split())
     assert stopped.value.code == 2
     assert wrong in capsys.readouterr().err
+
+
+def test_the_package_is_the_command_too():
+    done = subprocess.run([sys.executable, "-m", "lavis_xformer", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"lavis_xformer {__version__}\n")

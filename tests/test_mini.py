@@ -54,6 +54,14 @@ def test_build_leaves_cards_and_checksums(smoke):
         assert "--preset smoke" in card
 
 
+def test_a_set_that_is_there_is_not_built_again(smoke):
+    before = (smoke / "SHA256SUMS.json").read_text()
+    with pytest.raises(UserError, match=r"already has bert, opt; name another folder, or continue by --resume"):
+        build.main(["--preset", "smoke", "--only", "bert", "--only", "opt", "--out", str(smoke)])
+    assert build.main(["--preset", "smoke", "--only", "bert", "--out", str(smoke), "--resume"]) == 0
+    assert (smoke / "SHA256SUMS.json").read_text() == before
+
+
 def test_clip_is_lavis_vit_without_its_last_block(mini):
     from lavis_xformer.mini.clip import ClipConfig
 

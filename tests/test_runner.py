@@ -487,8 +487,8 @@ def test_without_validation_the_last_weights_are_the_best(tmp_path):
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        ({"valid_splits": ["vall"]}, r"run\.valid_splits: the datasets have no split 'vall': did you mean 'val'\?"),
-        ({"test_splits": ["tset"]}, r"run\.test_splits: the datasets have run\.test_splits: 'tset'; "),
+        ({"valid_splits": ["vall"]}, r"run\.valid_splits: 'vall'; did you mean 'val'\?"),
+        ({"test_splits": ["tset"]}, r"run\.test_splits: 'tset'; "),
         ({"train_splits": []}, r"run\.train_splits is \[\]; to train, it must be \[train\]"),
         ({"train_splits": ["train", "val"]}, r"run\.train_splits is \['train', 'val'\]"),
     ],

@@ -244,7 +244,8 @@ def main(argv: list[str]) -> int:
     """Run the command; returns its exit status.
 
     Raises:
-        UserError: the factor is out of range, the folder is a file or can't be created, or the device does not exist.
+        UserError: the factor is out of range, the folder is a file, can't be created or has such parts already, or the
+            device does not exist.
     """
     parser = command_parser("build-mini", __doc__)
     parser.add_argument("--preset", choices=list(RECIPES), default="quick", help=PRESETS)
@@ -275,6 +276,8 @@ def main(argv: list[str]) -> int:
     )
     begin = time.monotonic()
     parts = args.only or list(PARTS)
+    if not args.resume and (old := [part for part in parts if (args.out / part).exists()]):
+        raise UserError(f"--out {args.out} already has {', '.join(old)}; name another folder, or continue by --resume")
     for part in parts:
         torch.manual_seed(args.seed)
         PARTS[part](job)

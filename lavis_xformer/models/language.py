@@ -32,7 +32,7 @@ from lavis_xformer.models.frozen import (
     own_autocast,
     unscaled_half,
 )
-from lavis_xformer.models.towers import offline_error
+from lavis_xformer.models.weight_files import offline_error
 
 Dialogue = Sequence[tuple[str, str]]  # prompts, each with the target that follows it
 L = TypeVar("L", bound="LanguageModel")

@@ -6,29 +6,26 @@ import. Whatever can't be found or doesn't fit raises a one-line error that name
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lavis.common.dist_utils import download_cached_file
 from lavis.models.blip2_models.Qformer import BertLMHeadModel
 from lavis.models.clip_vit import create_clip_vit_L
 from lavis.models.eva_vit import VisionTransformer, interpolate_pos_embed
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertTokenizer, ViTMAEConfig, ViTMAEForPreTraining
 
-from lavis_xformer.assets import SCHEME, resolve
-from lavis_xformer.errors import UserError, first_line, nearest
+from lavis_xformer.assets import resolve
+from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models.mae import MaeTower, MaskedAutoencoder
 from lavis_xformer.models.meta_mae import from_meta
 from lavis_xformer.models.state_dicts import REPORTING, load_exactly
+from lavis_xformer.models.weight_files import download, load_safetensors, load_torch_file, offline_error, read_json
 
 # EVA-CLIP ViT-g/14 as BLIP-2 reads it: 39 of its 40 blocks (LAVIS `create_eva_vit_g`)
 EVA_CLIP_G: dict[str, Any] = {
@@ -107,7 +104,7 @@ def build_clip(
 
 
 def _eva_sizes(folder: Path) -> dict[str, Any]:
-    config = _read_json(folder / "config.json", "vit_model")
+    config = read_json(folder / "config.json", "vit_model")
     if missing := [key for key in EVA_KEYS if key not in config]:
         raise UserError(f"model.vit_model: '{folder}' is not an EVA ViT: its config.json lacks {', '.join(missing)}")
     return {key: config[key] for key in EVA_KEYS}
@@ -116,7 +113,7 @@ def _eva_sizes(folder: Path) -> dict[str, Any]:
 def _is_mae(path: Path) -> bool:
     """Whether a folder, one of Meta's files or a hub id is a MAE, not a CLIP."""
     if (config := path / "config.json").is_file():
-        return _read_json(config, "vit_model").get("model_type") == "vit_mae"
+        return read_json(config, "vit_model").get("model_type") == "vit_mae"
     return (path.suffix == ".pth" and path.name.startswith("mae_")) or "vit-mae" in path.name
 
 
@@ -274,78 +271,3 @@ def build_tokenizer(name: str) -> BertTokenizer:
         raise offline_error(name, "bert", error) from error
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     return tokenizer
-
-
-def load_torch_file(path: str | Path, *, key: str) -> dict[str, Any]:
-    """Read tensors from a ``.pth`` file; pickled code is refused.
-
-    Args:
-        path: the file.
-        key: the configuration key that named it, for messages.
-
-    Raises:
-        UserError: there is no such file, it is truncated, or it holds anything but tensors and plain values by name.
-    """
-    file = _existing(Path(path), key)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # training options, as in MAE's files
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UserError(
-            f"model.{key}: '{file}' is not an intact tensor file (files with pickled code are refused): "
-            f"{first_line(error.__context__ or error)}"  # torch's own message advises to load such code
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(f"model.{key}: '{file}' holds a {type(content).__name__}, not a dict of tensors")
-    return content
-
-
-def load_safetensors(path: Path, *, key: str) -> dict[str, Tensor]:
-    """Read a ``.safetensors`` file.
-
-    Args:
-        path: the file.
-        key: the configuration key that named it, for messages.
-
-    Raises:
-        UserError: there is no such file, or it is truncated.
-    """
-    try:
-        return load_file(_existing(path, key))
-    except SafetensorError as error:
-        raise UserError(f"model.{key}: '{path}' is not an intact tensor file: {error}") from error
-
-
-def _read_json(path: Path, key: str) -> dict[str, Any]:
-    try:
-        return json.loads(_existing(path, key).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"model.{key}: '{path}' is not valid JSON: {error}") from error
-
-
-def _existing(path: Path, key: str) -> Path:
-    if not path.is_file():
-        raise UserError(f"model.{key}: there is no file '{path}'")
-    return path
-
-
-def download(url: str, *, key: str) -> str:
-    """Fetch a file into torch hub's cache, once on the main process, and return its path.
-
-    Raises:
-        UserError: it can't be fetched.
-    """
-    try:
-        return str(download_cached_file(url, check_hash=False, progress=True))
-    except OSError as error:
-        raise offline_error(url, key, error) from error
-
-
-def offline_error(name: str, key: str, error: Exception) -> UserError:
-    """Say why ``name`` can't be read, or that it can't be fetched; and which key of ``model`` to set."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if name.startswith(SCHEME) or Path(name).exists():
-        return UserError(f"model.{key}: '{name}' can't be read ({reason})")
-    return UserError(
-        f"model.{key}: '{name}' is not a local path and can't be downloaded ({reason}); set model.{key} to a local copy"
-    )
