@@ -18,6 +18,7 @@ from lavis_xformer.config.files import check_file
 from lavis_xformer.errors import UserError, first_line
 from lavis_xformer.files import read_json
 from lavis_xformer.tasks.protocols import Row
+from lavis_xformer.tasks.rows import answer_row
 
 logger = logging.getLogger(__name__)
 
@@ -113,17 +114,10 @@ def scored(truths: str | Path, saved: str | Path) -> tuple[dict[str, float], lis
     figures["CIDEr"], each = Cider().compute_score(references, candidates)
     figures |= spice(references, candidates) | cider_by_domain(references, candidates, known.domains)
     rows = [
-        {
-            **row,
-            "question_id": image,
-            "image": str(image),
-            "kind": "caption",
-            "group": "caption",
-            "question": "",
-            "truth": known.captions[image][0],
-            "correct": float(score),
-            "guess": 0.0,
-        }
+        row
+        | answer_row(
+            image, image=str(image), kind="caption", correct=float(score), guess=0.0, truth=known.captions[image][0]
+        )
         for (image, row), score in zip(said.items(), each, strict=True)
     ]
     return {name: float(value) for name, value in figures.items()}, rows

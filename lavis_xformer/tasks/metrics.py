@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lavis_xformer.tasks.rows import answer_row
+
 KS = (1, 5, 10)
 
 
@@ -60,15 +62,15 @@ def hits(ranks: Mapping[str, Tensor], owners: Tensor, names: Sequence[str]) -> l
     captions = torch.bincount(owners, minlength=len(names)) / len(owners)  # (I,)
     asked = {"i2t": (range(len(names)), captions.tolist()), "t2i": (owners.tolist(), len(owners) * [1 / len(names)])}
     return [
-        {
-            "question_id": number,
-            "image": names[image],
-            "question": way,
-            "kind": "retrieval",
-            "group": f"{way}_r1",
-            "correct": int(rank == 0),
-            "guess": guess,
-        }
+        answer_row(
+            number,
+            image=names[image],
+            question=way,
+            kind="retrieval",
+            group=f"{way}_r1",
+            correct=int(rank == 0),
+            guess=guess,
+        )
         for way, (images, guesses) in asked.items()
         for number, (image, guess, rank) in enumerate(zip(images, guesses, ranks[way].tolist(), strict=True))
     ]

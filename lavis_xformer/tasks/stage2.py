@@ -18,6 +18,7 @@ from torch.utils.data import ConcatDataset, IterableDataset
 
 from lavis_xformer.errors import UserError
 from lavis_xformer.tasks.base import NO_CAPTIONS, NamedLossTask, Samples
+from lavis_xformer.tasks.rows import answer_row
 
 logger = logging.getLogger(__name__)
 
@@ -212,8 +213,9 @@ def score_captions(said: Sequence[Said]) -> list[Samples]:
     rows = []
     for number, (entry, other) in enumerate(zip(said, [*said[1:], *said[:1]], strict=True)):
         own, wrong = (max(word_f1(one.text, text) for text in entry.references) for one in (entry, other))
-        row = {"question_id": number, "image": str(number), "question": "", "kind": CAPTION, "group": "caption_f1"}
-        rows.append({**row, "truth": entry.references[0], "answer": entry.text, "correct": own, "guess": wrong})
+        texts = {"truth": entry.references[0], "answer": entry.text}
+        row = answer_row(number, image=str(number), kind=CAPTION, group="caption_f1", correct=own, guess=wrong, **texts)
+        rows.append(row)
     return rows
 
 

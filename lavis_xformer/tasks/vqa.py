@@ -23,6 +23,7 @@ from lavis_xformer.distributed import is_main
 from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.files import read_json
 from lavis_xformer.tasks.protocols import NeedsMethod, Row, WithProtocol
+from lavis_xformer.tasks.rows import answer_row
 
 logger = logging.getLogger(__name__)
 
@@ -149,23 +150,20 @@ class XFormerVQATask(AsksByProtocol, VQATask):
         figures |= vqa_majority(annotations, each)
         guesses = dict(zip(questions.qa, each, strict=True))
         answers = [
-            self._answer(questions, said, scorer, number) | {"guess": guesses[number]} for number in scorer.evalQA
+            answer_row(
+                number,
+                image=str(questions.qa[number]["image_id"]),
+                kind=questions.qa[number]["answer_type"],
+                question=questions.qqa[number]["question"],
+                truth=Counter(_given(questions.qa[number])).most_common(1)[0][0],
+                answer=said.qa[number]["answer"],
+                correct=scorer.evalQA[number] / 100,  # 0 to 1, see :func:`agreement`
+                guess=guesses[number],
+            )
+            for number in scorer.evalQA
         ]
         self.write(split, figures, scorer=self.scorer, said=answers, blind=self.blind)
         return figures
-
-    def _answer(self, questions: Any, said: Any, scorer: Any, number: int) -> Row:
-        annotation = questions.qa[number]
-        return {
-            "question_id": number,
-            "image": str(annotation["image_id"]),
-            "kind": annotation["answer_type"],
-            "group": annotation["answer_type"],
-            "question": questions.qqa[number]["question"],
-            "truth": Counter(_given(annotation)).most_common(1)[0][0],
-            "answer": said.qa[number]["answer"],
-            "correct": scorer.evalQA[number] / 100,  # 0 to 1, see :func:`agreement`
-        }
 
 
 @registry.register_task("xformer_gqa")
@@ -195,17 +193,17 @@ class XFormerGQATask(AsksByProtocol, GQATask):
                 said = tools.processDigitArticle(tools.processPunctuation(said))
             row, types = rows[number], kinds.get(number, {})
             answers.append(
-                {
-                    "question_id": result["question_id"],
-                    "image": str(row["image"]),
-                    "kind": "gqa",
-                    "group": types.get("structural", "all"),
-                    "question": row["question"],
-                    "truth": result["gt_ans"],
-                    "answer": result["pred_ans"],
-                    "correct": said == result["gt_ans"],
-                    "types": {name: types[name] for name in TYPES if types.get(name)},
-                }
+                answer_row(
+                    result["question_id"],
+                    image=str(row["image"]),
+                    kind="gqa",
+                    group=types.get("structural", "all"),
+                    question=row["question"],
+                    truth=result["gt_ans"],
+                    answer=result["pred_ans"],
+                    correct=said == result["gt_ans"],
+                    types={name: types[name] for name in TYPES if types.get(name)},
+                )
             )
         figures = gqa_figures(answers)
         self.write(split, figures, scorer="lavis", said=answers, blind=self.blind)

@@ -1,0 +1,32 @@
+"""The row of one answer in a result file: the same for every task, so that comparisons can pair answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def answer_row(
+    number: int | str,
+    *,
+    image: str,
+    kind: str,
+    correct: float,
+    question: str = "",
+    group: str = "",
+    guess: float | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Return the row.
+
+    Args:
+        number: the question's number.
+        image: the image's name; a bootstrap resamples images.
+        kind: of the question.
+        correct: how right the answer is, usually 0 or 1.
+        question: its words; "" for a caption.
+        group: what is scored separately; the kind by default.
+        guess: ``correct`` of an answer that needs no image; None: to be taken from the group's most frequent truth.
+        more: such as ``truth`` and ``answer``.
+    """
+    row = {"question_id": number, "image": image, "question": question, "kind": kind, "group": group or kind}
+    return {**row, **more, "correct": correct, **({} if guess is None else {"guess": guess})}
