@@ -28,6 +28,7 @@ def at_least(least: int) -> Callable[[str], int]:
     """Return an argument's ``type``: a whole number, not less than ``least``."""
 
     def number(text: str) -> int:
+        """Convert the text of an argument."""
         if (value := int(text)) < least:
             raise argparse.ArgumentTypeError(f"{value} is less than {least}")
         return value

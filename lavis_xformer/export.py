@@ -87,12 +87,7 @@ def export(
     from safetensors.torch import save_file
 
     target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} is {'not empty' if target.is_dir() else 'a file'}; name a new folder")
-    if Path(checkpoint).is_dir():
-        raise UserError(f"{checkpoint} is a folder, exported already perhaps; name a checkpoint file")
-    if not Path(checkpoint).exists():
-        raise UserError(f"there is no checkpoint {checkpoint}")
+    _check_paths(Path(checkpoint), target)
     cfg, facts = _configuration(Path(checkpoint), arch, model_type)
     model = registry.get_model_class(cfg.model.arch).from_config(cfg.model)
     if str(checkpoint) not in (cfg.model.get("pretrained"), cfg.model.get("blip2_pretrained")):  # else loaded above
@@ -111,6 +106,16 @@ def export(
         OmegaConf.save(cfg, written / CONFIG)
         (written / CARD).write_text(_card(cfg, written, Path(checkpoint), weights, facts), encoding="utf-8")
     return target
+
+
+def _check_paths(checkpoint: Path, target: Path) -> None:
+    """Check, before anything is loaded, that there is a file to read and room for a folder."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is {'not empty' if target.is_dir() else 'a file'}; name a new folder")
+    if checkpoint.is_dir():
+        raise UserError(f"{checkpoint} is a folder, exported already perhaps; name a checkpoint file")
+    if not checkpoint.exists():
+        raise UserError(f"there is no checkpoint {checkpoint}")
 
 
 @contextlib.contextmanager
