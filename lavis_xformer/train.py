@@ -86,10 +86,12 @@ def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
         print(f"\n{split}:\n{table(runner.task, figures)}")
     names = summary.get("corrupt", [])
     print_corrupt(names, summary.get("corrupt_count", len(names)))
-    if not summary["finished"]:
-        print(f"\nlog         {show(runner.output_dir / 'log.txt')}")
-        return
     folder, drawn = runner.output_dir, ""
+    if not summary["finished"]:
+        print(f"\nlog         {show(folder / 'log.txt')}")
+        if any((folder / "result").glob("*.json")):
+            print(f"answers     {show(folder / 'result')}")
+        return
     with contextlib.suppress(UserError):  # nothing was left to train: the log here has no step
         page, picture = write_report(folder)
         drawn = f"\ncurves      {show(picture)}\nreport      {show(page)}"
@@ -121,8 +123,9 @@ def table(task: Any, figures: Mapping[str, float]) -> str:
         rows = task.table(figures)
     else:
         rows = [(n, f"{v:.4f}", "") for n, v in figures.items() if isinstance(v, float)]
-    lines = [f"  {'':<24}{'':>10}{'reference':>10}"] if any(row[2] for row in rows) else []
-    return "\n".join([*lines, *(f"  {name:<24}{value:>10}{by:>10}".rstrip() for name, value, by in rows)])
+    width = max([24, *(1 + len(name) for name, value, _ in rows if value)])
+    lines = [f"  {'':<{width}}{'':>10}{'reference':>10}"] if any(row[2] for row in rows) else []
+    return "\n".join([*lines, *(f"  {name:<{width}}{value:>10}{by:>10}".rstrip() for name, value, by in rows)])
 
 
 def show(path: Path | None) -> str:

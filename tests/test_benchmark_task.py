@@ -85,6 +85,9 @@ def test_figures_and_result_file_by_hand(tmp_path: Path) -> None:
     }  # fmt: skip
     assert "torch" in result["versions"]
     assert ("accuracy count %", "50.0", "50.0") in task.table(figures)
+    assert not [row for row in task.table(figures) if "understood" in row[0]]
+    figures = evaluate(task, Parrot("2", "perhaps", "3", "red"), tmp_path)
+    assert ("answers not understood %", "25.0", "") in task.table(figures), "its f1 says nothing of them"
 
 
 @pytest.mark.parametrize("blind", [False, True])

@@ -13,7 +13,7 @@ import pytest
 
 from lavis_xformer import __version__, cli
 from lavis_xformer.errors import UserError
-from lavis_xformer.train import arguments, as_called_here
+from lavis_xformer.train import arguments, as_called_here, table
 
 
 def fail(error: BaseException):
@@ -148,3 +148,19 @@ def test_numbers_out_of_range_are_refused_before_anything_is_read(given: str, wr
 def test_the_package_is_the_command_too():
     done = subprocess.run([sys.executable, "-m", "lavis_xformer", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"lavis_xformer {__version__}\n")
+
+
+def test_a_tables_columns_are_as_wide_as_its_names():
+    class Task:
+        @staticmethod
+        def table(figures: dict[str, float]) -> list[tuple[str, str, str]]:
+            return [
+                ("protocol paper, a heading of any length", "", "majority"),
+                *((n, "50.0", "25.0") for n in figures),
+            ]
+
+    long = "accuracy of a subset with a long name %"
+    *_, first, last = table(Task(), {"all": 0, long: 0}).splitlines()
+    assert len(first) == len(last)
+    assert last.split()[-2:] == ["50.0", "25.0"]
+    assert table(object(), {}) == ""

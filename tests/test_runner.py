@@ -444,11 +444,14 @@ def test_evaluating_only_gives_the_figures_of_the_training(unbroken, tmp_path, c
     rows = {name: by for name, _, by in runner.task.table(figures)}
     assert rows["ITM accuracy %"] == "66.7"
     assert float(rows["text to image R@1 %"]) == pytest.approx(100 / 9, abs=0.1)
+    (runner.output_dir / "result").mkdir(exist_ok=True)
+    (runner.output_dir / "result" / "val_toy.json").write_text("{}")
     conclude(runner, {**summary, "test": {"val": figures, "hidden": None}})
     said = capsys.readouterr().out
     assert "val:\n" in said
     assert "hidden" not in said, "a test split without truths has no figures"
-    assert str(runner.output_dir.name) + "/log.txt" in said
+    assert f"{runner.output_dir.name}/log.txt" in said
+    assert f"{runner.output_dir.name}/result" in said
 
 
 def test_checkpoints_of_another_run_are_not_mixed_with_new_ones(unbroken):

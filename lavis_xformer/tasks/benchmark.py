@@ -144,6 +144,8 @@ class BenchmarkTask(NeedsMethod, BaseTask):
         for name, value in values.items():
             if name.startswith("accuracy"):
                 rows.append((f"{name.replace('_', ' ', 1)} %", f"{value:.1f}", f"{values['majority' + name[8:]]:.1f}"))
+            elif name == "unread" and value:
+                rows.append(("answers not understood %", f"{value:.1f}", ""))
             elif name.startswith(SHOWN):
                 rows.append((name, f"{value:.3f}", ""))
         return rows
