@@ -29,7 +29,7 @@ from lavis_xformer.data.scenes import vocabulary
 from lavis_xformer.errors import UserError
 from lavis_xformer.mini import pool
 from lavis_xformer.mini.cards import write_card
-from lavis_xformer.mini.clip import ClipConfig, MiniClip, clip_loss, retrieval, shipped_state
+from lavis_xformer.mini.clip import TEXT_TOKENS, ClipConfig, MiniClip, clip_loss, retrieval, shipped_state
 from lavis_xformer.mini.language import Document, accuracy, encode, language_loss, opt_config, perplexity, prepare
 from lavis_xformer.mini.mae import mae_config, mae_loss, reconstruction
 from lavis_xformer.mini.t5 import examine, t5_config, t5_loss
@@ -231,11 +231,11 @@ def _said(documents: list[Document]) -> Iterator[str]:
 
 
 def _word_pieces(texts: list[str], tokenizer: BertTokenizer) -> Tensor:
-    """Token ids (len(texts), 48) int16, each distinct text tokenised once."""
+    """Token ids (len(texts), TEXT_TOKENS) int16, each distinct text tokenised once."""
     known = {text: tokenizer.encode(text) for text in set(texts)}
-    rows = torch.zeros(len(texts), 48, dtype=torch.int16)
+    rows = torch.zeros(len(texts), TEXT_TOKENS, dtype=torch.int16)
     for row, text in zip(rows, texts, strict=True):
-        ids = torch.tensor(known[text][:48], dtype=torch.int16)
+        ids = torch.tensor(known[text][:TEXT_TOKENS], dtype=torch.int16)
         row[: len(ids)] = ids
     return rows
 

@@ -22,6 +22,9 @@ from lavis_xformer.mini.augment import colour_jitter, random_crop, unit
 from lavis_xformer.mini.training import StepLoss, autocast
 from lavis_xformer.models.towers import eva_vit
 
+TEXT_TOKENS = 48  # of the longest text
+SHARED_WIDTH = 128  # E, and the width of the text tower
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
@@ -44,17 +47,18 @@ class ClipConfig:
 
 
 class TextTower(nn.Module):
-    """A small bidirectional transformer over word pieces, mean-pooled."""
+    """A bidirectional transformer of two layers over word pieces, mean-pooled."""
 
-    def __init__(self, *, vocabulary: int, width: int = 128, depth: int = 2, length: int = 48) -> None:
-        """Build it; ``length`` is the longest text in tokens."""
+    def __init__(self, *, vocabulary: int) -> None:
+        """Build it, untrained."""
         super().__init__()
+        width = SHARED_WIDTH
         self.words = nn.Embedding(vocabulary, width, padding_idx=0)
-        self.places = nn.Parameter(0.02 * torch.randn(length, width))
+        self.places = nn.Parameter(0.02 * torch.randn(TEXT_TOKENS, width))
         layer = nn.TransformerEncoderLayer(
             width, 4, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
-        self.layers = nn.TransformerEncoder(layer, depth, enable_nested_tensor=False)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -69,14 +73,14 @@ class TextTower(nn.Module):
 class MiniClip(nn.Module):
     """Two towers and a temperature."""
 
-    def __init__(self, *, config: ClipConfig, vocabulary: int, embed: int = 128) -> None:
-        """Build both towers, untrained; ``embed`` is E."""
+    def __init__(self, *, config: ClipConfig, vocabulary: int) -> None:
+        """Build both towers, untrained."""
         super().__init__()
         self.visual = config.tower(config.trained_depth)
         self.visual_norm = nn.LayerNorm(config.embed_dim)
-        self.visual_proj = nn.Linear(config.embed_dim, embed, bias=False)
+        self.visual_proj = nn.Linear(config.embed_dim, SHARED_WIDTH, bias=False)
         self.text = TextTower(vocabulary=vocabulary)
-        self.text_proj = nn.Linear(128, embed, bias=False)
+        self.text_proj = nn.Linear(SHARED_WIDTH, SHARED_WIDTH, bias=False)
         self.scale = nn.Parameter(torch.tensor(2.66))  # log(1 / 0.07), CLIP's initial value
 
     def image_features(self, images: Tensor) -> Tensor:

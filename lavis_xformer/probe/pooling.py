@@ -16,6 +16,7 @@ from lavis_xformer.probe.exam import NONE, TASKS, Exam
 from lavis_xformer.probe.tokens import Encoder, Standardise, extract
 
 TRAIN, STOP = "probe-train", "probe-stop"
+WIDTH, HEADS, QUERIES = 64, 4, 4  # W, H and A
 
 
 class Probe(nn.Module):
@@ -23,28 +24,27 @@ class Probe(nn.Module):
 
     pointed: Tensor
 
-    def __init__(self, *, dim: int, patches: int, width: int = 64, heads: int = 4, queries: int = 4) -> None:
-        """Build it for tokens (B, P, D): ``dim`` is D, ``patches`` P, ``width`` W, ``heads`` H, ``queries`` A."""
+    def __init__(self, *, dim: int, patches: int) -> None:
+        """Build it for tokens (B, P, D): ``dim`` is D, ``patches`` P."""
         super().__init__()
-        self.heads = heads
-        self.tokens = nn.Linear(dim, width)
-        self.places = nn.Parameter(0.02 * torch.randn(patches, width))
-        self.norm = nn.LayerNorm(width)
-        self.both = nn.Linear(width, 2 * width)  # keys and values
-        self.queries = nn.Parameter(torch.randn(len(TASKS), queries, width) / width**0.5)
-        self.focus = nn.Parameter(torch.linspace(-3, 1, heads))
+        self.tokens = nn.Linear(dim, WIDTH)
+        self.places = nn.Parameter(0.02 * torch.randn(patches, WIDTH))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.both = nn.Linear(WIDTH, 2 * WIDTH)  # keys and values
+        self.queries = nn.Parameter(torch.randn(len(TASKS), QUERIES, WIDTH) / WIDTH**0.5)
+        self.focus = nn.Parameter(torch.linspace(-3, 1, HEADS))
         self.register_buffer("pointed", torch.tensor([float(task.pointed) for task in TASKS.values()]))
         self.answers = nn.ModuleDict()
         for name, task in TASKS.items():
-            layers = nn.Linear(queries * width + 2, width), nn.GELU(), nn.Linear(width, task.classes)
+            layers = nn.Linear(QUERIES * WIDTH + 2, WIDTH), nn.GELU(), nn.Linear(WIDTH, task.classes)
             self.answers[name] = nn.Sequential(*layers)
 
     def forward(self, tokens: Tensor, points: Tensor) -> dict[str, Tensor]:
         """Standardised tokens (B, P, D) and points (B, 2) to logits of every task."""
         x = self.norm(self.tokens(tokens) + self.places)
-        x = self.both(x).unflatten(-1, (2, self.heads, -1))
+        x = self.both(x).unflatten(-1, (2, HEADS, -1))
         keys, values = x.permute(2, 0, 3, 1, 4)  # each (B, H, P, W / H)
-        queries = self.queries.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (H, T x A, W / H)
+        queries = self.queries.flatten(0, 1).unflatten(-1, (HEADS, -1)).transpose(0, 1)  # (H, T x A, W / H)
         scores = queries @ keys.transpose(-2, -1) / keys.shape[-1] ** 0.5
         scores = scores.unflatten(2, self.queries.shape[:2]) - self.farness(points)  # (B, H, T, A, P)
         pooled = scores.softmax(-1).flatten(2, 3) @ values  # (B, H, T x A, W / H)

@@ -38,18 +38,17 @@ def mae_tokens(mae: MaskedAutoencoder, images: Tensor) -> Tensor:
     return mae.encode(normalize(images, IMAGENET_MEAN, IMAGENET_STD)).tokens
 
 
-def pixel_tokens(images: Tensor, *, patch: int = 8) -> Tensor:
-    """Raw pixels of each patch, with the patches' mean as CLS, (B, P, 3 x patch x patch)."""
-    x = F.unfold(images, patch, stride=patch).transpose(1, 2)
+def pixel_tokens(images: Tensor) -> Tensor:
+    """Raw pixels of each patch, with the patches' mean as CLS, (B, P, 3 x 8 x 8)."""
+    x = F.unfold(images, 8, stride=8).transpose(1, 2)
     return torch.cat([x.mean(1, keepdim=True), x], 1)
 
 
-def encoders(folder: Path, *, seed: int = 0) -> dict[str, Encoder]:
+def encoders(folder: Path) -> dict[str, Encoder]:
     """Encoders of a set of mini models: C, M, C+M and the controls.
 
     Args:
         folder: the set, with ``clip`` and ``mae``.
-        seed: of the random weights.
 
     Returns:
         ``C``, ``M``, ``C+M``, ``C two layers`` (as wide as C+M), ``pixels``, ``random`` (the untrained tower).
@@ -57,7 +56,7 @@ def encoders(folder: Path, *, seed: int = 0) -> dict[str, Encoder]:
     config = ClipConfig(**json.loads((folder / "clip" / "config.json").read_text()))
     clip = build_clip(str(folder / "clip"), image_size=config.img_size).eval()
     mae = build_mae(str(folder / "mae"), image_size=config.img_size)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     untrained = config.tower(config.depth).eval()
     middle = len(clip.blocks) // 2
     return {
