@@ -118,22 +118,22 @@ def test_a_half_removed_package_disturbs_nobody():
     assert (done.stdout, done.stderr) == ("fine\n", "")
 
 
-def test_costs_next_to_nothing_where_lavis_is_not_imported(tmp_path: Path):
+def test_costs_less_than_the_interpreters_own_start_where_lavis_is_not_imported(tmp_path: Path):
     line = (ROOT / "lavis_xformer.pth").read_text().strip()
     code = (
-        f"import time, sys; before = time.process_time(); exec({line!r})\n"
-        "print((time.process_time() - before) * 1000, 'torch' in sys.modules)"
+        f"import time, sys; start = time.process_time(); exec({line!r})\n"
+        "print((time.process_time() - start) / start, 'torch' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(tmp_path), SWITCH: "1"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
-    times = []  # of the CPU, so that a busy machine does not count
-    for _ in range(8):  # -S: without an installed hook, which would have paid already
+    ratios = []  # of CPU times within a process, so that a slow or busy machine does not count
+    for _ in range(5):  # -S: without an installed hook, which would have paid already
         command = [sys.executable, "-S", "-c", code]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-        milliseconds, torch_imported = done.stdout.split()
+        ratio, torch_imported = done.stdout.split()
         assert torch_imported == "False"
-        times.append(float(milliseconds))
-    assert min(times) < 5  # other work on the machine makes single ones take longer, never shorter
+        ratios.append(float(ratio))
+    assert min(ratios) < 1
 
 
 @needs_install
