@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Found = TypeVar("Found")
 
@@ -36,8 +36,8 @@ def nearest(name: object, options: Iterable[str]) -> str:
     return f"{there_is}: {', '.join(ordered)} and {len(known) - len(ordered)} others"
 
 
-def one_of(key: str, name: str, options: Iterable[str]) -> str:
-    """Return a name that a key gives, if it is one of the options.
+def one_of(key: str, name: Any, options: Iterable[str]) -> str:
+    """Return a key's value (a name, or what YAML took it for) if it is one of the options.
 
     Raises:
         UserError: it isn't.

@@ -558,8 +558,9 @@ def test_weights_that_are_tied_count_once(tmp_path: Path) -> None:
     assert run.trained_weights(tmp_path / "none.pth") is None
 
 
-def test_a_failed_run_says_why(plan: Plan) -> None:
-    with pytest.raises(UserError, match=r"a, seed 1, first failed: .*error.*console\.txt"):
+def test_a_failed_run_says_why(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cell, "arguments", lambda cell: ["-c", "print('begun'); raise SystemExit('error: no data')"])
+    with pytest.raises(UserError, match=r"a, seed 1, first failed: error: no data \(see .*console\.txt\)"):
         run.run_cell(plan.cells()[0])
     assert not plan.cells()[0].finished
 

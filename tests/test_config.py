@@ -200,7 +200,7 @@ def test_interface_of_lavis_is_kept(load):
         ("run.runner=runner", "run.runner: there is no runner 'runner': did you mean 'runner_"),
         ("run.lr_sched=cosine", "run.lr_sched: there is no lr scheduler 'cosine'"),
         ("datasets.coco_captoin.type=x", "there is no dataset 'coco_captoin': did you mean 'coco_caption'?"),
-        ("datasets.coco_caption.type=mini", "datasets.coco_caption.type: 'mini' is unknown"),
+        ("datasets.coco_caption.type=mini", "datasets.coco_caption.type: 'mini'; there is: default"),
         ("datasets.coco_caption.vis_processor.train.name=blip", "vis_processor.train.name: there is no processor"),
         ("datasets.coco_caption.vis_processor.train.image_sze=32", "did you mean 'datasets.coco_caption.vis"),
         (f"{INFO}.images.storge=x", "images.storge: no configuration knows this key"),
@@ -323,8 +323,8 @@ def test_impossible_values_of_laviss_keys(option: str, message: str):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ("fusion: dula", "model.fusion: 'dula' is unknown: did you mean 'dual'?"),
-        ("fusion: null", "model.fusion: 'None' is unknown: did you mean 'none'?"),
+        ("fusion: dula", "model.fusion: 'dula'; did you mean 'dual'?"),
+        ("fusion: null", "model.fusion: 'None'; did you mean 'none'?"),
         ("fusoin: dual", "model.fusoin: no configuration knows this key: did you mean 'model.fusion'?"),
     ],
 )

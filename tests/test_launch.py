@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from lavis_xformer import launch
-from lavis_xformer.engine.jobs import new_job_id
 from lavis_xformer.errors import UserError
 from lavis_xformer.launch import Placement, device_of, first_node, placement
 
@@ -58,9 +57,3 @@ def test_a_task_that_sees_its_own_gpu_alone_takes_it(monkeypatch):
     monkeypatch.setattr(launch.torch.cuda, "set_device", chosen.append)
     with launch.process_group("cuda"):
         assert chosen == [0]
-
-
-def test_runs_started_in_the_same_second_have_folders_of_their_own(tmp_path):
-    names = [new_job_id(tmp_path / "output") for _ in range(3)]
-    assert sorted(path.name for path in (tmp_path / "output").iterdir()) == sorted(set(names))
-    assert len(set(names)) == 3

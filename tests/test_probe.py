@@ -13,7 +13,7 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.mini import build
 from lavis_xformer.mini.mae import mae_config
 from lavis_xformer.models.mae import MaskedAutoencoder
-from lavis_xformer.probe import figure, pooling, run
+from lavis_xformer.probe import figure, pooling, run, spectrum
 from lavis_xformer.probe.exam import NONE, TASKS, Exam, make_exam
 from lavis_xformer.probe.pooling import STOP, TRAIN, Probe, train_probe
 from lavis_xformer.probe.positions import position_r2
@@ -173,7 +173,8 @@ def test_the_figure_of_pixels_alone_has_no_curves(tmp_path):
     assert (tmp_path / "probe.png").stat().st_size > 1_000
 
 
-def test_command_writes_table_figures_and_json(tmp_path):
+def test_command_writes_table_figures_and_json(tmp_path, monkeypatch):
+    monkeypatch.setattr(spectrum, "CUTOFFS", (2, 8))
     folder = tmp_path / "mini"
     build.main(["--preset", "smoke", "--only", "clip", "--only", "mae", "--out", str(folder)])
     out = tmp_path / "probe"

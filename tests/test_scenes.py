@@ -29,7 +29,7 @@ def test_same_arguments_give_the_same_scene_and_picture(preset):
 
 
 def test_seeds_splits_and_indices_give_different_scenes_and_pictures():
-    groups = [scenes(count=120, split=split, seed=seed) for split in ("train", "val", "test") for seed in (0, 1)]
+    groups = [scenes(count=40, split=split, seed=seed) for split in ("train", "val", "test") for seed in (0, 1)]
     every = [scene for group in groups for scene in group]
     assert len({astuple(scene)[:2] for scene in every}) == len(every)
     assert len({render(scene).tobytes() for scene in every}) == len(every)
@@ -159,7 +159,7 @@ def test_the_largest_is_larger_than_all_others():
 
 
 def test_covered_area_tells_little_of_the_number_of_objects():
-    drawn = scenes(count=2000)
+    drawn = scenes(count=1000)
     numbers = np.array([len(scene.objects) for scene in drawn])
     areas = np.array([sum(item.area for item in scene.objects) for scene in drawn])
     nearest = np.array([areas[numbers == number].mean() for number in range(1, 10)])

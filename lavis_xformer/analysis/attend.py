@@ -18,7 +18,7 @@ from lavis_xformer.arguments import at_least, command_parser
 from lavis_xformer.errors import UserError, first_line
 
 ENLARGED = 256  # side of a drawn image in pixels
-CHARACTERS = 52  # of a title, beside each other above an image
+CHARACTERS = 52  # per line of a title
 
 
 class Row(NamedTuple):

@@ -31,7 +31,7 @@ from lavis_xformer.versions import versions_of
 
 PACKAGE = Path(assets.__file__).parent
 #: modules that compare, report, check or build, but take no part in a run
-APART = frozenset({"analysis", "arguments", "compare", "mini", "probe", "cli", "doctor", "export"})
+APART = frozenset({"analysis", "arguments", "compare", "mini", "probe", "cli", "__main__", "doctor", "export"})
 LIBRARIES = ("salesforce-lavis", "torch", "torchvision", "transformers", "timm", "numpy", "pillow")
 SOFTWARE = ("code", "python", *LIBRARIES)
 PLACES = ("run.output_dir", "run.job_id", "run.resume")  # where a run is stored, not what it computes

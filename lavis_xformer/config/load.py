@@ -3,8 +3,8 @@
 The layers, later ones override earlier ones: the default YAML of the model's type, those of the datasets, the
 project's YAML, ``--options``. Beyond LAVIS's ``Config``:
 
-- names (arch, type, dataset, task, runner, schedule, fusion, processor), keys and files are checked, and a
-  :class:`UserError` names the key that is wrong;
+- names (arch, type, dataset, task, runner, schedule, processor, and those in ``model``, such as fusion), keys and
+  files are checked, and a :class:`UserError` names the key that is wrong;
 - ``model.model_type`` and ``datasets.X.type`` given by ``--options`` load the default YAML of that type; an exported
   folder as ``model.model_type`` brings its weights too;
 - ``datasets: {X: }`` takes all of X's defaults; ``--options datasets.X=null`` leaves a dataset out, and
@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lavis_xformer.config.files import check_data_files, check_file
 from lavis_xformer.config.keys import check_keys, nodes
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError, nearest, one_of
 from lavis_xformer.models.parts import check_names
 from lavis_xformer.paths import project_path
 
@@ -190,10 +190,7 @@ def _defaults(user: DictConfig) -> tuple[DictConfig, dict[str, Any]]:
     layers = [_model_defaults(classes["model"], user.model.model_type)]
     for name, config in user.datasets.items():
         cls = classes[f"datasets.{name}"] = find("builder", name, "datasets")
-        kind = config.get("type", "default")
-        if kind not in cls.DATASET_CONFIG_DICT:
-            known = nearest(kind, cls.DATASET_CONFIG_DICT)
-            raise UserError(f"datasets.{name}.type: '{kind}' is unknown: {known}")
+        kind = one_of(f"datasets.{name}.type", config.get("type", "default"), cls.DATASET_CONFIG_DICT)
         layers.append(OmegaConf.load(cls.default_config_path(kind)))
     return _merge(OmegaConf.create({"run": {}}), *layers), classes
 

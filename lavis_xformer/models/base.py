@@ -212,13 +212,13 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         if rows:
             self._images_before = (image[[rows[-1]]], last)
             pixels = None if own.pixels is None else own.pixels[rows]
-            return own._replace(mae=MaeFeatures(*(part[rows] for part in m)), pixels=pixels)
+            return Tokens(own.clip, MaeFeatures(*(part[rows] for part in m)), pixels)
         others = [before for before in self._images_before if not torch.equal(before.to(last), last)]
         self._images_before = (*others[-1:], last)
         if not others:
             raise UserError("model.shuffle_mae needs two different images, in this batch or earlier ones; found one")
         other = self._encode(others[-1].to(last).expand(len(image), -1, -1, -1), mask_ratio, noise)
-        return other._replace(clip=own.clip)
+        return Tokens(own.clip, other.mae, other.pixels)
 
     def _run_clip(self, pixels: Tensor) -> Tensor:
         if not is_frozen(self.visual_encoder):

@@ -77,17 +77,17 @@ def build_parts(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
-def weights_of(given: Mapping[str, Any] | None, defaults: Mapping[str, float]) -> dict[str, float]:
+def weights_of(weights: Mapping[str, Any] | None, defaults: Mapping[str, float]) -> dict[str, float]:
     """Return the weight of every loss: the defaults, overridden by ``model.loss_weights``.
 
     Raises:
         UserError: there is no such loss, or its weight is not a number.
     """
-    for name, weight in (given or {}).items():
+    for name, weight in (weights or {}).items():
         one_of("model.loss_weights", name, defaults)
         if not isinstance(weight, int | float):
             raise UserError(f"model.loss_weights.{name} is {weight!r}; it must be a number")
-    return {**defaults, **(given or {})}
+    return {**defaults, **(weights or {})}
 
 
 def _heads(fusion: str, visual_encoder: Any, qformer: Any) -> int:
@@ -99,7 +99,8 @@ def check_names(cfg: DictConfig) -> None:
     """Check the names and counts in a ``model`` configuration before anything is built.
 
     Raises:
-        UserError: there is no such fusion, initialisation, precision or encoder, or a count is not positive.
+        UserError: there is no such fusion, initialisation, precision, source of M or encoder; a count is not positive;
+            or ``token_positions`` is not a list.
     """
     one_of("model.fusion", cfg.get("fusion", "dual"), FUSIONS)
     for key, value in given(cfg, *CHOICES).items():

@@ -61,7 +61,11 @@ def load_safetensors(path: Path, *, key: str) -> dict[str, Tensor]:
 
 
 def read_json(path: Path, key: str) -> dict[str, Any]:
-    """Read a JSON file, in the same manner."""
+    """Read a JSON file, such as the configuration beside the weights.
+
+    Raises:
+        UserError: there is no such file, or it is not JSON.
+    """
     try:
         return json.loads(_existing(path, key).read_text(encoding="utf-8"))
     except ValueError as error:

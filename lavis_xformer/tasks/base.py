@@ -81,6 +81,12 @@ class NamedLossTask(BaseTask):
         """Return the metrics of what ``observe`` collected, over all ranks."""
         return {}
 
+    def after_evaluation(
+        self, val_result: dict[str, float], split_name: str, epoch: int | str, **unused: object
+    ) -> dict[str, float]:
+        """Add ``agg_metrics``, by which the best checkpoint is chosen: the negative loss, unless a task overrides it."""
+        return {"agg_metrics": -val_result["loss"], **val_result}
+
     def write_scores(self, split: str, epoch: int | str, figures: Mapping[str, float]) -> None:
         """Write the per-item scores to ``result/<split>_scores.json``, in the final evaluation only."""
         if epoch == "best" and is_main():

@@ -13,7 +13,7 @@ from lavis_xformer.data.scenes.qa import QUESTION_KINDS, majority_share, questio
 from lavis_xformer.data.scenes.render import render
 from lavis_xformer.data.scenes.text import LEVELS, captions
 from lavis_xformer.data.scenes.world import PRESETS, Scene, make_scene, scene_rng
-from lavis_xformer.errors import UserError, one_of
+from lavis_xformer.errors import UserError
 
 INK, SOFT, ANSWER, PAPER, CARD = "#20242c", "#727987", "#0a7050", "#e9ebef", "#ffffff"
 SIDE = 64  # pixels of a scene, as the encoders of the mini world see it
@@ -86,7 +86,6 @@ def contact_sheet(preset: str, seed: int, path: str | Path, split: str = "train"
     Raises:
         UserError: there is no such preset, or ``path`` can't be written.
     """
-    one_of("--preset", preset, PRESETS)
     levels = list(LEVELS)
     cards = [
         _card(make_scene(seed, split, index, preset), levels[index % len(levels)]) for index in range(COLUMNS * ROWS)
@@ -127,7 +126,7 @@ def main(argv: Sequence[str]) -> int:
     """Run ``lavis-xformer scenes``; returns the exit status."""
     parser = command_parser("scenes", __doc__)
     parser.add_argument("--out", default="scenes.png", help="picture to write (default: %(default)s)")
-    parser.add_argument("--preset", default="standard", help=f"{', '.join(PRESETS)} (default: %(default)s)")
+    parser.add_argument("--preset", choices=list(PRESETS), default="standard", help="default: standard")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the world (default: 0)")
     parser.add_argument("--split", choices=("train", "val", "test"), default="train", help="default: train")
     parser.add_argument("--answers", type=at_least(1), metavar="N", help="count the answers about N scenes too")
