@@ -84,7 +84,7 @@ class NamedLossTask(BaseTask):
     def after_evaluation(
         self, val_result: dict[str, float], split_name: str, epoch: int | str, **unused: object
     ) -> dict[str, float]:
-        """Add ``agg_metrics``, by which the best checkpoint is chosen: the negative loss, unless a task overrides it."""
+        """Add ``agg_metrics``, by which the best checkpoint is chosen: here the negative loss."""
         return {"agg_metrics": -val_result["loss"], **val_result}
 
     def write_scores(self, split: str, epoch: int | str, figures: Mapping[str, float]) -> None:
