@@ -173,8 +173,9 @@ def run_cell(cell: Cell) -> None:
     cell.folder.mkdir(parents=True, exist_ok=True)
     write_json(cell.folder / INPUTS, {**cell.inputs(), "code": code})
     command, start = [sys.executable, *cell.arguments()], time.monotonic()
+    in_order = {**os.environ, "PYTHONUNBUFFERED": "1"}  # an error is then the last line, whatever was printed before
     with open(cell.folder / SAID, "a", encoding="utf-8") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=in_order)
         IN_PROGRESS.add(process.pid)
         if TERMINATED.is_set():  # while it was being started
             process.terminate()
