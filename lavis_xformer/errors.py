@@ -59,6 +59,12 @@ def named(options: Mapping[str, Found], name: str, what: str) -> Found:
     return options[name]
 
 
+def fault_in_yaml(error: Exception) -> tuple[str, str]:
+    """Return where PyYAML's error lies, as ``", line 3"`` or ``""``, and what is wrong there."""
+    mark = getattr(error, "problem_mark", None)
+    return f", line {mark.line + 1}" if mark else "", getattr(error, "problem", None) or str(error)
+
+
 def lost_worker(error: BaseException) -> str | None:
     """Say what a user can do if ``error`` is torch's for a loader worker that died or timed out; else None."""
     if not isinstance(error, RuntimeError) or not _LOST_WORKER.match(str(error)):

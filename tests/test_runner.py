@@ -89,34 +89,30 @@ def test_resuming_within_an_epoch_gives_the_unbroken_weights(unbroken, tmp_path,
         assert_same(weights(again), weights(unbroken))
 
 
-def test_minutes_say_when_to_save(tmp_path, monkeypatch):
+def train_slowly(runner, monkeypatch, *, seconds):
+    """Train by a clock of its own, on which every optimiser step takes so many seconds."""
     now = [0.0]
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    runner = toy_training.make_runner(tmp_path, save_every_minutes=1, keep_last=0)
     apply = runner.stepper.apply
 
     def apply_slowly():
         apply()
-        now[0] += 25  # seconds
+        now[0] += seconds
 
     runner.stepper.apply = apply_slowly
     runner.train()
+
+
+def test_minutes_say_when_to_save(tmp_path, monkeypatch):
+    runner = toy_training.make_runner(tmp_path, save_every_minutes=1, keep_last=0)
+    train_slowly(runner, monkeypatch, seconds=25)
     names = {path.name for path in runner.output_dir.glob("checkpoint_*_step*.pth")}
     assert names == {"checkpoint_0_step4.pth", "checkpoint_1_step10.pth", "checkpoint_2_step16.pth"}
 
 
 def test_images_per_second_are_those_of_all_batches_of_a_step(tmp_path, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: now[0]))
     runner = toy_training.make_runner(tmp_path, accum_grad_iters=4, max_epoch=1)
-    apply = runner.stepper.apply
-
-    def apply_slowly():
-        apply()
-        now[0] += 2  # seconds
-
-    runner.stepper.apply = apply_slowly
-    runner.train()
+    train_slowly(runner, monkeypatch, seconds=2)
     assert [record["images_per_s"] for record in records(runner, "step")] == [16, 8], "windows of 4 and 2 batches of 8"
 
 

@@ -151,7 +151,7 @@ def test_captions_from_z_start_as_blip2s_and_then_read_z(
 
 
 def test_captions_from_z_see_no_later_word(make_xformer: Any, batch: dict[str, Any]) -> None:
-    model = make_xformer("dual", init="normal", itg_source="xformer", itg_init="normal").eval()
+    model = make_xformer("dual", init="normal", itg_source="xformer", fusion_init="normal").eval()
     tokens = model.encode_image(batch["image"])
     zq = model.query_image(tokens.clip, use_cache=True)
     z, _ = model.fusion.refine(zq.last_hidden_state, tokens.mae_tokens)
@@ -234,7 +234,7 @@ def test_features_see_m(mode: str, make_xformer: Any, batch: dict[str, Any]) -> 
 
 
 def test_a_caption_reads_the_z_of_its_own_image(make_xformer: Any, batch: dict[str, Any]) -> None:
-    model = make_xformer("dual", init="normal", itg_source="xformer", itg_init="normal").eval()
+    model = make_xformer("dual", init="normal", itg_source="xformer", fusion_init="normal").eval()
     for parameter in (*model.itg_reader.parameters(), *model.fusion.parameters()):
         torch.nn.init.normal_(parameter, std=0.5)
     options = {"num_beams": 2, "max_length": 6, "min_length": 6}

@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from lavis_xformer import assets
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, fault_in_yaml
 from lavis_xformer.files import read_json, sha256
 from lavis_xformer.paths import project_path, shipped_folder
 from lavis_xformer.versions import versions_of
@@ -81,6 +81,21 @@ def resolved(config: str, options: Mapping[str, Any]) -> Json:
         own = {name: given for name, given in _mapping(file)["datasets"].items() if name in user.get("datasets", {})}
         merged = merge(merged, {"datasets": own})
     return merge(merged, user)
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file.
+
+    Raises:
+        UserError: it is not YAML, or not UTF-8 text.
+    """
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        where, problem = fault_in_yaml(error)
+        raise UserError(f"{path} is not valid YAML{where}: {problem}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error}") from error
 
 
 def merge(first: Any, second: Any) -> Any:
@@ -167,10 +182,7 @@ def _mapping(file: Path) -> Json:
 
 @functools.cache
 def _parsed(path: Path, size: int, changed: int) -> Json:
-    try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
+    found = read_yaml(path)
     return found if isinstance(found, dict) else {"": found}
 
 

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from lavis_xformer.compare.inputs import SOFTWARE, changes, inputs_of
+from lavis_xformer.compare.inputs import SOFTWARE, changes, inputs_of, read_yaml
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.files import read_json
 from lavis_xformer.paths import project_path, shipped_folder
@@ -223,14 +221,7 @@ def _mapping(key: str, given: Any) -> dict[str, Any]:
 
 def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a YAML and the one it extends; ``above`` are those that extend it, which it can't extend in turn."""
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{file} is not valid YAML{where}: {getattr(error, 'problem', error)}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text: {error}") from error
+    content = read_yaml(file)
     if not isinstance(content, dict):
         raise UserError(f"{file} is not a comparison: it has none of {', '.join(KEYS)}")
     for key in content:

@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lavis_xformer.config.files import check_data_files, check_file
 from lavis_xformer.config.keys import check_keys, nodes
-from lavis_xformer.errors import UserError, nearest, one_of
+from lavis_xformer.errors import UserError, fault_in_yaml, nearest, one_of
 from lavis_xformer.models.parts import check_names
 from lavis_xformer.paths import project_path
 
@@ -121,9 +121,8 @@ def read_yaml(path: Path) -> DictConfig:
     try:
         config = OmegaConf.load(path)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not YAML: {getattr(error, 'problem', error)}") from error
+        where, problem = fault_in_yaml(error)
+        raise UserError(f"{path}{where}: not YAML: {problem}") from error
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
     for section in SECTIONS:

@@ -29,7 +29,7 @@ class FeatureModel(XFormerBase):
     """Stage 1's heads on Z', and inference with them, in which MAE always sees the whole image."""
 
     def __init__(
-        self, *, embed_dim: int = 256, itg_source: str = "qformer", itg_init: Init = "identity", **parts: Any
+        self, *, embed_dim: int = 256, itg_source: str = "qformer", fusion_init: Init = "identity", **parts: Any
     ) -> None:
         """Add the heads to the shared parts.
 
@@ -37,7 +37,7 @@ class FeatureModel(XFormerBase):
             embed_dim: E.
             itg_source: what captions are generated from. ``qformer``: BLIP-2's path, the queries' cached keys and
                 values, which bypass Z'. ``xformer``: the text's states also attend to Z' before words are predicted.
-            itg_init: initialisation of that attention; with ``identity`` it starts as BLIP-2.
+            fusion_init: initialisation of that attention, as of the fusion; with ``identity`` it starts as BLIP-2.
             parts: of :class:`XFormerBase`.
 
         Raises:
@@ -54,7 +54,7 @@ class FeatureModel(XFormerBase):
                 context_width=width,
                 heads=sizes.num_attention_heads,
                 self_attention=False,
-                init=itg_init,
+                init=fusion_init,
                 std=sizes.initializer_range,
             )
             if itg_source == "xformer"

@@ -24,7 +24,8 @@ from lavis_xformer.models.parts import build_parts, given, weights_of
 from lavis_xformer.models.samples import take, texts_of
 
 LOSSES = ("itc", "itm", "itg", "rec")
-OPTIONS = ("embed_dim", "itg_source", "mask_ratio", "mask_vl", "loss_weights")  # keys that the constructor takes
+#: keys that the constructor takes
+OPTIONS = ("embed_dim", "itg_source", "fusion_init", "mask_ratio", "mask_vl", "loss_weights")
 
 
 @registry.register_model("xformer")
@@ -182,10 +183,6 @@ class XFormer(FeatureModel):
         Raises:
             UserError: a name, folder or file in the configuration is wrong.
         """
-        model = cls(
-            itg_init=cfg.get("fusion_init") or "identity",
-            **given(cfg, *OPTIONS),
-            **build_parts(cfg),
-        )
+        model = cls(**given(cfg, *OPTIONS), **build_parts(cfg))
         model.load_report = load_pretrained(model, cfg)
         return model

@@ -213,9 +213,8 @@ def score_captions(said: Sequence[Said]) -> list[Samples]:
     rows = []
     for number, (entry, other) in enumerate(zip(said, [*said[1:], *said[:1]], strict=True)):
         own, wrong = (max(word_f1(one.text, text) for text in entry.references) for one in (entry, other))
-        texts = {"truth": entry.references[0], "answer": entry.text}
-        row = answer_row(number, image=str(number), kind=CAPTION, group="caption_f1", correct=own, guess=wrong, **texts)
-        rows.append(row)
+        row = answer_row(number, image=str(number), kind=CAPTION, group="caption_f1", correct=own, guess=wrong)
+        rows.append({**row, "truth": entry.references[0], "answer": entry.text})
     return rows
 
 
