@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import shlex
 import shutil
@@ -92,9 +91,13 @@ def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
         if any((folder / "result").glob("*.json")):
             print(f"answers     {show(folder / 'result')}")
         return
-    with contextlib.suppress(UserError):  # nothing was left to train: the log here has no step
+    try:
         page, picture = write_report(folder)
         drawn = f"\ncurves      {show(picture)}\nreport      {show(page)}"
+    except OSError as error:
+        drawn = f"\nreport      can't be written: {error}"
+    except UserError:
+        pass  # nothing was left to train: the log here has no step
     best = folder / checkpoint.BEST
     newest = best if best.exists() else next(iter(checkpoint.listed(folder)), None)
     print(f"\ncheckpoint  {show(newest)}\nlog         {show(folder / 'log.jsonl')}{drawn}")
@@ -117,12 +120,16 @@ def held_out(summary: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
     return splits | {split: figures for split, figures in summary["test"].items() if figures}
 
 
+def rows_of(task: Any, figures: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """Return a task's metrics for display: name, value and reference value; a heading has no value."""
+    if hasattr(task, "table"):
+        return task.table(figures)
+    return [(n, f"{v:.4f}", "") for n, v in figures.items() if isinstance(v, float)]
+
+
 def table(task: Any, figures: Mapping[str, float]) -> str:
     """Lay out a task's metrics as text, beside their reference values."""
-    if hasattr(task, "table"):
-        rows = task.table(figures)
-    else:
-        rows = [(n, f"{v:.4f}", "") for n, v in figures.items() if isinstance(v, float)]
+    rows = rows_of(task, figures)
     width = max([24, *(1 + len(name) for name, value, _ in rows if value)])
     lines = [f"  {'':<{width}}{'':>10}{'reference':>10}"] if any(row[2] for row in rows) else []
     return "\n".join([*lines, *(f"  {name:<{width}}{value:>10}{by:>10}".rstrip() for name, value, by in rows)])

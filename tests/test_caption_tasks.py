@@ -77,7 +77,7 @@ def caption(task: XFormerCaptionTask, model: Captioner) -> dict[str, float] | No
 
 def test_captions_are_asked_for_by_the_protocol_which_the_result_names(tmp_path: Path) -> None:
     model = Captioner()
-    caption(setup(XFormerCaptionTask, tmp_path, report_metric=False, **ASKED), model)
+    assert caption(setup(XFormerCaptionTask, tmp_path, report_metric=False, **ASKED), model) is None, "not scored"
     assert model.asked == {
         "prompt": "a photo of", "num_beams": 5, "max_length": 30, "min_length": 8, "length_penalty": 1.0,
     }  # fmt: skip

@@ -12,10 +12,12 @@ import torch
 from lavis_xformer.analysis import diagnose
 from lavis_xformer.models.checkpoints import train_only
 
+ENTROPY, TOP = "entropy (1: uniform)", "share of the strongest token"
+
 
 def test_at_the_identity_start_nothing_is_enriched(make_xformer: Any, batch: dict[str, Any]) -> None:
     found = diagnose.enrichment(make_xformer("dual"), batch["image"])
-    assert found["Z' size"] == found["M' size"] == 0
+    assert found["Z': relative change"] == found["M': relative change"] == 0
     error = diagnose.reconstruction(make_xformer("dual"), batch["image"])
     assert error["from M'"] == pytest.approx(error["from M"], abs=1e-6)
 
@@ -27,10 +29,10 @@ def test_an_enrichment_that_is_the_same_for_every_image_is_none_of_its_own(
     torch.nn.init.ones_(model.fusion.enrich_blocks[-1].feed_forward[-1].bias)  # Z' = Zq + 1
     found = diagnose.enrichment(model, batch["image"])
     zq = model.query_image(model.encode_image(batch["image"]).clip).last_hidden_state
-    assert found["Z' size"] == pytest.approx(zq.numel() ** 0.5 / float(zq.detach().norm()))
-    assert found["Z' own"] == pytest.approx(0, abs=1e-6)
+    assert found["Z': relative change"] == pytest.approx(zq.numel() ** 0.5 / float(zq.detach().norm()))
+    assert found["Z': share differing between images"] == pytest.approx(0, abs=1e-6)
     changed = make_xformer("dual", init="normal")
-    assert diagnose.enrichment(changed, batch["image"])["Z' own"] > 1e-3
+    assert diagnose.enrichment(changed, batch["image"])["Z': share differing between images"] > 1e-3
 
 
 def test_what_varies_between_images_is_their_own(make_xformer: Any, batch: dict[str, Any]) -> None:
@@ -39,7 +41,7 @@ def test_what_varies_between_images_is_their_own(make_xformer: Any, batch: dict[
     zq = model.query_image(tokens.clip).last_hidden_state
     change = model.fusion.refine(zq, tokens.mae_tokens)[0] - zq  # (B, Q, D)
     own = (change - change.mean(dim=0)).square().sum() / change.square().sum()
-    assert diagnose.enrichment(model, batch["image"])["Z' own"] == pytest.approx(float(own.detach()), rel=1e-4)
+    assert diagnose.enrichment(model, batch["image"])["Z': share differing between images"] == pytest.approx(float(own.detach()), rel=1e-4)
 
 
 def test_the_floor_of_the_reconstruction_is_the_frozen_maes_whatever_was_trained(
@@ -56,15 +58,20 @@ def test_the_floor_of_the_reconstruction_is_the_frozen_maes_whatever_was_trained
 
 def test_the_figures_with_anothers_m_stand_beside_those_with_its_own() -> None:
     checks = {"enrichment": {}, "gradients": {}, "reconstruction": {}}
-    own, other = ({"loss": loss, "majority_answers": 50.0} for loss in (1.0, 2.0))
-    said = diagnose.text({"with_own_m": own, "with_anothers_m": other, **checks})
-    assert ["loss", "1.0000", "2.0000"] in [line.split() for line in said.splitlines()]
-    assert "majority" not in said, "the same for any M"
+    rows = [[("loss", loss, ""), ("answers %", share, "50.0")] for loss, share in (("1.0", "70.0"), ("2.0", "40.0"))]
+    said = [line.split() for line in diagnose.text(checks, rows).splitlines()]
+    assert ["loss", "1.0", "2.0"] in said
+    assert ["answers", "%", "70.0", "40.0", "50.0"] in said
+
+
+def test_early_fusions_attention_is_described_too(make_xformer: Any, batch: dict[str, Any]) -> None:
+    found = diagnose.enrichment(make_xformer("early"), batch["image"])
+    assert list(found) == [f"C to M, layer 1: {figure}" for figure in (ENTROPY, TOP)]
 
 
 def test_entropy_of_attention_by_hand() -> None:
-    assert diagnose.spread(torch.full((1, 2, 3, 5), 0.2)) == {"entropy": pytest.approx(1), "top": pytest.approx(0.2)}
-    assert diagnose.spread(torch.eye(5)[None, None]) == {"entropy": pytest.approx(0), "top": 1}
+    assert diagnose.spread(torch.full((1, 2, 3, 5), 0.2)) == {ENTROPY: pytest.approx(1), TOP: pytest.approx(0.2)}
+    assert diagnose.spread(torch.eye(5)[None, None]) == {ENTROPY: pytest.approx(0), TOP: 1}
 
 
 def test_gradient_norms_are_those_of_backward(make_stage2: Any, batch: dict[str, Any]) -> None:
@@ -84,8 +91,9 @@ def test_blip2_has_gradients_alone(make_xformer: Any, batch: dict[str, Any]) -> 
     found = diagnose.look(make_xformer("none").eval(), [batch])
     assert found["enrichment"] == found["reconstruction"] == {}
     assert found["gradients"]["itc > queries Z"] > 0
-    said = diagnose.text({"with_own_m": {}, "with_anothers_m": {}, **found})
+    said = diagnose.text(found, [[("loss", "1.0", "")]])
     assert "this fusion uses no M" in said
+    assert ["loss", "1.0"] in [line.split() for line in said.splitlines()]
     assert [line[0] for line in said.splitlines() if line[0] != " "] == ["1", "3"], "no title without figures"
 
 
@@ -124,5 +132,6 @@ def test_the_command_on_the_shipped_model(
     assert found["with_own_m"]["loss_rec"] == pytest.approx(found["with_anothers_m"]["loss_rec"], rel=0.2)
     said = capsys.readouterr().out
     assert all(
-        part in said for part in ("own M", "Z' size", "enrich_blocks.0 entropy", "CA1 (M attends to Zq)", "from M'")
+        part in said
+        for part in ("own M", "ITM accuracy %", "Z': relative change", "CA2, layer 1: entropy", "CA1 (M attends to Zq)", "from M'")
     )

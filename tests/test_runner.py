@@ -16,11 +16,11 @@ import torch
 import toy_training
 from PIL import Image
 
+from lavis_xformer import train
 from lavis_xformer.analysis import report
 from lavis_xformer.engine import checkpoint, jobs, loop, rng, state
 from lavis_xformer.engine.log import Averages
 from lavis_xformer.errors import UserError
-from lavis_xformer.train import conclude
 
 
 def weights(runner):
@@ -422,7 +422,7 @@ def test_evaluating_only_gives_the_figures_of_the_training(unbroken, tmp_path, c
     assert float(rows["text to image R@1 %"]) == pytest.approx(100 / 9, abs=0.1)
     (runner.output_dir / "result").mkdir(exist_ok=True)
     (runner.output_dir / "result" / "val_toy.json").write_text("{}")
-    conclude(runner, {**summary, "test": {"val": figures, "hidden": None}})
+    train.conclude(runner, {**summary, "test": {"val": figures, "hidden": None}})
     said = capsys.readouterr().out
     assert "val:\n" in said
     assert "hidden" not in said, "a test split without truths has no figures"
@@ -494,10 +494,21 @@ def test_a_split_without_captions_is_refused_before_the_first_step(tmp_path):
 def test_nothing_left_to_train_still_concludes(unbroken, tmp_path, capsys):
     path = str(unbroken.output_dir / "checkpoint_2.pth")
     runner = toy_training.make_runner(tmp_path, resume_ckpt_path=path, test_splits=["val"])
-    conclude(runner, runner.train())
+    train.conclude(runner, runner.train())
     said = capsys.readouterr().out
     assert "log         " in said
     assert "curves" not in said
+
+
+def test_a_full_disk_at_the_end_costs_the_report_alone(unbroken, capsys, monkeypatch):
+    def _full(folder):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(train, "write_report", _full)
+    train.conclude(unbroken, unbroken.summary)
+    said = capsys.readouterr().out
+    assert "checkpoint  " in said
+    assert "report      can't be written: No space left on device" in said
 
 
 def test_evaluation_checks_all_splits_before_it_begins(tmp_path):

@@ -29,7 +29,7 @@ from lavis_xformer.engine import jobs
 from lavis_xformer.engine.loop import to_device
 from lavis_xformer.files import write_json
 from lavis_xformer.models.attention_maps import recording
-from lavis_xformer.train import build_runner, show
+from lavis_xformer.train import build_runner, rows_of, show
 
 #: parts of a fusion that aligns M, and of any model, as patterns of weight names; the first that matches counts
 CROSS_ATTENTIONS = {
@@ -43,6 +43,9 @@ PARTS = {
     "fusion": r"fusion\.",
     "captions' reader of Z'": r"itg_reader\.",
 }
+
+#: cross-attentions, by the names of their layers in the fusions
+ATTENTIONS = {"align_blocks": "CA1", "enrich_blocks": "CA2", "blocks": "C to M"}
 
 Figures = dict[str, float]
 
@@ -63,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     config.run_cfg.runner = DEFAULT_RUNNER
     with launch.process_group(launch.device_of(str(config.run_cfg.get("device", "auto")))):
         runner = build_runner(config)
-        model = runner.unwrap_dist_model(runner.model).eval()
+        model, task = runner.unwrap_dist_model(runner.model).eval(), runner.task
         own = runner.evaluate(skip_reload=True)[args.split]
         other: Mapping[str, float] = {}
         if model.fusion.needs_mae:
@@ -74,7 +77,8 @@ def main(argv: Sequence[str]) -> int:
         found = {"with_own_m": dict(own), "with_anothers_m": dict(other), **look(model, batches)}
     path = runner.output_dir / "diagnosis.json"
     write_json(path, {**found, "config": config.to_dict(), "versions": jobs.versions()})
-    print(f"{text(found)}\n\nall of it  {show(path)}")
+    compared = [rows_of(task, figures) for figures in (own, other) if figures]
+    print(f"{text(found, compared)}\n\nall of it  {show(path)}")
     return 0
 
 
@@ -92,8 +96,8 @@ def look(model: Any, batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def enrichment(model: Any, image: Tensor) -> Figures:
     """Compare Z' with Zq and M' with M, and describe every cross-attention of the fusion.
 
-    ``size`` is the norm of the difference over that of the original; ``own`` is the share of the difference's power
-    that varies between the images of the batch (the rest is the same for all, so it says nothing about any of them).
+    A relative change is the norm of the difference over that of the original. What is the same for all images of the
+    batch says nothing about any of them; the rest is the share of the difference's power that differs between images.
     """
     if not model.fusion.needs_mae:
         return {}
@@ -104,25 +108,27 @@ def enrichment(model: Any, image: Tensor) -> Figures:
     found: Figures = {}
     for name, weights in maps.items():
         if name.startswith("fusion."):
-            name = name.removeprefix("fusion.").removesuffix(".cross_attention")
-            found |= {f"{name} {figure}": value for figure, value in spread(weights).items()}
+            _, blocks, layer, _ = name.split(".")
+            place = f"{ATTENTIONS[blocks]}, layer {int(layer) + 1}"
+            found |= {f"{place}: {figure}": value for figure, value in spread(weights).items()}
     for name, changed, original in (("Z'", z, zq), ("M'", aligned, tokens.mae_tokens)):
         if changed is not original:
             difference = changed - original
             power = difference.square().mean(dim=0).sum()
             own = difference.var(dim=0, unbiased=False).sum() / power.clamp_min(1e-12)
-            found |= {f"{name} size": float(difference.norm() / original.norm()), f"{name} own": float(own)}
+            found[f"{name}: relative change"] = float(difference.norm() / original.norm())
+            found[f"{name}: share differing between images"] = float(own)
     return found
 
 
 def spread(weights: Tensor) -> Figures:
     """Describe how an attention map (B, heads, L, S) spreads.
 
-    ``entropy`` is 1 if attention is uniform and 0 if it is all on one token; ``top`` is the mean share of the token
-    that gets the most.
+    The entropy is 1 if attention is uniform and 0 if it is all on one token; of each query's strongest token, the mean
+    share is returned.
     """
     entropy = torch.special.entr(weights).sum(-1).mean() / torch.tensor(weights.shape[-1]).log()
-    return {"entropy": float(entropy), "top": float(weights.amax(-1).mean())}
+    return {"entropy (1: uniform)": float(entropy), "share of the strongest token": float(weights.amax(-1).mean())}
 
 
 def gradients(model: Any, samples: Mapping[str, Any]) -> Figures:
@@ -170,16 +176,13 @@ def mean(found: Iterable[Figures]) -> Figures:
     return {name: fmean(given) for name, given in values.items()}
 
 
-def text(found: Mapping[str, Any]) -> str:
-    """Return all figures as text."""
-    own, other = found["with_own_m"], found["with_anothers_m"]
-    lines = [f"{'1. evaluation':<44}{'own M':>12}{'another M':>12}"]
-    lines += [
-        f"   {name:<41}{value:>12.4f}{other[name]:>12.4f}"
-        for name, value in own.items()
-        if name in other and not name.startswith(("chance", "majority", "agg"))
-    ]
-    if not other:
+def text(found: Mapping[str, Any], compared: Sequence[Sequence[tuple[str, str, str]]]) -> str:
+    """Return all figures as text; ``compared`` has the task's rows with the image's own M, then with another's."""
+    lines = [f"{'1. evaluation':<44}{'own M':>12}{'another M':>12}{'reference':>12}"]
+    for row in zip(*compared, strict=True):
+        name, _, reference = row[0]
+        lines.append(f"   {name:<41}" + "".join(f"{value:>12}" for _, value, _ in row) + f"{reference:>12}".rstrip())
+    if len(compared) == 1:
         lines.append("   this fusion uses no M")
     lines += ["2. what M changes"] if found["enrichment"] else []
     lines += [f"   {name:<41}{value:>12.4f}" for name, value in found["enrichment"].items()]

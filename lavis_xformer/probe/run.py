@@ -124,9 +124,11 @@ def main(argv: list[str]) -> int:
     sources = chosen(args.set, args.sources)
     report = f"probe-{args.report}"
     counts = {TRAIN: args.scenes, STOP: args.held_out, report: args.held_out}
+    print(f"rendering {sum(counts.values())} scenes", flush=True)
     exams = {split: drawn(split, count) for split, count in counts.items()}
-    bar = tqdm(sources.items(), desc="probe")
+    bar = tqdm(sources.items(), desc="sources of tokens probed")
     results = {name: train_probe(source, exams, report, steps=args.steps, seeds=args.seeds) for name, source in bar}
+    print("measuring frequencies and positions", flush=True)
     shown = exams[report]
     told = {name: source for name, source in sources.items() if name in ("C", "M", "random")}
     curves = similarity_curves(told, shown.images[:500])

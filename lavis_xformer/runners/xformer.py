@@ -240,7 +240,7 @@ class XFormerRunner(PortableRunner):
     def _announce(self) -> None:
         """Log what is about to run."""
         batch = f"{self.config.run_cfg.batch_size_train} x {world_size()} x {self.accum_grad_iters}"
-        steps = f"{self.max_epoch} epochs of {self.steps_per_epoch} steps"
+        steps = f"{self.max_epoch} epoch(s) of {self.steps_per_epoch} steps"
         told = {
             "model": weights_told(self.state.model),
             "data": ", ".join(f"{split} {size_of(data)}" for split, data in self.datasets.items()),

@@ -94,13 +94,13 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
     def after_evaluation(
         self, val_result: Sequence[Row], split_name: str, epoch: int | str, **unused: object
     ) -> dict[str, float] | None:
-        """Save every caption, then score as LAVIS does."""
+        """Save every caption, then score as LAVIS does; None if they are not to be scored, and on other ranks."""
         result_dir = registry.get_path("result_dir")
         saved = Path(self.save_result(val_result, result_dir, f"{split_name}_epoch{epoch}", "image_id"))  # of all ranks
         if not is_main():
             return None
         self.write(split_name, {}, scorer="none", said=read_json(saved))
-        return self._score(split_name, saved) if self.report_metric else {"agg_metrics": 0.0}
+        return self._score(split_name, saved) if self.report_metric else None
 
     def _score(self, split: str, saved: Path) -> dict[str, float]:
         """Score, and write the captions again, with the metrics."""
