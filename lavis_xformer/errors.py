@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any, TypeVar
 
 Found = TypeVar("Found")
@@ -46,6 +47,17 @@ def one_of(key: str, name: Any, options: Iterable[str]) -> str:
     if name not in known:
         raise UserError(f"{key}: '{name}'; {nearest(name, known)}")
     return name
+
+
+def whole(key: str, value: Any, *, least: int) -> int:
+    """Return a key's value if it is a whole number, ``least`` or more.
+
+    Raises:
+        UserError: it isn't.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise UserError(f"{key} is {value!r}; it must be a whole number, {least} or more")
+    return int(value)
 
 
 def named(options: Mapping[str, Found], name: str, what: str) -> Found:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lavis_xformer.engine import checkpoint, rng
-from lavis_xformer.engine.weights import load_trainable, trainable_state
 from lavis_xformer.errors import UserError
+from lavis_xformer.state_dicts import load_trainable, trainable_state
 
 CONTENT = {"model": {"w": torch.arange(1000.0)}, "optimizer": {}, "epoch": 1}
 
@@ -189,8 +189,8 @@ def test_only_what_training_changes_is_saved():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("layer.0.weight"), "lacks trained weights.*layer.0.weight"),
-        (lambda state: state.update(other=torch.zeros(1)), "unknown to this model: other"),
+        (lambda state: state.pop("layer.0.weight"), "x.pth doesn't fit Tied; missing: layer.0.weight"),
+        (lambda state: state.update(other=torch.zeros(1)), "unknown: other"),
         (lambda state: state.update({"layer.0.bias": torch.zeros(9)}), r"layer.0.bias \(9,\) instead of \(4,\)"),
     ],
 )

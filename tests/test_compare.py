@@ -325,7 +325,7 @@ def test_a_shipped_yaml_is_extended_from_anywhere(tmp_path: Path, monkeypatch: p
         ({"variants": {0.5: {}}}, r"variants: YAML doesn't read the name 0\.5 as text; put it in quotes"),
         ({"common": {True: {"config": "x.yaml"}}}, r"common: YAML doesn't read the name True as text"),
         ({"baseline": ["a"]}, r"baseline: no variant '\['a'\]'"),
-        ({"processes": "x"}, r"processes: x is not an integer of at least 1"),
+        ({"processes": "x"}, r"processes is 'x'; it must be a whole number, 1 or more"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -340,7 +340,7 @@ def test_mistakes_are_named(configured: Any, toy: Any) -> None:
     with pytest.raises(UserError, match=r"model\.fusion_init: 'identiti'; did you mean 'identity'"):
         configured(toy, fusion_init="identiti")
     for key, count in (("fusion_depth", 0), ("fusion_depth", 1.5), ("num_query_token", 0)):
-        with pytest.raises(UserError, match=rf"model\.{key} is {count}; it must be a whole number above 0"):
+        with pytest.raises(UserError, match=rf"model\.{key} is {count}; it must be a whole number, 1 or more"):
             configured(toy, **{key: count})
 
 

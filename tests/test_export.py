@@ -14,12 +14,12 @@ from test_checkpoints import Malicious, perturb, trainable_state
 
 import lavis_xformer
 from lavis_xformer import cli
-from lavis_xformer.engine.weights import trainable_state as runner_state
 from lavis_xformer.errors import UserError
 from lavis_xformer.export import export
 from lavis_xformer.files import sha256
 from lavis_xformer.models.stage1 import XFormer
 from lavis_xformer.models.stage2 import XFormerOPT
+from lavis_xformer.state_dicts import trainable_state as runner_state
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from test_checkpoints import Malicious, config, perturb, trainable_state
 from test_stage1 import blip2_like
 from test_stage2 import blip2_opt_like, blip2_t5_like
 
-from lavis_xformer.engine.weights import trainable_state as runner_state
 from lavis_xformer.errors import UserError
 from lavis_xformer.models.checkpoints import load_pretrained
 from lavis_xformer.models.stage2 import XFormerOPT
+from lavis_xformer.state_dicts import trainable_state as runner_state
 
 
 def lavis_saves(model: torch.nn.Module) -> dict[str, Any]:

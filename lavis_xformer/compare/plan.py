@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_xformer.compare.inputs import SOFTWARE, changes, inputs_of, read_yaml
-from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.errors import UserError, nearest, whole
 from lavis_xformer.files import read_json
 from lavis_xformer.paths import project_path, shipped_folder
 
@@ -185,7 +185,7 @@ def read_plan(path: str) -> Plan:
         seeds=_seeds(f"{file}: seeds", content["seeds"]),
         stages=stages,
         variants=content["variants"],
-        processes=_count(f"{file}: processes", content.get("processes", 1)),
+        processes=whole(f"{file}: processes", content.get("processes", 1), least=1),
         claim=str(content.get("claim") or ""),
     )
 
@@ -204,12 +204,6 @@ def _seeds(key: str, given: object) -> tuple[int, ...]:
     if not isinstance(given, list) or not all(type(seed) is int for seed in given):
         raise UserError(f"{key}: {given} is not a list of integers, such as [1, 2, 3]")
     return tuple(given)
-
-
-def _count(key: str, given: object) -> int:
-    if type(given) is not int or given < 1:
-        raise UserError(f"{key}: {given} is not an integer of at least 1")
-    return given
 
 
 def _mapping(key: str, given: Any) -> dict[str, Any]:

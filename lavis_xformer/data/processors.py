@@ -27,7 +27,7 @@ from torchvision.transforms import functional as tv
 from torchvision.transforms.functional import InterpolationMode
 
 from lavis_xformer.data.photos import to_rgb
-from lavis_xformer.errors import UserError, one_of
+from lavis_xformer.errors import UserError, one_of, whole
 from lavis_xformer.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, pack
 
 _CROP_RATIO = (3 / 4, 4 / 3)  # torchvision's own default
@@ -60,8 +60,9 @@ class _TwoViewProcessor(BaseProcessor):
         """
         super().__init__()
         del self.transform  # LAVIS's default is a lambda, which can't be pickled for spawned loader workers
-        self.clip_size = _side("image_size", image_size)
-        self.mae_size = _side("mae_image_size", image_size if mae_image_size is None else mae_image_size)
+        self.clip_size = whole("image processor: image_size", image_size, least=1)
+        mae_size = image_size if mae_image_size is None else mae_image_size
+        self.mae_size = whole("image processor: mae_image_size", mae_size, least=1)
         self.clip_normalize = transforms.Normalize(mean, std)
         self.mae_normalize = transforms.Normalize(mae_mean, mae_std)
 
@@ -147,9 +148,3 @@ class XFormerImageTrainProcessor(_TwoViewProcessor):
             return tv.hflip(crop) if mirrored else crop
 
         return view
-
-
-def _side(key: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"image processor: {key} is {value!r}; it must be a whole number of pixels")
-    return value

@@ -22,7 +22,7 @@ from PIL import Image
 
 from lavis_xformer.data.packed import LazyRows
 from lavis_xformer.data.scenes import LEVELS, PRESETS, Scene, captions, make_scene, render
-from lavis_xformer.errors import UserError, one_of
+from lavis_xformer.errors import UserError, one_of, whole
 from lavis_xformer.paths import config_path
 
 Processor = Callable[[Any], Any]
@@ -199,14 +199,3 @@ class ScenePairBuilder(SceneBuilder):
         each = whole(f"splits.{name}.captions_per_image", part.get("captions_per_image", 1), least=1)
         cls = ScenePairDataset if name == "train" else ScenePairEvalDataset
         return cls(level=level, captions_per_image=each, **shared)
-
-
-def whole(key: str, value: Any, *, least: int) -> int:
-    """Check a whole number in the configuration.
-
-    Raises:
-        UserError: it is not a whole number, or less than ``least``; the message names ``key``.
-    """
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise UserError(f"{key} is {value!r}; it must be a whole number, at least {least}")
-    return value

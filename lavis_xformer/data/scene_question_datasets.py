@@ -14,11 +14,11 @@ from numpy.random import Generator
 from torch.utils.data.dataloader import default_collate
 
 from lavis_xformer.data.packed import LazyRows
-from lavis_xformer.data.scene_datasets import Sample, SceneBuilder, SceneDataset, whole
+from lavis_xformer.data.scene_datasets import Sample, SceneBuilder, SceneDataset
 from lavis_xformer.data.scenes import ANSWERS, QUESTION_KINDS, Question, ask, questions, scene_rng
 from lavis_xformer.data.scenes.qa import KINDS, details_asked, inventory_asked
 from lavis_xformer.data.scenes.text import shuffled
-from lavis_xformer.errors import UserError, one_of
+from lavis_xformer.errors import UserError, one_of, whole
 from lavis_xformer.paths import config_path
 
 Asked = TypeVar("Asked")  # a question, or several

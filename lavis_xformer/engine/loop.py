@@ -20,8 +20,8 @@ from lavis_xformer.engine.interruption import Interruption, leave_lost_workers_t
 from lavis_xformer.engine.log import Averages, Progress, peak_memory_mb
 from lavis_xformer.engine.options import RunOptions
 from lavis_xformer.engine.step import Stepper
-from lavis_xformer.engine.weights import trainable_state
 from lavis_xformer.errors import UserError, first_line, lost_worker, worker_is_gone
+from lavis_xformer.state_dicts import trainable_state
 
 logger = logging.getLogger(__name__)
 

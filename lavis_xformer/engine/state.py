@@ -14,8 +14,8 @@ from lavis_xformer.distributed import rank, world_size
 from lavis_xformer.engine import jobs, rng
 from lavis_xformer.engine.log import Averages
 from lavis_xformer.engine.loop import Position
-from lavis_xformer.engine.weights import load_trainable, trainable_state
 from lavis_xformer.errors import UserError
+from lavis_xformer.state_dicts import load_trainable, trainable_state
 
 logger = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from torch import Tensor
 from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError
 from lavis_xformer.models.frozen import is_frozen, train_only
-from lavis_xformer.models.state_dicts import NOTHING, LoadReport, listing, load_state
 from lavis_xformer.models.weight_files import download, load_safetensors, load_torch_file
+from lavis_xformer.state_dicts import NOTHING, LoadReport, listing, load_state
 
 logger = logging.getLogger(__name__)
 

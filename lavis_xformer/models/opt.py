@@ -18,7 +18,7 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.losses import NO_TARGET
 from lavis_xformer.models.frozen import Precision
 from lavis_xformer.models.language import Dialogue, LanguageModel, check_fewest
-from lavis_xformer.models.state_dicts import REPORTING
+from lavis_xformer.models.weight_files import REPORTING
 
 
 class CachedOPT(OPTForCausalLM):

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_xformer.errors import UserError, one_of
+from lavis_xformer.errors import UserError, one_of, whole
 from lavis_xformer.models import towers
 from lavis_xformer.models.frozen import DTYPES
 from lavis_xformer.models.fusion import FUSIONS, Init
@@ -106,8 +106,7 @@ def check_names(cfg: DictConfig) -> None:
     for key, value in given(cfg, *CHOICES).items():
         one_of(f"model.{key}", value, CHOICES[key])
     for key, count in given(cfg, *COUNTS).items():
-        if not isinstance(count, int) or count < 1:
-            raise UserError(f"model.{key} is {count}; it must be a whole number above 0")
+        whole(f"model.{key}", count, least=1)
     if isinstance(placed := cfg.get("token_positions") or [], str):
         raise UserError(f"model.token_positions: '{placed}' is not a list; write [{placed}]")
     for encoder in placed:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, whole
 
 
 def take(samples: Any, key: str) -> Any:
@@ -51,8 +51,7 @@ def texts_of(samples: Any, count: int) -> list[str]:
 def check_whole(least: int, **numbers: Any) -> None:
     """Refuse what is no whole number, or less than the least."""
     for name, number in numbers.items():
-        if not isinstance(number, Integral) or number < least:
-            raise UserError(f"{name} is {number!r}; it must be a whole number, {least} or more")
+        whole(name, number, least=least)
 
 
 def check_positive(**numbers: Any) -> None:

@@ -24,8 +24,15 @@ from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.models.mae import MaeTower, MaskedAutoencoder
 from lavis_xformer.models.meta_mae import from_meta
-from lavis_xformer.models.state_dicts import REPORTING, load_exactly
-from lavis_xformer.models.weight_files import download, load_safetensors, load_torch_file, offline_error, read_json
+from lavis_xformer.models.weight_files import (
+    REPORTING,
+    download,
+    load_safetensors,
+    load_torch_file,
+    offline_error,
+    read_json,
+)
+from lavis_xformer.state_dicts import load_exactly
 
 # EVA-CLIP ViT-g/14 as BLIP-2 reads it: 39 of its 40 blocks (LAVIS `create_eva_vit_g`)
 EVA_CLIP_G: dict[str, Any] = {

@@ -19,6 +19,9 @@ from torch import Tensor
 from lavis_xformer.assets import SCHEME
 from lavis_xformer.errors import UserError, first_line
 
+#: options of transformers' from_pretrained: report what doesn't fit, other shapes too, which raise by default
+REPORTING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+
 
 def load_torch_file(path: str | Path, *, key: str) -> dict[str, Any]:
     """Read tensors from a ``.pth`` file; pickled code is refused.

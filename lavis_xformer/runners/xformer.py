@@ -23,10 +23,10 @@ from lavis_xformer.engine.log import MetricsLog, peak_memory_mb, plain
 from lavis_xformer.engine.loop import EpochLoop
 from lavis_xformer.engine.state import TrainingState
 from lavis_xformer.engine.step import Stepper
-from lavis_xformer.engine.weights import load_trainable, weights_told
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import write_json
 from lavis_xformer.runners.portable import PortableRunner, size_of
+from lavis_xformer.state_dicts import load_trainable, weights_told
 
 logger = logging.getLogger(__name__)
 
