@@ -23,7 +23,7 @@ TRACEBACK_VARIABLE = "LAVIS_XFORMER_TRACEBACK"
 COMMANDS = {
     "doctor": ("lavis_xformer.doctor", "check this environment, and a run's YAML, and say how to fix it"),
     "scenes": ("lavis_xformer.data.scenes.sheet", "draw a contact sheet of the synthetic scenes"),
-    "validate": ("lavis_xformer.data.image_text", "check a JSON, JSONL or CSV of images and texts"),
+    "validate": ("lavis_xformer.data.validate", "check a JSON, JSONL or CSV of images and texts"),
     "report": ("lavis_xformer.analysis.report", "draw the curves and write the report of a run's folder"),
     "export": ("lavis_xformer.export", "export a checkpoint as a folder: safetensors, config and model card"),
     "build-mini": ("lavis_xformer.mini.build", "train the mini encoders and language model from scratch"),

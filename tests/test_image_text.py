@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lavis_xformer.data.image_text import Pair, PairKeys, QuestionKeys, load, main
+from lavis_xformer.data.image_text import Pair, PairKeys, QuestionKeys, load
+from lavis_xformer.data.validate import main
 from lavis_xformer.errors import UserError
 
 
