@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lavis_xformer.engine import optimizers
 from lavis_xformer.engine.optimizers import MuonAdamW
 
 RATES = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.98)}
@@ -48,7 +49,8 @@ def test_muon_takes_the_trained_matrices_that_are_no_embeddings():
 
 
 @pytest.mark.parametrize("pace", [1.0, 3.0])
-def test_each_part_moves_as_alone_muon_at_its_pace(pace):
+def test_each_part_moves_as_alone_muon_at_its_pace(pace, monkeypatch):
+    monkeypatch.setattr(optimizers, "computes_bf16", lambda device: True)  # as torch's Muon does on any hardware
     model, twin = Words(), Words()
     muon = torch.optim.Muon([twin.hidden.weight], lr=pace * 1e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     twin.loss().backward()
@@ -59,6 +61,41 @@ def test_each_part_moves_as_alone_muon_at_its_pace(pace):
     assert not torch.equal(moved["queries"], twin.queries.detach())
     assert torch.equal(moved["frozen.weight"], twin.frozen.weight)
     assert {group["lr"] for group in optimizer.param_groups} == {1e-3}, "the pace is no other rate"
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (12, 40), (40, 12)])
+def test_muon_is_torchs_where_the_hardware_has_bfloat16_and_in_fp32_elsewhere(shape, monkeypatch):
+    torch.manual_seed(0)
+    start, gradients = torch.randn(shape), torch.randn(3, *shape)
+
+    def moved(muon_of):
+        matrix = nn.Parameter(start.clone())
+        muon = muon_of([matrix])
+        for gradient in gradients:
+            matrix.grad = gradient.clone()
+            muon.step()
+        return matrix.detach()
+
+    rates = {"lr": 0.1, "weight_decay": 0.1}
+    torchs = moved(lambda matrices: torch.optim.Muon(matrices, **rates, adjust_lr_fn="match_rms_adamw"))
+    for native in (True, False):
+        monkeypatch.setattr(optimizers, "computes_bf16", lambda device, native=native: native)
+        ours = moved(lambda matrices: optimizers.Muon(matrices, **rates))
+        assert torch.equal(ours, torchs) is native
+        torch.testing.assert_close(ours, torchs, rtol=0, atol=0.02)
+
+
+def test_orthogonalised_singular_values_are_near_one_and_exact_in_fp32(monkeypatch):
+    monkeypatch.setattr(optimizers, "computes_bf16", lambda device: False)
+    torch.manual_seed(0)
+    left, _, right = torch.linalg.svd(torch.randn(8, 20), full_matrices=False)
+    values = torch.linspace(0.2, 1, 8)
+    found = optimizers.orthogonalised(left @ values.diag() @ right, steps=5, coefficients=(3.4445, -4.775, 2.0315))
+    wanted = values / values.norm()
+    for _ in range(5):  # each step is a polynomial of the singular values
+        wanted = 3.4445 * wanted - 4.775 * wanted**3 + 2.0315 * wanted**5
+    torch.testing.assert_close(left.T @ found @ right.T, wanted.diag(), rtol=0, atol=1e-4)
+    assert 0.6 < wanted.min() < wanted.max() < 1.4
 
 
 def test_a_rate_of_zero_moves_nothing():
