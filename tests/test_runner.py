@@ -491,6 +491,16 @@ def test_a_split_without_captions_is_refused_before_the_first_step(tmp_path):
     assert not list(runner.output_dir.glob("*.jsonl"))
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_mixed_precision_that_the_processor_only_emulates_is_told(native, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("lavis_xformer.runners.xformer.computes_bf16", lambda device: native)
+    runner = toy_training.make_runner(tmp_path, amp="bf16")
+    with caplog.at_level("INFO"):
+        runner._announce()
+    assert "mixed precision: bf16" in caplog.text
+    assert ("run.amp=auto avoids it" in caplog.text) is not native
+
+
 def test_nothing_left_to_train_still_concludes(unbroken, tmp_path, capsys):
     path = str(unbroken.output_dir / "checkpoint_2.pth")
     runner = toy_training.make_runner(tmp_path, resume_ckpt_path=path, test_splits=["val"])

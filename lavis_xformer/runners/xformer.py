@@ -22,7 +22,7 @@ from lavis_xformer.engine.interruption import Interruption
 from lavis_xformer.engine.log import MetricsLog, peak_memory_mb, plain
 from lavis_xformer.engine.loop import EpochLoop
 from lavis_xformer.engine.state import TrainingState
-from lavis_xformer.engine.step import Stepper
+from lavis_xformer.engine.step import Stepper, computes_bf16
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import write_json
 from lavis_xformer.runners.portable import PortableRunner, size_of
@@ -240,12 +240,14 @@ class XFormerRunner(PortableRunner):
     def _announce(self) -> None:
         """Log what is about to run."""
         batch = f"{self.config.run_cfg.batch_size_train} x {world_size()} x {self.accum_grad_iters}"
+        emulated = self.amp == "bf16" and not computes_bf16(self.device)
+        precision = f"{self.amp} (slow: this device only emulates it; run.amp=auto avoids it)" if emulated else self.amp
         steps = f"{self.max_epoch} epoch(s) of {self.steps_per_epoch} steps"
         told = {
             "model": weights_told(self.state.model),
             "data": ", ".join(f"{split} {size_of(data)}" for split, data in self.datasets.items()),
             "train": f"{steps}, batch x processes x accumulation: {batch}",
-            "on": f"{world_size()} process(es), {self.device.type}, mixed precision: {self.amp}",
+            "on": f"{world_size()} process(es), {self.device.type}, mixed precision: {precision}",
             "output": self.output_dir,
         }
         for name, value in told.items():
