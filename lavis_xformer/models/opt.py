@@ -1,6 +1,6 @@
 """OPT as stage 2's frozen language model: a decoder that continues image and prompt.
 
-B: texts, Q: queries, L: width of the language model, T: tokens.
+B: texts, Q: queries, L: width of the language model, T: tokens, S: tokens including cached ones.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from lavis.models.blip2_models.modeling_opt import OPTForCausalLM
+import torch.nn.functional as F
+from lavis.models.blip2_models.modeling_opt import OPTAttention, OPTForCausalLM
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
@@ -19,6 +20,29 @@ from lavis_xformer.losses import NO_TARGET
 from lavis_xformer.models.frozen import Precision
 from lavis_xformer.models.language import Dialogue, LanguageModel, check_fewest
 from lavis_xformer.models.weight_files import REPORTING
+
+
+class KernelAttention(OPTAttention):
+    """Attends with torch's kernel instead of LAVIS's own code, which stores every attention map."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        past_key_value: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor,
+        **unused: Any,
+    ) -> tuple[Tensor, None, tuple[Tensor, Tensor]]:
+        """(B, T, L) and a mask (B, 1, T, S) to add -> the same shape, no map, and keys and values (B, heads, S, .)."""
+        query, key, value = (
+            self._shape(project(hidden_states), -1, len(hidden_states))
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (B, heads, T, L / heads)
+        if past_key_value is not None:
+            key, value = torch.cat([past_key_value[0], key], dim=2), torch.cat([past_key_value[1], value], dim=2)
+        mask = attention_mask.to(query.dtype).clamp(min=torch.finfo(query.dtype).min)  # no -inf
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        return self.out_proj(attended.transpose(1, 2).flatten(2)), None, (key, value)
 
 
 class CachedOPT(OPTForCausalLM):
@@ -42,6 +66,9 @@ class OptLanguage(LanguageModel):
     def __init__(self, **parts: Any) -> None:
         """Take what :class:`LanguageModel` takes."""
         super().__init__(**parts)
+        for module in self.model.modules():
+            if isinstance(module, OPTAttention):
+                module.__class__ = KernelAttention
         self.tokenizer.padding_side = "left"  # prompts of different lengths must all end where the answer begins
         self.end_id = self.tokenizer("\n", add_special_tokens=False).input_ids[0]
 
