@@ -7,11 +7,12 @@ import fcntl
 import itertools
 import logging
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from lavis_xformer import distributed
+from lavis_xformer.config.keys import nodes
 from lavis_xformer.distributed import is_main
 from lavis_xformer.engine import checkpoint
 from lavis_xformer.errors import UserError
@@ -39,7 +40,7 @@ def versions() -> dict[str, str]:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return ``key: old -> new`` for every key of two configurations that changes the computation."""
-    before, after = dict(_flat(old)), dict(_flat(new))
+    before, after = nodes(old, leaves=True), nodes(new, leaves=True)
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
@@ -131,11 +132,3 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     """Return a finished run's summary, ``None`` for a run that has not finished."""
     path = folder / SUMMARY_NAME
     return read_json(path) if path.exists() else None
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
