@@ -434,7 +434,8 @@ def pretend(plan: Plan) -> None:
             (cell.folder / "result" / "test.json").write_text(json.dumps(result))
             (cell.folder / "result" / "vqa_result.json").write_text("[]")  # LAVIS's own
         else:
-            summary = {"test": {"test": {"i2t_r1": 10.0 * cell.seed, "chance_i2t_r1": 1.0}}}
+            best = {"split": "val", "epoch": 0, "agg_metrics": 30.0 + cell.seed, "loss": 1.5, "loss_itc": 1.0}
+            summary = {"test": {"test": {"i2t_r1": 10.0 * cell.seed, "chance_i2t_r1": 1.0}}, "best": best}
             (cell.folder / "summary.json").write_text(json.dumps(summary))
             log = [{"kind": "eval", "step": 5, "loss_itc": 2.0}, {"kind": "step", "step": 5, "loss_itc": 9.0}]
             (cell.folder / "log.jsonl").write_text("\n".join(map(json.dumps, log)))
@@ -445,7 +446,10 @@ def test_tables_figures_and_json(plan: Plan) -> None:
     shown = run.write(plan)
     found = json.loads((plan.output / "toy" / "results.json").read_text())
     assert (found["finished"], found["planned"]) == (12, 13)
-    assert found["variants"]["a"]["figures"]["first.i2t_r1"]["mean"] == 15
+    measured = {name: value["mean"] for name, value in found["variants"]["a"]["figures"].items()}
+    assert {name: value for name, value in measured.items() if name.startswith("first.")} == {
+        "first.i2t_r1": 15, "first.chance_i2t_r1": 1, "first.val_loss": 1.5, "first.val_score": 31.5,
+    }  # fmt: skip
     assert found["differences"]["b"]["asked.count"]["difference"] == 50
     assert found["claimed"]["a"]["asked.count"]["difference"] == 50
     assert markdown(collect(plan)) in shown

@@ -22,6 +22,8 @@ Key = tuple[Any, ...]
 _MEASURED = ("i2t_r1", "t2i_r1", "itm_accuracy", "loss_rec", "rec_mae", "caption_f1")
 #: the figures of a training's test that the table shows
 SHOWN = (*_MEASURED, *(f"chance_{name}" for name in _MEASURED))
+#: a training's figures on its validation split, at its best epoch: what a setting is chosen by
+VALIDATED = {"loss": "val_loss", "agg_metrics": "val_score"}
 #: prefixes of the figures shown if an evaluation's answers are compared one by one; of other evaluations, all are shown
 ASKED = (
     *("mae", "rmse", "f1", "yes_ratio", "unread", "pair_accuracy", "accuracy_semantic", "majority_semantic"),
@@ -112,7 +114,7 @@ def _scored(result: Json) -> list[Json]:
 
 
 def _figures(cell: Cell, results: Iterable[Json]) -> Iterable[tuple[str, float]]:
-    """Figures of one run: a training's on its test splits, an evaluation's except the accuracies of its answers."""
+    """Figures of one run: a training's on its test and validation splits, an evaluation's except its accuracies."""
     for result in results:
         scored = bool(_scored(result))
         for name, value in result["figures"].items():
@@ -121,8 +123,11 @@ def _figures(cell: Cell, results: Iterable[Json]) -> Iterable[tuple[str, float]]
     if not cell.stage.evaluate:
         paired = {answer["group"] for result in results for answer in _scored(result)}
         told = [name for name in SHOWN if name.removeprefix("chance_") not in paired]
-        for figures in read_json(cell.folder / "summary.json")["test"].values():
+        summary = read_json(cell.folder / "summary.json")
+        for figures in summary["test"].values():
             yield from ((name, value) for name, value in (figures or {}).items() if name in told)
+        best = summary.get("best") or {}
+        yield from ((title, best[name]) for name, title in VALIDATED.items() if name in best)
 
 
 def mean_and_spread(values: Iterable[float]) -> Json:
