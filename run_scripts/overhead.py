@@ -23,7 +23,7 @@ from lavis_xformer.engine.options import RunOptions
 from lavis_xformer.train import build_runner
 
 OPTIONS = (
-    "run.amp=no run.max_epoch=1 run.valid_splits=[] run.tensorboard=False "
+    "run.amp=no run.muon=0 run.max_epoch=1 run.valid_splits=[] run.tensorboard=False "
     "datasets.xformer_scenes.splits.train.scenes={} run.output_dir={}"
 )
 

@@ -461,8 +461,10 @@ def test_tables_figures_and_json(plan: Plan) -> None:
         "toys test: protocol paper (num_beams 5), scorer strict, template raw, questions 0123456789ab.",
     ):  # fmt: skip
         assert part in shown, part
-    assert "different code" not in shown
-    assert "different code" in provenance({"a": {"runs": [{"folder": name, "code": name} for name in "xy"]}})
+    assert "code has changed since" in shown
+    runs = [{"folder": name, "code": name} for name in "xy"]
+    assert "different code" in provenance({"a": {"runs": runs}}, "x")
+    assert "**" not in provenance({"a": {"runs": runs[:1]}}, "x")
     for name in ("bars", "counts", "curves"):
         assert (plan.output / "toy" / f"{name}.png").stat().st_size > 1000
     assert figures.losses(plan.cells()[0].folder) == {"loss_itc": (([5], [9.0]), ([5], [2.0]))}

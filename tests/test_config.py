@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lavis.common.registry import registry
 
 import lavis_xformer
+from lavis_xformer import evaluate
 from lavis_xformer.engine.options import NEEDED, NEEDED_TO_TRAIN, RunOptions, check_lavis_keys
 from lavis_xformer.errors import UserError
+from lavis_xformer.runners.portable import PortableRunner
 from lavis_xformer.train import build_runner
 
 YAML = """
@@ -149,6 +152,20 @@ def test_laviss_own_runners_are_refused(load):
         UserError, match=r"run\.runner: LAVIS's own runners can't be started .* set it to xformer_runner"
     ):
         build_runner(load("run.runner=runner_base", *needed))
+
+
+@pytest.mark.parametrize("given", ["runner_base", "xformer_runner", "my_runner"])
+def test_an_evaluation_replaces_laviss_runners_but_no_others(load, given: str, monkeypatch, tmp_path):
+    monkeypatch.setitem(registry.mapping["runner_name_mapping"], "my_runner", type("Mine", (PortableRunner,), {}))
+    monkeypatch.setattr(evaluate, "read_config", lambda *_: load(f"run.runner={given}", "run.test_splits=[test]"))
+    monkeypatch.setattr(evaluate, "execute", lambda config: config.run_cfg)
+    run = evaluate.command([])
+    assert run.evaluate is True
+    assert run.runner == ("my_runner" if given == "my_runner" else "xformer_runner")
+
+
+def test_evaluate_may_be_left_out_for_laviss_captioning_too(load):
+    assert load("run.evaluate=null").run_cfg.evaluate is False
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from lavis_xformer.compare.bootstrap import paired_bootstrap
+from lavis_xformer.compare.inputs import code
 from lavis_xformer.compare.plan import Cell, Plan
 from lavis_xformer.files import read_json
 
@@ -46,6 +47,7 @@ def collect(plan: Plan) -> Json:
         "name": plan.name,
         "baseline": plan.baseline,
         "claim": plan.claim,
+        "code": code(),
         "planned": len(cells),
         "finished": len(done),
         "asked": {

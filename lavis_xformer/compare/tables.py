@@ -41,7 +41,7 @@ def markdown(found: Json) -> str:
         "## Costs",
         "Trained weights; mean wall time of a run in s; mean peak memory in MiB, of its GPU or process.",
         _table(["", "seeds", *stages], costs),
-        provenance(variants),
+        provenance(variants, found["code"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -93,15 +93,16 @@ def figures(variants: Mapping[str, Json], stage: str) -> str:
     return _table(["", *_short(names)], rows)
 
 
-def provenance(variants: Mapping[str, Json]) -> str:
-    """Say with which commits and code, and on which machines, the runs were computed."""
+def provenance(variants: Mapping[str, Json], now: str) -> str:
+    """Say with which commits and code, and on which machines, the runs were computed; warn if it isn't code ``now``."""
     runs = {run["folder"]: run for of in variants.values() for run in of["runs"]}
     told = [
         f"{title}: {', '.join(sorted({str(run[key]) for run in runs.values() if run.get(key)})) or 'unknown'}"
         for title, key in (("Commit", "commit"), ("code", "code"), ("machine", "machine"))
     ]
-    warning = "" if len({run.get("code") for run in runs.values()}) < 2 else " **The runs used different code.**"
-    return f"{len(runs)} runs. {'; '.join(told)}.{warning}"
+    codes = {run.get("code") for run in runs.values()}
+    warning = " **The runs used different code.**" if len(codes) > 1 else " **The code has changed since.**"
+    return f"{len(runs)} runs. {'; '.join(told)}.{warning if codes - {now} else ''}"
 
 
 def _short(names: Sequence[str]) -> list[str]:

@@ -64,6 +64,7 @@ class RunConfig(Config):
         check_keys(project, chosen, defaults, classes)
         self.config = _merge(defaults, user)
         _drop_null(self.config.run)
+        self.config.run.setdefault("evaluate", False)  # which LAVIS's captioning reads
         for dataset in self.config.datasets.values():
             _drop_null((dataset.get("build_info") or {}).get("annotations") or {})
         self.config.run.output_dir = str(Path(str(self.config.run.get("output_dir") or "output")).absolute())
