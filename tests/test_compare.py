@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from matplotlib.figure import Figure
 
 from lavis_xformer.compare import figures, inputs, run
 from lavis_xformer.compare.plan import Cell, Plan, as_text, read_plan
@@ -468,6 +469,21 @@ def test_tables_figures_and_json(plan: Plan) -> None:
     for name in ("bars", "counts", "curves"):
         assert (plan.output / "toy" / f"{name}.png").stat().st_size > 1000
     assert figures.losses(plan.cells()[0].folder) == {"loss_itc": (([5], [9.0]), ([5], [2.0]))}
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"), [(["a", "b", "c"], 4), ([f"a variant of a long name, {n}" for n in range(9)], 3)]
+)
+def test_a_legend_fits_its_figure(names: list[str], columns: int, tmp_path: Path, monkeypatch: Any) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    value = {"mean": 50.0, "low": 40.0, "high": 60.0, "n": 3}
+    tasks = {"asked.count": {"n": 3, "majority": 20.0}}
+    figures.draw_bars({name: {"accuracy": {"asked.count": value}} for name in names}, tasks, tmp_path / "bars.png")
+    (legend,) = drawn[0].legends
+    drawn[0].draw_without_rendering()
+    assert legend.get_window_extent().width <= drawn[0].bbox.width
+    assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) == columns
 
 
 def test_what_is_to_be_done_anew_counts_no_more(tmp_path: Path, plan: Plan) -> None:

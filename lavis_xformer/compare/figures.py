@@ -157,7 +157,11 @@ def _axes(path: Path, *, panels: int = 1, columns: int = 4) -> tuple[list[Any], 
         for each in axes:
             handles, labels = each.get_legend_handles_labels()
             entries |= dict(zip(labels, handles, strict=True))
-        figure.legend(entries.values(), entries.keys(), fontsize=8, ncols=6, loc="outside upper center")
+        for ncols in range(6, 0, -1):  # as many columns as fit
+            above = figure.legend(entries.values(), entries.keys(), fontsize=8, ncols=ncols, loc="outside upper center")
+            if ncols == 1 or above.get_window_extent().width <= figure.bbox.width:
+                break
+            above.remove()
         figure.savefig(path, dpi=120)
         return path
 
