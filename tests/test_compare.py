@@ -472,7 +472,8 @@ def test_tables_figures_and_json(plan: Plan) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "columns"), [(["a", "b", "c"], 4), ([f"a variant of a long name, {n}" for n in range(9)], 3)]
+    ("names", "columns"),
+    [(["a", "b", "c"], 4), ([f"a variant with a name of {n} and many more words" for n in range(9)], 2)],
 )
 def test_a_legend_fits_its_figure(names: list[str], columns: int, tmp_path: Path, monkeypatch: Any) -> None:
     drawn: list[Figure] = []
