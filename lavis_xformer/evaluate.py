@@ -9,11 +9,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from lavis.common.registry import registry
-
 from lavis_xformer.config.load import DEFAULT_RUNNER
 from lavis_xformer.errors import UserError
-from lavis_xformer.train import execute, read_config
+from lavis_xformer.train import execute, read_config, runner_of
 
 
 def command(argv: Sequence[str]) -> int:
@@ -25,8 +23,8 @@ def command(argv: Sequence[str]) -> int:
     config = read_config(argv, __doc__)
     run = config.run_cfg
     run.evaluate = True
-    if registry.get_runner_class(run.get("runner", DEFAULT_RUNNER)).__module__.startswith("lavis."):
-        run.runner = DEFAULT_RUNNER  # in place of LAVIS's, which LAVIS's YAMLs name
+    if runner_of(run) is None:  # LAVIS's YAMLs name one of LAVIS's
+        run.runner = DEFAULT_RUNNER
     run.test_splits, run.valid_splits = run.get("test_splits") or run.get("valid_splits"), []
     if not run.test_splits:
         raise UserError("run.test_splits names no split to evaluate; set it to [val] or [test]")

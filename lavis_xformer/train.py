@@ -65,8 +65,8 @@ def build_runner(config: Any) -> Any:
     """
     setup_logging(shown=is_main())
     check_lavis_keys(config.run_cfg)
-    runner_class = registry.get_runner_class(config.run_cfg.get("runner", DEFAULT_RUNNER))
-    if runner_class.__module__.startswith("lavis."):
+    runner_class = runner_of(config.run_cfg)
+    if runner_class is None:
         raise UserError(f"run.runner: LAVIS's own runners can't be started from here; set it to {DEFAULT_RUNNER}")
     options = RunOptions.from_config(config.run_cfg)
     job_id = jobs.choose(config.to_dict(), job_id=options.job_id, resume=options.resume)
@@ -77,6 +77,12 @@ def build_runner(config: Any) -> Any:
     rng.seed_everything(rng.seed_of(options.seed, rank()))
     distributed.barrier()
     return runner_class(cfg=config, task=task, model=model, datasets=datasets, job_id=job_id)
+
+
+def runner_of(run_cfg: Mapping[str, Any]) -> Any:
+    """Return the class of ``run.runner``; None for LAVIS's own, which can't be started from here."""
+    found = registry.get_runner_class(run_cfg.get("runner", DEFAULT_RUNNER))
+    return None if found.__module__.startswith("lavis.") else found
 
 
 def conclude(runner: Any, summary: Mapping[str, Any]) -> None:

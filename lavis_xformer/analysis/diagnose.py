@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     config.run_cfg.runner = DEFAULT_RUNNER
     with launch.process_group(launch.device_of(str(config.run_cfg.get("device", "auto")))):
         runner = build_runner(config)
-        model, task = runner.unwrap_dist_model(runner.model).eval(), runner.task
+        model = runner.unwrap_dist_model(runner.model).eval()
         own = runner.evaluate(skip_reload=True)[args.split]
         other: Mapping[str, float] = {}
         if model.fusion.needs_mae:
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
         found = {"with_own_m": dict(own), "with_anothers_m": dict(other), **look(model, batches)}
     path = runner.output_dir / "diagnosis.json"
     write_json(path, {**found, "config": config.to_dict(), "versions": jobs.versions()})
-    compared = [rows_of(task, figures) for figures in (own, other) if figures]
+    compared = [rows_of(runner.task, figures) for figures in (own, other) if figures]
     print(f"{text(found, compared)}\n\nall of it  {show(path)}")
     return 0
 
