@@ -8,7 +8,9 @@ from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
+import torch
 
+import lavis_xformer
 from lavis_xformer.data.scenes import PRESETS, QUESTION_KINDS, make_scene, relations, render, visible_shares
 from lavis_xformer.data.scenes.sheet import main
 from lavis_xformer.data.scenes.sprites import AREAS, sprite
@@ -168,10 +170,18 @@ def test_covered_area_tells_little_of_the_number_of_objects():
 
 
 def test_scenes_are_made_faster_than_they_are_used():
+    model, *_ = lavis_xformer.load_model_and_preprocess("xformer", "mini")
+    batch = {"image": torch.zeros(16, 6, 64, 64), "text_input": ["a red star and two blue squares"] * 16}
     [render(scene) for scene in scenes(count=300)]  # fill the cache of sprites
-    start = time.process_time()
-    [render(scene) for scene in scenes(count=300, seed=1)]
-    assert 300 / (time.process_time() - start) > 250
+    spent = []
+    for work in (model, model, lambda _: [render(scene) for scene in scenes(count=16, seed=1)]):  # the first warms up
+        start = time.process_time()
+        done = work(batch)
+        if work is model:
+            done["loss"].backward()
+        spent.append(time.process_time() - start)
+    _, step, drawing = spent
+    assert drawing < step / 2, "of the main job, on one core each"
 
 
 def test_unknown_preset_names_the_nearest():
