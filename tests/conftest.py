@@ -62,6 +62,16 @@ def tiny_mae_model() -> Any:
     return ViTMAEForPreTraining(config).eval()
 
 
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole set of mini models, trained for a few steps; for all tests, which leave it as it is."""
+    from lavis_xformer.mini import build
+
+    out = tmp_path_factory.mktemp("mini")
+    assert build.main(["--preset", "smoke", "--out", str(out)]) == 0
+    return out
+
+
 @pytest.fixture
 def make_xformer(vocab_folder: Path, tiny_mae_model: Any) -> Any:
     """A factory of stage-1 models at toy size, ``make_xformer(fusion="dual", **arguments)``; always the same seed."""

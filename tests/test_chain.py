@@ -14,7 +14,6 @@ from PIL import Image
 
 import lavis_xformer
 from lavis_xformer import cli
-from lavis_xformer.mini import build
 
 PROJECTS = Path(__file__).parents[1] / "projects" / "xformer"
 SMALL = (
@@ -99,15 +98,14 @@ def test_stage_2_captions_and_answers(way: str, exported: dict[str, Path], pictu
     assert model.extract_features(samples).image_embeds.shape == (2, 32, 96)
 
 
-def test_t5_goes_the_same_way(exported: dict[str, Path], pictures: list[Image.Image], tmp_path: Path) -> None:
-    """In one process and without training: its language model may not ship, so the test builds one."""
+def test_t5_goes_the_same_way(exported: dict[str, Path], pictures: list[Image.Image], smoke: Path) -> None:
+    """In one process and without training: its language model may not ship, so it is the one just built."""
     from omegaconf import OmegaConf
 
     from lavis_xformer.models.stage2 import XFormerT5
 
-    assert build.main(["--preset", "smoke", "--only", "t5", "--out", str(tmp_path)]) == 0
     cfg = OmegaConf.load(XFormerT5.default_config_path("mini_t5"))
-    cfg.model |= {"t5_model": str(tmp_path / "t5"), "pretrained": str(exported["stage1"])}
+    cfg.model |= {"t5_model": str(smoke / "t5"), "pretrained": str(exported["stage1"])}
     model: Any = XFormerT5.from_config(cfg.model)
     assert set(model.load_report.missing_new) == {"t5_proj.weight", "t5_proj.bias"}
     _, vis, _ = lavis_xformer.from_folder(exported["stage1"])

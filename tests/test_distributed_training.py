@@ -30,6 +30,23 @@ with launch.process_group("cpu"):
 """
 
 
+TRAININGS = """
+import json
+import sys
+import torch
+import toy_training
+import toy_xformer
+from lavis_xformer import launch
+folder, *jobs = sys.argv[1:]
+with launch.process_group("cpu") as place:
+    torch.save(toy_xformer.train(), f"{folder}/rank{place.rank}")
+    for job in jobs:
+        toy_training.train(place, output_dir=folder, **json.loads(job))
+"""
+JOINED = {"dropout": 0, "max_epoch": 4, "accum_grad_iters": 2}
+EACH_ALL = {"dropout": 0, "use_dist_eval_sampler": False}
+
+
 def torchrun(*options, processes=2, script=SCRIPT):
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(script), *options]
@@ -43,32 +60,42 @@ def torchrun(*options, processes=2, script=SCRIPT):
     )
 
 
-def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
-    options = {"dropout": 0, "max_epoch": 4, "accum_grad_iters": 2}
-    settings = [f"{name}={value}" for name, value in options.items()]
-    done = torchrun(f"output_dir={tmp_path}", "job_id=two", "batch_size_train=4", "batch_size_eval=4", *settings)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder of all that two processes trained, one after the other, as they take seconds to start."""
+    folder, script = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("script") / "trainings.py"
+    script.write_text(TRAININGS)
+    jobs = [
+        {"job_id": "joined", "batch_size_train": 4, "batch_size_eval": 4, **JOINED},
+        {"job_id": "each_all", "batch_size_train": 4, **EACH_ALL},
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(SCRIPT.parent))
+        done = torchrun(str(folder), *map(json.dumps, jobs), script=script)
     assert done.returncode == 0, done.stderr
-    one = toy_training.make_runner(tmp_path, job_id="one", batch_size_train=8, **options)
+    return folder
+
+
+def test_two_processes_equal_one_on_the_joined_batch(two, tmp_path):
+    one = toy_training.make_runner(tmp_path, job_id="one", batch_size_train=8, **JOINED)
     one.train()
-    states = [torch.load(tmp_path / "two" / f"final{rank}.pt", weights_only=True) for rank in (0, 1)]
+    states = [torch.load(two / "joined" / f"final{rank}.pt", weights_only=True) for rank in (0, 1)]
     for name, value in one.state.model.state_dict().items():
         assert torch.equal(states[0][name], states[1][name]), name
         torch.testing.assert_close(states[0][name], value, rtol=0, atol=1e-5)
-    logs = [report.read_log(tmp_path / job) for job in ("two", "one")]
+    logs = [report.read_log(folder) for folder in (two / "joined", tmp_path / "one")]
     for left, right in zip(*logs, strict=True):
         assert left["loss"] == pytest.approx(right["loss"], abs=0.5 if left["kind"] == "eval" else 1e-5)
         assert left.get("i2t_r1") == pytest.approx(right.get("i2t_r1"))
         assert left.get("t2i_r5") == pytest.approx(right.get("t2i_r5"))
 
 
-def test_the_four_losses_of_two_processes_equal_those_of_one_on_the_joined_batch(tmp_path):
-    done = torchrun(str(tmp_path / "rank"), script=Path(toy_xformer.__file__))
-    assert done.returncode == 0, done.stderr
+def test_the_four_losses_of_two_processes_equal_those_of_one_on_the_joined_batch(two):
     one = toy_xformer.train()
     assert {"loss", "loss_itc", "loss_itm", "loss_itg", "loss_rec", "grad_norm"} <= one["history"][0].keys()
     for rank in (0, 1):
-        two = torch.load(tmp_path / f"rank{rank}", weights_only=True)
-        torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-5)
+        found = torch.load(two / f"rank{rank}", weights_only=True)
+        torch.testing.assert_close(found, one, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -110,15 +137,13 @@ def test_a_worker_that_one_rank_loses_stops_all_after_a_save(tmp_path):
     assert list((tmp_path / "a").glob("checkpoint_0_step*.pth"))
 
 
-def test_processes_that_each_evaluate_all_count_no_caption_twice(tmp_path):
-    options = ("batch_size_train=4", "use_dist_eval_sampler=False", "dropout=0")
-    done = torchrun(f"output_dir={tmp_path}", "job_id=two", *options)
-    assert done.returncode == 0, done.stderr
+def test_processes_that_each_evaluate_all_count_no_caption_twice(two, tmp_path):
     toy_training.make_runner(tmp_path, job_id="one", dropout=0).train()
-    logs = [[r for r in report.read_log(tmp_path / job) if r["kind"] == "eval"] for job in ("two", "one")]
-    for two, one in zip(*logs, strict=True):
+    folders = (two / "each_all", tmp_path / "one")
+    logs = [[record for record in report.read_log(folder) if record["kind"] == "eval"] for folder in folders]
+    for found, one in zip(*logs, strict=True):
         recalls = [key for key in one if key[:4] in ("i2t_", "t2i_", "chan")]
-        assert {key: two[key] for key in recalls} == pytest.approx({key: one[key] for key in recalls})
+        assert {key: found[key] for key in recalls} == pytest.approx({key: one[key] for key in recalls})
 
 
 @pytest.mark.slow

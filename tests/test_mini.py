@@ -30,11 +30,9 @@ from lavis_xformer.mini.training import Schedule, fit, generator
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """A whole set, trained for a few steps."""
-    out = tmp_path_factory.mktemp("mini")
-    assert build.main(["--preset", "smoke", "--out", str(out)]) == 0
-    return out
+def noted():
+    """Texts and notes of 2000 scenes."""
+    return pool.documents("t", seed=0, count=2000, noted=True)
 
 
 @pytest.fixture(params=["built", "shipped"])
@@ -203,8 +201,8 @@ def test_a_note_is_read_in_the_place_of_one_token(smoke):
     assert cut.places[0].unique().tolist() == list(range(6)), "the rest does not fit"
 
 
-def test_notes_fill_an_image_s_places_and_list_every_object():
-    documents = pool.documents("t", seed=0, count=256, noted=True)
+def test_notes_fill_an_image_s_places_and_list_every_object(noted):
+    documents = noted[:256]
     kinds = [(bool(d.notes), bool(d.text), bool(d.questions)) for d in documents]
     assert set(kinds) == {(True, False, True), (True, True, False), (False, True, True), (False, False, True),
                           (False, True, False)}  # fmt: skip
@@ -221,19 +219,19 @@ def test_notes_fill_an_image_s_places_and_list_every_object():
     assert 0.3 < lists / kinds.count((True, False, True)) < 0.7
 
 
-def test_notes_say_what_the_description_says_and_only_where_asked_for():
-    plain, noted = (pool.documents("t", seed=0, count=64, noted=noted) for noted in (False, True))
+def test_notes_say_what_the_description_says_and_only_where_asked_for(noted):
+    plain = pool.documents("t", seed=0, count=64)
     assert not [d for d in plain if d.notes or any(question.kind == "inventory" for question in d.questions)]
-    pairs = [(text.text, set(notes.notes)) for text, notes in zip(plain, noted, strict=True) if notes.questions]
+    pairs = [(text.text, set(notes.notes)) for text, notes in zip(plain, noted[:64], strict=True) if notes.questions]
     pairs = [(text, notes - {"nothing"}) for text, notes in pairs if notes]
     assert len(pairs) == 24
     for text, notes in pairs:
         assert all(note in text for note in notes)
 
 
-def test_no_text_asks_for_two_objects_both_ways_round():
+def test_no_text_asks_for_two_objects_both_ways_round(noted):
     found = 0
-    for document in pool.documents("t", seed=0, count=400, noted=True):
+    for document in noted[:400]:
         asked = [question.text for question in document.questions if question.kind == "relation"]
         words = [tuple(sorted(re.findall(r"\w+", question))) for question in asked]
         assert len(set(words)) == len(words), asked
@@ -241,8 +239,8 @@ def test_no_text_asks_for_two_objects_both_ways_round():
     assert found > 200
 
 
-def test_the_words_of_an_object_s_note_say_all_without_their_order():
-    told = [note for d in pool.documents("t", seed=0, count=2000, noted=True) for note in d.notes if "/" in note]
+def test_the_words_of_an_object_s_note_say_all_without_their_order(noted):
+    told = [note for document in noted for note in document.notes if "/" in note]
     assert len(set(told)) == len({tuple(sorted(re.findall(r"\w+/?", note))) for note in told}) > 1000
 
 

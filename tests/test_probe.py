@@ -10,12 +10,11 @@ import torch
 from transformers import ViTMAEForPreTraining
 
 from lavis_xformer.errors import UserError
-from lavis_xformer.mini import build
 from lavis_xformer.mini.mae import mae_config
 from lavis_xformer.models.mae import MaskedAutoencoder
 from lavis_xformer.probe import figure, pooling, run, spectrum
 from lavis_xformer.probe.exam import NONE, TASKS, Exam, make_exam
-from lavis_xformer.probe.pooling import STOP, TRAIN, Probe, train_probe
+from lavis_xformer.probe.pooling import STOP, TRAIN, Probe, grid, train_probe
 from lavis_xformer.probe.positions import position_r2
 from lavis_xformer.probe.spectrum import filtered, similarity_curves
 from lavis_xformer.probe.tokens import Standardise, mae_tokens, pixel_tokens
@@ -46,6 +45,25 @@ def test_probe_reads_what_is_there_and_nothing_else():
     assert all(seen[name][0] > 90 for name in ("count", "position", "mark", "facing", "relation"))
     assert blind["facing"][0] < 40
     assert blind["count"][0] < 25
+
+
+def test_the_probe_tells_where_the_one_token_that_differs_is():
+    """Tokens alike but for one, in a square of 3 x 3; its place is the answer."""
+
+    def marked(images):
+        cell = (images[:, 0, 0, list(TASKS).index("position")] * 9).round().long()
+        return torch.nn.functional.one_hot(1 + cell, 10)[..., None].expand(-1, -1, 4).float()
+
+    exams = {TRAIN: told(1000, 0), STOP: told(200, 100), "val": told(200, 200)}
+    assert train_probe(marked, exams, "val", steps=150, seeds=1)["position"][0] > 90
+
+
+def test_a_token_is_told_its_row_and_column():
+    places = grid(17)  # CLS and a square of 4 x 4
+    assert not places[0].any()
+    assert places[1:].nonzero()[:, 1].unflatten(0, (4, 4, 2)).tolist() == [
+        [[row, 4 + column] for column in range(4)] for row in range(4)
+    ]
 
 
 def test_the_best_step_is_chosen_on_other_scenes_than_are_reported_on(monkeypatch):
@@ -147,15 +165,13 @@ def test_interval_is_students():
     assert run.interval([1.0]) == (1.0, math.inf)
 
 
-def test_an_unknown_source_is_named_before_anything_is_drawn(tmp_path, monkeypatch):
-    folder = tmp_path / "mini"
-    build.main(["--preset", "smoke", "--only", "clip", "--only", "mae", "--out", str(folder)])
+def test_an_unknown_source_is_named_before_anything_is_drawn(smoke, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "make_exam", lambda *args, **kwargs: pytest.fail("exams are drawn"))
     with pytest.raises(UserError, match=r"--sources: 'pixel'; did you mean 'pixels'\?"):
-        run.main(["--set", str(folder), "--sources", "C, pixel", "--out", str(tmp_path / "out")])
+        run.main(["--set", str(smoke), "--sources", "C, pixel", "--out", str(tmp_path / "out")])
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"--out .*file: File exists; name a folder"):
-        run.main(["--set", str(folder), "--out", str(tmp_path / "file")])
+        run.main(["--set", str(smoke), "--out", str(tmp_path / "file")])
     with pytest.raises(UserError, match=r"--set .*nowhere/clip does not exist; lavis-xformer build-mini"):
         run.main(["--set", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])
 
@@ -173,13 +189,11 @@ def test_the_figure_of_pixels_alone_has_no_curves(tmp_path):
     assert (tmp_path / "probe.png").stat().st_size > 1_000
 
 
-def test_command_writes_table_figures_and_json(tmp_path, monkeypatch):
+def test_command_writes_table_figures_and_json(smoke, tmp_path, monkeypatch):
     monkeypatch.setattr(spectrum, "CUTOFFS", (2, 8))
-    folder = tmp_path / "mini"
-    build.main(["--preset", "smoke", "--only", "clip", "--only", "mae", "--out", str(folder)])
     out = tmp_path / "probe"
-    small = ["--scenes", "60", "--held-out", "80", "--steps", "10", "--seeds", "2"]
-    assert run.main(["--set", str(folder), "--out", str(out), *small]) == 0
+    small = ["--scenes", "40", "--held-out", "40", "--steps", "2", "--seeds", "2"]
+    assert run.main(["--set", str(smoke), "--out", str(out), *small]) == 0
     said = (out / "probe.md").read_text()
     assert "C+M minus C two layers" in said
     assert "| random, high-passed |" in said

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import signal
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -314,16 +314,23 @@ def test_figures_of_numpy_and_torch_leave_the_checkpoints_readable(tmp_path, mon
 
 
 def test_two_processes_dont_train_in_one_folder(tmp_path):
-    holder = f"from pathlib import Path; from lavis_xformer.engine import jobs; lock = jobs.claim(Path('{tmp_path}/a'))"
+    def hold():
+        lock = jobs.claim(tmp_path / "a")
+        theirs.send(lock is not None)
+        theirs.recv()
+
+    forks = multiprocessing.get_context("fork")
+    ours, theirs = forks.Pipe()
     runner = toy_training.make_runner(tmp_path, job_id="a", max_epoch=1)
-    other = subprocess.Popen(
-        [sys.executable, "-c", f"{holder}; print(lock is not None, flush=True); input()"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert other.stdout.readline() == "True\n"
+    other = forks.Process(target=hold, daemon=True)
+    other.start()
+    assert ours.poll(60)
+    assert ours.recv()
     with pytest.raises(UserError, match=r"another process is training in .*/a: wait for it or stop it"):
         runner.train()
-    other.communicate("\n")
+    ours.send("leave")
+    other.join(60)
+    assert other.exitcode == 0
     assert runner.train()["finished"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,30 @@ def test_every_project_passes_the_checks_of_a_run(path: Path, tmp_path: Path) ->
     assert cfg.run_cfg.task == raw.run.task
 
 
-@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
-def test_every_run_of_a_comparison_passes_the_checks_of_a_run(path: Path, tmp_path: Path) -> None:
-    from lavis_xformer.compare.plan import read_plan
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Load a run's configuration; each only once, as comparisons share runs."""
     from lavis_xformer.config.load import load_config
+
+    raw, folder = cache(OmegaConf.load), tmp_path_factory.mktemp("files")
+
+    @cache
+    def load(config: str, options: tuple[str, ...]) -> Any:
+        given = raw(ROOT / config)
+        return load_config(config, [*options, *own_files(given), *lavis_files(given, folder)])
+
+    return load
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_every_run_of_a_comparison_passes_the_checks_of_a_run(path: Path, checked: Any) -> None:
+    from lavis_xformer.compare.plan import read_plan
 
     plan = read_plan(str(path))
     for cell in plan.cells(seeds=plan.seeds[:1]):
         arguments = cell.arguments()
         config, options = arguments[arguments.index("--cfg-path") + 1], arguments[arguments.index("--options") + 1 :]
-        raw = OmegaConf.load(ROOT / config)
-        cfg = load_config(config, [*options, *own_files(raw), *lavis_files(raw, tmp_path)])
+        cfg = checked(config, tuple(options))
         assert cfg.run_cfg.seed == cell.seed
         assert cfg.model_cfg.get("pretrained") == cell.options.get("model.pretrained")
     chains = {name: tuple(str(cell.folder) for cell in plan.cells([name])) for name in plan.variants}

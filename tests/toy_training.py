@@ -129,15 +129,20 @@ def make_runner(output_dir, *, dropout=0.1, broken=(), length=48, delay=0.0, dat
     return runner_class(config, setup_task(config), model, datasets or {"toy": toy}, job_id)
 
 
-def command(argv):
+def train(place, **options):
+    """Train the toy within a process group and save this process's weights."""
     from lavis_xformer.engine.log import setup_logging
 
+    setup_logging(shown=place.rank == 0)
+    runner = make_runner(options.pop("output_dir"), **options)
+    runner.train()
+    torch.save(runner.unwrap_dist_model(runner.model).state_dict(), f"{runner.output_dir}/final{place.rank}.pt")
+
+
+def command(argv):
     options = OmegaConf.to_container(OmegaConf.from_dotlist(argv))
     with launch.process_group("cpu") as place:
-        setup_logging(shown=place.rank == 0)
-        runner = make_runner(options.pop("output_dir"), **options)
-        runner.train()
-        torch.save(runner.unwrap_dist_model(runner.model).state_dict(), f"{runner.output_dir}/final{place.rank}.pt")
+        train(place, **options)
     return 0
 
 

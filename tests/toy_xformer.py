@@ -1,12 +1,11 @@
-"""Train the real stage-1 model at toy size on this process's part of fixed batches, and save what came out.
+"""Train the real stage-1 model at toy size on this process's part of fixed batches.
 
-``torchrun ... toy_xformer.py FILE`` writes FILE with the rank's number appended: every step's terms, the first step's
-gradients, the final weights. Everything random is an argument, and the likeliest negative stands for the drawn one.
+Every step's terms, the first step's gradients and the final weights come out. Everything random is an argument, and the
+likeliest negative stands for the drawn one.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest import mock
@@ -15,7 +14,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, ViTMAEConfig, ViTMAEForPreTraining
 
-from lavis_xformer import distributed, launch
+from lavis_xformer import distributed
 from lavis_xformer.distributed import rank, world_size
 from lavis_xformer.engine.step import Stepper
 from lavis_xformer.models import towers
@@ -96,8 +95,3 @@ def train():
             first_gradients = first_gradients or {name: p.grad.clone() for name, p in trained.items()}
             stepper.apply()
     return {"history": history, "gradients": first_gradients, "weights": {n: p.detach() for n, p in trained.items()}}
-
-
-if __name__ == "__main__":
-    with launch.process_group("cpu") as place:
-        torch.save(train(), f"{sys.argv[1]}{place.rank}")

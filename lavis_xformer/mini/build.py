@@ -63,7 +63,7 @@ RECIPES = {
         scenes=64,
         wordings=2,
         documents=64,
-        heldout=32,
+        heldout=12,
         clip=Schedule(steps=4, batch=16, lr=1e-3),
         mae=Schedule(steps=4, batch=16, lr=1e-3),
         opt=Schedule(steps=4, batch=8, lr=1e-3),
