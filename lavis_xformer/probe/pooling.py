@@ -20,17 +20,22 @@ WIDTH, HEADS, QUERIES = 64, 4, 4  # W, H and A
 
 
 class Probe(nn.Module):
-    """One projection of the tokens; for each task, queries that attend to them and a small MLP that classifies."""
+    """One projection of the tokens; for each task, queries that attend to them and a small MLP that classifies.
 
+    Every token comes with its row and column, so that a source is judged by what it shows, not by knowing where. They
+    stand beside the token: learned embeddings that are added to it, as in ViT, were not found within the steps.
+    """
+
+    places: Tensor
     pointed: Tensor
 
     def __init__(self, *, dim: int, patches: int) -> None:
         """Build it for tokens (B, P, D): ``dim`` is D, ``patches`` P."""
         super().__init__()
         self.tokens = nn.Linear(dim, WIDTH)
-        self.places = nn.Parameter(0.02 * torch.randn(patches, WIDTH))
         self.norm = nn.LayerNorm(WIDTH)
-        self.both = nn.Linear(WIDTH, 2 * WIDTH)  # keys and values
+        self.register_buffer("places", grid(patches))  # (P, 2 x side)
+        self.both = nn.Linear(WIDTH + self.places.shape[-1], 2 * WIDTH)  # keys and values
         self.queries = nn.Parameter(torch.randn(len(TASKS), QUERIES, WIDTH) / WIDTH**0.5)
         self.focus = nn.Parameter(torch.linspace(-3, 1, HEADS))
         self.register_buffer("pointed", torch.tensor([float(task.pointed) for task in TASKS.values()]))
@@ -41,7 +46,7 @@ class Probe(nn.Module):
 
     def forward(self, tokens: Tensor, points: Tensor) -> dict[str, Tensor]:
         """Standardised tokens (B, P, D) and points (B, 2) to logits of every task."""
-        x = self.norm(self.tokens(tokens) + self.places)
+        x = torch.cat([self.norm(self.tokens(tokens)), self.places.expand(len(tokens), -1, -1)], -1)
         x = self.both(x).unflatten(-1, (2, HEADS, -1))
         keys, values = x.permute(2, 0, 3, 1, 4)  # each (B, H, P, W / H)
         queries = self.queries.flatten(0, 1).unflatten(-1, (HEADS, -1)).transpose(0, 1)  # (H, T x A, W / H)
@@ -61,6 +66,13 @@ class Probe(nn.Module):
         far = side**2 * (points[:, None] - centres).square().sum(-1)  # (B, P - 1), in patches squared
         far = F.pad(far, (1, 0))[:, None, None, None]  # CLS is never penalised
         return F.softplus(self.focus)[:, None, None, None] * self.pointed[:, None, None] * far
+
+
+def grid(patches: int) -> Tensor:
+    """Row and column of every token in a square of patches, one-hot (P, 2 x side); zeros for CLS."""
+    side = round((patches - 1) ** 0.5)
+    rows, columns = torch.eye(side).repeat_interleave(side, 0), torch.eye(side).repeat(side, 1)
+    return F.pad(torch.cat([rows, columns], -1), (0, 0, 1, 0))
 
 
 def correct(probe: Probe, tokens: Tensor, exam: Exam) -> dict[str, float]:

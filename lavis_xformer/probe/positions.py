@@ -1,7 +1,7 @@
 """Does a token encode its position? A linear readout of its row and column from the token alone.
 
 Attention can look something up at a position, or report a position, only as far as the tokens encode it. The probe
-of this package adds position embeddings to all tokens; the Q-Former and X-Former's fusion don't (except for
+of this package tells every token's row and column; the Q-Former and X-Former's fusion don't (except for
 ``token_positions``).
 """
 
