@@ -187,8 +187,7 @@ class FeatureModel(XFormerBase):
         beams = 1 if use_nucleus_sampling else num_beams
         tokens = self.encode_image(take(samples, "image"))
         start = torch.full((len(tokens.clip), 1), self.tokenizer.bos_token_id, device=tokens.clip.device)
-        z = self.refined(tokens).repeat_interleave(beams, dim=0)  # (B * beams, Q, D)
-        clip = tokens.clip.repeat_interleave(beams, dim=0)
+        z, clip = (part.repeat_interleave(beams, dim=0) for part in (self.refined(tokens), tokens.clip))
         with self.writing_from(z):
             ids = self.Qformer.generate(
                 input_ids=start,

@@ -151,8 +151,7 @@ class GenerativeModel(XFormerBase):
             kwargs: what other tasks of LAVIS pass.
 
         Raises:
-            UserError: questions or prompts that don't fit the images, another inference method, nothing to rank, or a
-                number that makes no sense.
+            UserError: questions or prompts that don't fit the images, nothing to rank, or a value that makes no sense.
         """
         check_whole(1, num_beams=num_beams, max_len=max_len, num_ans_candidates=num_ans_candidates)
         check_whole(0, min_len=min_len)
