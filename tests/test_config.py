@@ -230,7 +230,8 @@ def test_interface_of_lavis_is_kept(load):
         ("max_epoch=3", "expected section.key=value"),
         ("run.max_epoch", "expected section.key=value"),
         ("=3", "expected section.key=value"),
-        ("run.seed=[1", "not YAML"),
+        ("run.seed=[1", "--options run.seed=[1: the value is not YAML"),
+        ("run.prompt=a: {} b", "text is quoted: \"run.prompt='a: {} b'\""),
         ("datasets.coco_caption=null", "at least one dataset"),
         ("run.output_dir=${nowhere}", "nowhere"),
     ],
@@ -322,6 +323,7 @@ def test_a_schedule_takes_the_keys_that_it_reads(load):
         ("run.max_epoch=True", r"run\.max_epoch is True; it must be a whole number"),
         ("run.num_beams=0", r"run\.num_beams is 0; it must be at least 1"),
         ("run.max_epoch=1.7", r"run\.max_epoch is 1\.7; it must be a whole number"),
+        ("run.beta2=1", r"run\.beta2 is 1; it must be less than 1"),
         ("run.init_lr=abc", r"run\.init_lr is 'abc'; it must be of type float"),
         ("run.valid_splits=val", r"run\.valid_splits is 'val'; it must be a list: \[val\]"),
         ("run.train_dataset_ratios=3", r"run\.train_dataset_ratios is 3; it must be a list: \[3\]"),
@@ -342,6 +344,8 @@ def test_impossible_values_of_laviss_keys(option: str, message: str):
     [
         ("fusion: dula", "model.fusion: 'dula'; did you mean 'dual'?"),
         ("fusion: null", "model.fusion: 'None'; did you mean 'none'?"),
+        ("max_txt_len: 2", "model.max_txt_len is 2; it must be a whole number, 3 or more"),
+        ("max_txt_len: 2.5", "model.max_txt_len is 2.5; it must be a whole number"),
         ("fusoin: dual", "model.fusoin: no configuration knows this key: did you mean 'model.fusion'?"),
     ],
 )
@@ -354,6 +358,15 @@ def test_the_yaml_of_our_model_is_checked_key_by_key(section: str, message: str,
 def test_null_in_run_is_as_if_the_key_were_not_there(load):
     run = load("run.valid_splits=null", "run.accum_grad_iters=null", "run.warmup_lr=null", text=OURS).run_cfg
     assert run.keys().isdisjoint({"valid_splits", "accum_grad_iters", "warmup_lr"})
+
+
+def test_null_in_options_takes_away_what_another_task_needed(load):
+    text = OURS + "  max_answer_len: 5\n"
+    with pytest.raises(UserError, match=r"run\.max_answer_len: task .* does not read max_answer_len"):
+        load(text=text)
+    assert "max_answer_len" not in load("run.max_answer_len=null", text=text).run_cfg
+    with pytest.raises(UserError, match=r"run\.max_answer_lne: no configuration knows this key"):
+        load("run.max_answer_lne=null", text=OURS)
 
 
 @pytest.mark.parametrize("value", ["no", "maybe"])

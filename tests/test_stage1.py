@@ -47,12 +47,16 @@ def test_without_fusion_it_is_lavis_blip2_in_losses_and_gradients(
 ) -> None:
     ours = make_xformer("none")
     theirs = blip2_like(ours)
-    mine, reference = ours(batch), theirs(batch)
+    images = [batch["image"].clone().requires_grad_() for _ in range(2)]
+    mine, reference = ours({**batch, "image": images[0]}), theirs({**batch, "image": images[1]})
     for name in ("loss", "loss_itc", "loss_itm", "loss_itg"):
         its_name = name.replace("itg", "lm")
         assert mine[name].item() == pytest.approx(reference[its_name].item(), abs=1e-5)
     mine["loss"].backward()
     reference["loss"].backward()
+    most = float(images[1].grad.abs().max())
+    assert most > 0
+    torch.testing.assert_close(images[0].grad, images[1].grad, rtol=0, atol=1e-4 * most)
     expected = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
     for name, parameter in ours.named_parameters():
         if parameter.requires_grad:
@@ -179,6 +183,22 @@ def test_gradients_reach_every_trainable_parameter_and_no_frozen_one(
     assert all(p.grad is None for n, p in model.named_parameters() if n.startswith(("visual_encoder", "mae.")))
     assert not model.visual_encoder.training
     assert model.Qformer.training
+
+
+def test_every_loss_can_be_traced_to_the_image(make_xformer: Any, batch: dict[str, Any]) -> None:
+    """For maps and attacks, and through both encoders, although these are frozen; in training nothing is kept."""
+    image = batch["image"].clone().requires_grad_()
+    model = make_xformer("dual", fusion_init="normal")
+    tokens = model.encode_image(image)
+    for part in (tokens.clip, tokens.mae_tokens):
+        (gradient,) = torch.autograd.grad(part.square().sum(), image, retain_graph=True)
+        assert gradient.abs().sum() > 0
+    output = model({**batch, "image": image})
+    for name in ("loss_itc", "loss_itm", "loss_itg", "loss_rec"):
+        (gradient,) = torch.autograd.grad(output[name], image, retain_graph=True)
+        assert gradient.abs().sum() > 0, name
+    assert not model.mae.encode(batch["image"]).tokens.requires_grad
+    assert not model._run_clip(batch["image"]).requires_grad
 
 
 @pytest.mark.parametrize("fusion", sorted(FUSIONS))
@@ -384,6 +404,8 @@ def test_wrong_images_and_weights_are_named(make_xformer: Any, batch: dict[str, 
         make_xformer("dual", loss_weights={"reco": 1})
     with pytest.raises(UserError, match=r"model\.loss_weights\.rec is None; it must be a number"):
         make_xformer("dual", loss_weights={"rec": None})
+    with pytest.raises(UserError, match=r"model\.loss_weights: all of itc, itm, itg, rec are 0"):
+        make_xformer("dual", loss_weights={"itc": 0, "itm": 0, "itg": 0, "rec": 0})
     with pytest.raises(UserError, match=r"itg_source: 'xform'; did you mean 'xformer'"):
         make_xformer("dual", itg_source="xform")
     with pytest.raises(UserError, match="mask_ratio is 1"):
@@ -392,6 +414,9 @@ def test_wrong_images_and_weights_are_named(make_xformer: Any, batch: dict[str, 
     for mode in (model, partial(model.extract_features, mode="multimodal")):
         with pytest.raises(UserError, match=r"samples\['text_input'\] has 1 strings for 4 images"):
             mode({**batch, "text_input": ["a star"]})
+    for texts, said in ((3, "must be a string or a list of strings"), ([3], "must be a string"), ([], "is empty")):
+        with pytest.raises(UserError, match=rf"samples\['text_input'\] {said}"):
+            model.extract_features({"text_input": texts}, mode="text")
     for name, value in (("max_length", 500), ("num_beams", 0), ("top_p", 0.0), ("min_length", -1)):
         with pytest.raises(UserError, match=f"{name} is {value}"):
             model.generate(batch, **{name: value})

@@ -658,6 +658,11 @@ def test_bad_input_is_one_clear_line(make_stage2: Any, batch: dict[str, Any]) ->
         make_stage2("opt", loss_weights={"itc": 1})
     with pytest.raises(UserError, match="mask_ratio is 1"):
         make_stage2("opt", mask_ratio=1)
+    for name, text in (("prompt", 5), ("vqa_prompt", ["{}"])):
+        with pytest.raises(UserError, match=rf"model\.{name} is .*; it must be text: quote it"):
+            make_stage2("opt", **{name: text})
+    with pytest.raises(UserError, match=r"prompt: 'Question: \{question\}' has no \{\}, where the question goes"):
+        model.predict_answers(batch, prompt="Question: {question}")
 
 
 @pytest.mark.parametrize(
@@ -690,6 +695,12 @@ def test_a_min_length_beyond_reach_is_refused(kind: str, make_stage2: Any, batch
     with pytest.raises(UserError, match="min_length is 7, but at most 6 tokens count"):  # </s> or T5's start, and 5
         model.generate(batch, max_length=5, min_length=7)
     assert len(model.generate(batch, max_length=5, min_length=6)) == 4
+    for ask in (
+        partial(model.generate, max_length=5, min_new_tokens=6),
+        partial(model.predict_answers, max_len=5, min_len=6),
+    ):
+        with pytest.raises(UserError, match="min_new_tokens is 6, but at most 5 tokens count"):
+            ask(batch)
 
 
 @pytest.mark.parametrize("kind", KINDS)

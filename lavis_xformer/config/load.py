@@ -56,6 +56,7 @@ class RunConfig(Config):
         """Merge the layers, then check keys, names and files, in this order."""
         project, chosen = read_yaml(cfg_path), parse_options(options)
         _check_sections(project, chosen)
+        _unset(project, chosen)
         user = _merge(project, chosen)
         _drop_and_fill_datasets(project, chosen, user)
         defaults, classes = _defaults(user)
@@ -147,21 +148,28 @@ def parse_options(options: Sequence[str]) -> DictConfig:
                 f"--options {option}: expected section.key=value, such as run.max_epoch=3, "
                 f"with one of the sections {', '.join(SECTIONS)}"
             )
-    try:
-        return _with_job_id(OmegaConf.from_dotlist(list(options)), options)
-    except yaml.YAMLError as error:
-        raise UserError(f"--options {' '.join(options)}: a value is not YAML: {error}") from error
-
-
-def _with_job_id(chosen: DictConfig, options: Sequence[str]) -> DictConfig:
-    """Keep ``run.job_id`` as it was written: YAML reads ``20250101_120000`` as a number."""
-    if isinstance(OmegaConf.select(chosen, "run.job_id"), (int, float)):
-        chosen.run.job_id = dict(option.split("=", 1) for option in options)["run.job_id"]
+    chosen = OmegaConf.create()
+    for option in options:
+        key, _, value = option.partition("=")
+        try:
+            chosen.merge_with_dotlist([option])
+        except yaml.YAMLError as error:
+            raise UserError(
+                f"--options {option}: the value is not YAML; text is quoted: \"{key}='{value}'\""
+            ) from error
+        if key == "run.job_id" and isinstance(chosen.run.job_id, (int, float)):
+            chosen.run.job_id = value  # YAML reads 20250101_120000 as a number
     return chosen
 
 
 def _merge(*layers: Any) -> DictConfig:
     return cast(DictConfig, OmegaConf.merge(*layers))
+
+
+def _unset(project: DictConfig, chosen: DictConfig) -> None:
+    """Take the keys of the YAML's ``run`` away that are null in ``--options``, whatever they are to its task."""
+    for key in [key for key, value in nodes(chosen.get("run") or {}).items() if value is None and key in project.run]:
+        del project.run[key], chosen.run[key]
 
 
 def _drop_and_fill_datasets(project: DictConfig, chosen: DictConfig, user: DictConfig) -> None:

@@ -18,7 +18,7 @@ NUMBERS: dict[str, tuple[type, float]] = {
     **dict.fromkeys(("batch_size_train", "batch_size_eval", "accum_grad_iters", "max_epoch", "max_iters"), (int, 1)),
     **dict.fromkeys(("num_workers", "warmup_steps", "log_freq", "min_len"), (int, 0)),
     **dict.fromkeys(("num_beams", "max_len", "max_answer_len", "k_test", "num_ans_candidates"), (int, 1)),
-    **dict.fromkeys(("init_lr", "min_lr", "weight_decay"), (float, 0)),
+    **dict.fromkeys(("init_lr", "min_lr", "weight_decay", "beta2"), (float, 0)),
     "warmup_lr": (float, -1),  # LAVIS's value for "not set"
 }
 SWITCHES = ("evaluate", "use_dist_eval_sampler", "report_metric", "blind")
@@ -88,6 +88,8 @@ def check_lavis_keys(run_cfg: Mapping[str, Any]) -> None:
     for name, (kind, least) in NUMBERS.items():
         if run_cfg.get(name) is not None and _number(name, run_cfg[name], kind) < least:
             raise UserError(f"run.{name} is {run_cfg[name]!r}; it must be at least {least}")
+    if float(run_cfg.get("beta2") or 0) >= 1:
+        raise UserError(f"run.beta2 is {run_cfg['beta2']!r}; it must be less than 1")
     for name in SWITCHES:
         if not isinstance(run_cfg.get(name, False), int):
             raise UserError(f"run.{name} is {run_cfg[name]!r}; it must be True or False")

@@ -223,7 +223,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
     def _run_clip(self, pixels: Tensor) -> Tensor:
         if not is_frozen(self.visual_encoder):
             return self.visual_encoder(pixels)
-        with torch.no_grad(), computing(self.visual_encoder, self.device, self.vit_precision):
+        with computing(self.visual_encoder, self.device, self.vit_precision):
             return self.visual_encoder(pixels).float()
 
     def _run_mae(self, pixels: Tensor, mask_ratio: float, noise: Tensor | None) -> MaeFeatures:

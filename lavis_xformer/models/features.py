@@ -112,8 +112,7 @@ class FeatureModel(XFormerBase):
             z = self.encode_queries(take(samples, "image"))
             return BlipOutputFeatures(image_embeds=z, image_embeds_proj=F.normalize(self.vision_proj(z), dim=-1))
         most = self.Qformer.config.max_position_embeddings  # LAVIS truncates nothing, and fails on longer texts
-        both = mode == "multimodal"
-        texts = texts_of(samples, len(take(samples, "image"))) if both else take(samples, "text_input")
+        texts = texts_of(samples, len(take(samples, "image")) if mode == "multimodal" else None)
         text = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=most).to(
             self.device
         )

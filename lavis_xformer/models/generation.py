@@ -47,8 +47,14 @@ class GenerativeModel(XFormerBase):
             vqa_length_penalty: of answers; LAVIS's (0 for OPT, -1 for T5) where it is None.
             apply_lemmatizer: answer in base forms of nouns and verbs, as LAVIS does for OK-VQA.
             parts: of :class:`XFormerBase`.
+
+        Raises:
+            UserError: a prompt is not text.
         """
         super().__init__(**parts)
+        for name, text in {"prompt": prompt, "vqa_prompt": vqa_prompt}.items():
+            if not isinstance(text, str):
+                raise UserError(f"model.{name} is {text!r}; it must be text: quote it")
         self.drop_text_branch()
         self.language = language
         self.add_module(f"{language.kind}_model", language.model)

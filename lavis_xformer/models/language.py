@@ -136,7 +136,7 @@ class LanguageModel(ABC):
             B * ``num_return_sequences`` texts, those of an image side by side; no text depends on another.
 
         Raises:
-            UserError: more tokens than the model reads, or a ``min_length`` that can't be reached.
+            UserError: more tokens than the model reads, or a minimum that can't be reached.
         """
         with self.running():
             ids = self.continue_(visual, prompts, **options)
@@ -217,7 +217,8 @@ def prefix_mask(visual: Tensor, mask: Tensor) -> Tensor:
 
 
 def check_fewest(options: dict[str, Any], counted: int) -> None:
-    """Refuse a ``min_length`` that ``counted`` tokens plus ``max_new_tokens`` can't reach."""
-    most = counted + options["max_new_tokens"]
-    if (fewest := options.get("min_length", 0)) > most:
-        raise UserError(f"min_length is {fewest}, but at most {most} tokens count; lower it or raise max_length")
+    """Refuse a ``min_length`` that ``counted`` tokens plus ``max_new_tokens`` can't reach, or more new tokens."""
+    new = options["max_new_tokens"]
+    for name, most in (("min_length", counted + new), ("min_new_tokens", new)):
+        if (fewest := options.get(name) or 0) > most:
+            raise UserError(f"{name} is {fewest}, but at most {most} tokens count; lower it or raise the maximum")

@@ -72,7 +72,6 @@ class MaskedAutoencoder(nn.Module):
         """N."""
         return int(self.model.vit.embeddings.num_patches)
 
-    @torch.no_grad()
     def encode(self, pixels: Tensor, *, mask_ratio: float = 0.0, noise: Tensor | None = None) -> MaeFeatures:
         """Compute M.
 

@@ -14,7 +14,8 @@ from lavis_xformer.models.fusion import FUSIONS, Init
 from lavis_xformer.models.mae import MaskedAutoencoder
 
 ENCODERS = ("clip", "mae")
-COUNTS = ("num_query_token", "cross_attention_freq", "fusion_depth")
+#: whole numbers, and the smallest sensible value of each: a text has at least its start, a token and its end
+COUNTS = {"num_query_token": 1, "cross_attention_freq": 1, "fusion_depth": 1, "max_txt_len": 3}
 #: mae_source: M is MAE's tokens, those of an untrained MAE, or CLIP's
 CHOICES = {"fusion_init": get_args(Init), "vit_precision": tuple(DTYPES), "mae_source": ("mae", "random", "clip")}
 #: keys whose values the fusions take, and ``XFormerBase`` takes, under these names
@@ -81,13 +82,16 @@ def weights_of(weights: Mapping[str, Any] | None, defaults: Mapping[str, float])
     """Return the weight of every loss: the defaults, overridden by ``model.loss_weights``.
 
     Raises:
-        UserError: there is no such loss, or its weight is not a number.
+        UserError: there is no such loss, its weight is not a number, or all are 0.
     """
     for name, weight in (weights or {}).items():
         one_of("model.loss_weights", name, defaults)
         if not isinstance(weight, int | float):
             raise UserError(f"model.loss_weights.{name} is {weight!r}; it must be a number")
-    return {**defaults, **(weights or {})}
+    chosen = {**defaults, **(weights or {})}
+    if not any(chosen.values()):
+        raise UserError(f"model.loss_weights: all of {', '.join(defaults)} are 0, so nothing would be trained")
+    return chosen
 
 
 def _heads(fusion: str, visual_encoder: Any, qformer: Any) -> int:
@@ -99,14 +103,14 @@ def check_names(cfg: DictConfig) -> None:
     """Check the names and counts in a ``model`` configuration before anything is built.
 
     Raises:
-        UserError: there is no such fusion, initialisation, precision, source of M or encoder; a count is not positive;
-            or ``token_positions`` is not a list.
+        UserError: there is no such fusion, initialisation, precision, source of M or encoder; a count is too small; or
+            ``token_positions`` is not a list.
     """
     one_of("model.fusion", cfg.get("fusion", "dual"), FUSIONS)
     for key, value in given(cfg, *CHOICES).items():
         one_of(f"model.{key}", value, CHOICES[key])
     for key, count in given(cfg, *COUNTS).items():
-        whole(f"model.{key}", count, least=1)
+        whole(f"model.{key}", count, least=COUNTS[key])
     if isinstance(placed := cfg.get("token_positions") or [], str):
         raise UserError(f"model.token_positions: '{placed}' is not a list; write [{placed}]")
     for encoder in placed:

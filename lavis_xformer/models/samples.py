@@ -39,13 +39,16 @@ def one_per_image(text: Any, count: int, *, name: str) -> list[str]:
     return list(texts)
 
 
-def texts_of(samples: Any, count: int) -> list[str]:
-    """``samples['text_input']`` as a list of ``count`` strings, one for each image.
+def texts_of(samples: Any, count: int | None = None) -> list[str]:
+    """``samples['text_input']`` as a list of ``count`` strings, one for each image; of any number if None.
 
     Raises:
         UserError: it is missing, or doesn't fit.
     """
-    return one_per_image(take(samples, "text_input"), count, name="samples['text_input']")
+    texts = take(samples, "text_input")
+    if count is None:
+        count = len(texts) if isinstance(texts, list | tuple) else 1
+    return one_per_image(texts, count, name="samples['text_input']")
 
 
 def check_whole(least: int, **numbers: Any) -> None:

@@ -98,7 +98,13 @@ def _dialogue(
 
 
 def ask(template: str, question: str) -> str:
-    """Put the question where the template says ``{}``; an empty template is the bare question."""
+    """Put the question where the template says ``{}``; an empty template is the bare question.
+
+    Raises:
+        UserError: the template has no place for the question.
+    """
+    if template and "{}" not in template:
+        raise UserError(f"prompt: '{template}' has no {{}}, where the question goes; '' asks the bare question")
     return template.replace("{}", question) if template else question
 
 
