@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from lavis.common.registry import registry
-from lavis.tasks import setup_task
+from lavis.tasks import CaptionTask, MultimodalClassificationTask, RetrievalTask, VQATask, setup_task
+from omegaconf.errors import ConfigAttributeError
 
 from lavis_xformer import distributed, launch, register
 from lavis_xformer.analysis.report import write_report
@@ -22,6 +23,15 @@ from lavis_xformer.engine import checkpoint, jobs, rng
 from lavis_xformer.engine.log import setup_logging
 from lavis_xformer.engine.options import RunOptions, check_lavis_keys
 from lavis_xformer.errors import UserError
+from lavis_xformer.tasks.protocols import check_method
+
+#: what LAVIS's own tasks call to evaluate a model
+METHODS = {
+    VQATask: "predict_answers",
+    CaptionTask: "generate",
+    RetrievalTask: "compute_sim_matrix",
+    MultimodalClassificationTask: "predict",
+}
 
 
 def arguments(argv: Sequence[str], doc: str | None) -> argparse.Namespace:
@@ -71,12 +81,30 @@ def build_runner(config: Any) -> Any:
     options = RunOptions.from_config(config.run_cfg)
     job_id = jobs.choose(config.to_dict(), job_id=options.job_id, resume=options.resume)
     rng.seed_everything(options.seed)
-    task = setup_task(config)
+    task = task_of(config)
     datasets = task.build_datasets(config)
     model = task.build_model(config)
     rng.seed_everything(rng.seed_of(options.seed, rank()))
     distributed.barrier()
     return runner_class(cfg=config, task=task, model=model, datasets=datasets, job_id=job_id)
+
+
+def task_of(config: Any) -> Any:
+    """Set up the configuration's task.
+
+    Raises:
+        UserError: a key that it needs is missing, or it is to evaluate a model that lacks the method it calls.
+    """
+    run = config.run_cfg
+    try:
+        task = setup_task(config)
+    except ConfigAttributeError as error:
+        raise UserError(f"{error.full_key}: missing; run.task {run.task} needs it") from error
+    if run.get("valid_splits") or run.get("test_splits"):
+        for kind, method in METHODS.items():
+            if isinstance(task, kind):
+                check_method(config, method)
+    return task
 
 
 def runner_of(run_cfg: Mapping[str, Any]) -> Any:

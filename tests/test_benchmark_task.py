@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
+from lavis_xformer.data.image_text_datasets import QuestionEvalDataset
 from lavis_xformer.errors import UserError
 from lavis_xformer.tasks import benchmark
 from lavis_xformer.tasks.benchmark import BenchmarkTask, fingerprint, items
@@ -161,6 +162,48 @@ def test_answers_are_kept_where_they_cannot_be_scored(tmp_path: Path) -> None:
     assert [answer["answer"] for answer in result["answers"]] == ["yes", "no"]
     assert (result["figures"], result["scorer"], "torch" in result["versions"]) == ({}, "strict", True)
     assert "correct" not in result["answers"][0]
+
+
+def own_questions(*answers: list[str]) -> Any:
+    """A user's own questions, as image_question_json annotates them: without a kind."""
+    data = object.__new__(QuestionEvalDataset)
+    rows = [{"image": "a.png", "question": "how many?", "answers": given} for given in answers]
+    data.annotation = [{**row, "question_id": number} for number, row in enumerate(rows)]
+    return data
+
+
+def after(dataset: Any, said: dict[int, str], folder: Path) -> dict[str, float] | None:
+    registry.mapping["paths"]["result_dir"] = str(folder)
+    task = BenchmarkTask(protocol=PROTOCOLS["paper"], config=CONFIG)
+    task.before_evaluation(Parrot(), dataset)
+    return task.after_evaluation(said, "test", 0)
+
+
+def test_own_questions_are_scored_by_their_most_frequent_answer_and_kept_without_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = own_questions(["one", "2", "2"], [], ["3"])
+    figures = after(data, {0: "2", 1: "5", 2: "4"}, tmp_path)
+    assert figures is not None
+    assert (figures["accuracy"], figures["majority"]) == (50, 50)
+    (file,) = tmp_path.iterdir()
+    answers = json.loads(file.read_text())["answers"]
+    assert [(row["kind"], row["truth"], row["answer"], row.get("correct")) for row in answers] == [
+        ("exact", "2", "2", True), ("exact", "", "5", None), ("exact", "3", "4", False),
+    ]  # fmt: skip
+    assert f"1 of 3 questions have no true answer; the model's answers are in {file}" in caplog.text
+    assert items(SimpleNamespace(annotation=[{**data.annotation[0], "answers": "cat"}]), {})[0].truth == "cat"
+
+
+def test_questions_that_nobody_has_answered_have_answers_and_no_score(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert after(own_questions([], []), {0: "2", 1: "3"}, tmp_path) is None
+    (file,) = tmp_path.iterdir()
+    result = json.loads(file.read_text())
+    assert [row["answer"] for row in result["answers"]] == ["2", "3"]
+    assert result["figures"] == {}
+    assert "2 of 2 questions have no true answer" in caplog.text
 
 
 def test_the_fingerprint_is_of_questions_not_of_answers() -> None:

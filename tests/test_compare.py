@@ -513,10 +513,14 @@ def test_captions_and_retrieval_of_a_training_are_paired(plan: Plan) -> None:
         (cell.folder / "summary.json").write_text(json.dumps({"test": {"test": figures}}))
         (cell.folder / "result").mkdir(exist_ok=True)
         rows = scored("i2t_r1", (better, 0.25), (0.5, 0.25)) if cell.stage.name == "first" else []
+        if not cell.stage.evaluate:  # as stage 2 writes what it answers
+            rows += [{**row, "kind": "count", "truth": "two"} for row in scored("answers_count", (1, 1))]
         for split in ("val", "test"):
             content = {"figures": figures, "answers": rows if split == "test" else scored("i2t_r1", (1, 1))}
             (cell.folder / "result" / f"{split}_scores.json").write_text(json.dumps(content))
     found = collect(plan)
+    assert list(found["tasks"]) == ["first.i2t_r1", "asked.i2t_r1"], "questions are compared in an evaluation"
+    assert found["variants"]["a"]["by_count"] == {}
     assert found["variants"]["a"]["accuracy"]["first.i2t_r1"]["mean"] == 25
     assert found["differences"]["b"]["first.i2t_r1"]["difference"] == 25
     assert (found["tasks"]["first.i2t_r1"]["n"], found["tasks"]["first.i2t_r1"]["majority"]) == (2, 25)

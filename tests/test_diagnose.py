@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lavis_xformer.analysis import diagnose
+from lavis_xformer.errors import UserError
 from lavis_xformer.models.checkpoints import train_only
 
 ENTROPY, TOP = "entropy (1: uniform)", "share of the strongest token"
@@ -112,6 +113,34 @@ def test_losses_that_train_nothing_have_no_gradients(make_xformer: Any, batch: d
 def test_a_fusion_without_ca1_has_no_such_part(make_xformer: Any, batch: dict[str, Any]) -> None:
     parts = {name.split(" > ")[1] for name in diagnose.gradients(make_xformer("concat").eval(), batch)}
     assert parts == {"queries Z", "Q-Former, attention to C", "Q-Former, the rest", "fusion"}
+
+
+@pytest.mark.parametrize("images", [0, 1, 3])
+def test_another_image_is_found_or_said_to_be_missing(images: int) -> None:
+    same = [{"image": torch.zeros(3, 4, 4)}] * images
+    with pytest.raises(UserError, match="--split val: all its images are the same"):
+        diagnose.two_images("val", same)
+    found = diagnose.two_images("val", [*same, {"image": torch.ones(3, 4, 4)}, {"image": torch.full((3, 4, 4), 2.0)}])
+    assert found[:, 0, 0, 0].tolist() == [2, 1]
+
+
+def test_a_split_that_does_not_exist_is_called_as_the_user_calls_it(tmp_path: Path) -> None:
+    splits = [f"datasets.xformer_scenes.splits.{name}.scenes={scenes}" for name, scenes in (("train", 0), ("val", 2))]
+    options = [*splits, f"run.output_dir={tmp_path}"]
+    with pytest.raises(UserError, match=r"^--split: 'vall'; did you mean 'val'"):
+        diagnose.main(["--cfg-path", "projects/xformer/pretrain.yaml", "--split", "vall", "--options", *options])
+
+
+def test_the_command_takes_any_batch_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [
+        "datasets.xformer_scenes.splits.train.scenes=0", "datasets.xformer_scenes.splits.val.scenes=3",
+        "run.batch_size_eval=1", f"run.output_dir={tmp_path}", "run.job_id=d", "model.fusion_init=normal",
+    ]  # fmt: skip
+    given = ["--cfg-path", "projects/xformer/pretrain.yaml", "--batches", "1", "--options", *options]
+    assert diagnose.main(given) == 0
+    found = json.loads((tmp_path / "d" / "diagnosis.json").read_text())
+    assert found["with_own_m"]["loss_itm"] != found["with_anothers_m"]["loss_itm"]
+    assert "share differing" not in capsys.readouterr().out, "one image differs from no other"
 
 
 def test_the_command_on_the_shipped_model(

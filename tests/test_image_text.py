@@ -80,6 +80,17 @@ def test_questions_need_answers_only_for_training(photos: Path) -> None:
     assert record.question_id == "12"  # type: ignore[union-attr]
 
 
+def test_an_answer_that_is_neither_text_nor_number_is_wrong_in_every_split(photos: Path) -> None:
+    for answer, said in (
+        (["a", "", None], "null"),
+        ([{"answer": "a", "answer_id": 1}], '{"answer": "a", "answer_id": 1}'),
+    ):
+        path = write(photos, [{"image": "0.png", "question": "how many?", "answer": answer}])
+        for needed in (True, False):
+            with pytest.raises(UserError, match=f"row 1: 'answer' holds {said}, which is neither text nor number"):
+                load(path, QuestionKeys(answers_needed=needed), image_root=photos)
+
+
 def test_validate_says_what_it_saw(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"image": f"{i}.png", "caption": ["one two", "one two three four"]} for i in range(10)]
     assert main([str(write(photos, rows)), "--image-root", str(photos)]) == 0

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lavis_xformer.data import image_text_datasets  # noqa: F401  (registers the builders)
 from lavis_xformer.data.guard import DataFault, guard
+from lavis_xformer.engine.loop import image_ids
 from lavis_xformer.errors import UserError
 
 
@@ -141,6 +142,15 @@ def test_questions_for_training_are_in_lavis_form(photos: Path, questions: Path)
     assert batch["answer"] == ["very", "0", "very", "1"]
     torch.testing.assert_close(batch["weight"], torch.tensor([2 / 3, 1 / 3] * 2))
     assert batch["n_answers"].tolist() == [2, 2]
+    assert image_ids(batch) == batch["image_id"].tolist() == [0, 1], "which a step that is not finite names"
+
+
+def test_questions_about_one_image_share_its_id(photos: Path) -> None:
+    path = photos.parent / "rows.json"
+    path.write_text(json.dumps([{"image": f"{i % 2}.png", "question": "q", "answer": "a"} for i in range(4)]))
+    splits = {"train": {"annotations": str(path)}}
+    dataset = build("image_question_json", image_root=str(photos), splits=splits)["train"]
+    assert image_ids(dataset.collater([dataset[i] for i in range(4)])) == [0, 1, 0, 1]
 
 
 def test_questions_for_evaluation_are_in_lavis_form(photos: Path, questions: Path) -> None:

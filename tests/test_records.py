@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lavis_xformer.data import records
-from lavis_xformer.data.records import absent_images, read_rows, strings
+from lavis_xformer.data.records import absent_images, odd_entry, read_rows, strings
 from lavis_xformer.errors import UserError
 
 ROWS = [{"image": "a.jpg"}, {"image": "ü.jpg"}, {"image": "c.jpg"}]
@@ -104,6 +104,27 @@ def test_strings_and_numbers_are_texts_and_nothing_else_is() -> None:
     assert strings("a") == strings(["a", " "]) == ("a",)
     assert strings([2, "b"]) == ("2", "b")
     assert strings(float("nan")) == strings(None) == strings({}) == strings([None]) == strings("") == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "odd"),
+    [
+        (["a", "", None], "null"),
+        ([{"answer": "yes"}], '{"answer": "yes"}'),
+        ({"answer": "y" * 99}, '{"answer": "' + "y" * 28 + "..."),
+        ([float("nan")], "NaN"),
+        *((value, "") for value in ("a", 2, ["", 1.5], [], None, float("nan"))),
+    ],
+)
+def test_what_is_neither_text_nor_number_is_shown(value: object, odd: str) -> None:
+    assert odd_entry(value) == odd
+
+
+def test_a_url_is_no_image_file(tmp_path: Path) -> None:
+    absent = absent_images(tmp_path, [(1, "http://a.org/b.png"), (2, "s3://a/b.png"), (3, "b.png")])
+    assert absent[1] == "http://a.org/b.png is a URL, and images aren't fetched: download it and give the file's path"
+    assert absent[2].startswith("s3://a/b.png is a URL")
+    assert absent[3] == f"no image file {tmp_path}/b.png"
 
 
 def test_only_files_are_images(tmp_path: Path) -> None:

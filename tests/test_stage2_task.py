@@ -22,9 +22,11 @@ from lavis_xformer.files import read_json
 from lavis_xformer.tasks.base import NamedLossTask
 from lavis_xformer.tasks.stage2 import (
     CAPTION,
+    SHOWN,
     CaptionsAndQuestions,
     Said,
     Stage2Task,
+    answer_figures,
     asks,
     references_of,
     score_answers,
@@ -135,9 +137,15 @@ def test_evaluation_generates_both_and_scores_them(
     assert outcome["agg_metrics"] == pytest.approx((figures["caption_f1"] + figures["answers"]) / 2)
     written = read_json(tmp_path / "test_scores.json")
     assert written["figures"] == outcome
-    assert len(written["answers"]) == len(CAPTIONS)
-    assert 100 * fmean(row["correct"] for row in written["answers"]) == pytest.approx(figures["caption_f1"])
-    assert 100 * fmean(row["guess"] for row in written["answers"]) == pytest.approx(figures["chance_caption_f1"])
+    groups = {row["group"]: row for row in written["answers"]}
+    assert list(groups) == ["caption_f1", "answers_count", "answers_position"]
+    captions = [row for row in written["answers"] if row["kind"] == CAPTION]
+    assert len(captions) == len(CAPTIONS) == len(written["answers"]) - len(QUESTIONS)
+    assert 100 * fmean(row["correct"] for row in captions) == pytest.approx(figures["caption_f1"])
+    assert 100 * fmean(row["guess"] for row in captions) == pytest.approx(figures["chance_caption_f1"])
+    counted = groups["answers_count"]
+    assert (counted["question"], counted["truth"], counted["references"]) == ("how many?", "two", ["two", "2"])
+    assert (100 * counted["correct"], counted["guess"]) == (figures["answers_count"], 1)
     assert [row[0] for row in task.table(figures)] == [
         "loss", "loss_lm", "caption words F1 %", "answers %", "answers count %", "answers position %",
     ]  # fmt: skip
@@ -165,8 +173,36 @@ def test_samples_that_only_pad_a_rank_are_not_asked_about_and_the_others_as_the_
     task.observe(model, data.collater([data[number] for number in (0, 1, 3, 2)]), [True, False, True, False])
     assert model.asked == [(1, {"num_beams": 3, "max_length": 7}), (["where?"], {"num_beams": 3, "max_len": 2})]
     figures = task.figures()
-    assert (len(task.scores), figures["caption_f1"], figures["answers"]) == (1, 100, 100)
+    assert (len(task.scores), figures["caption_f1"], figures["answers"]) == (2, 100, 100)
     assert figures["majority_answers"] == 100
+
+
+@pytest.mark.parametrize("many", [1, SHOWN + 1, 2 * SHOWN, 3 * SHOWN])
+def test_a_text_is_shown_once(many: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    task = Stage2Task()
+    task._said = [Said(CAPTION, f"text {number}", ["a star"]) for number in range(many)]
+    task.figures()
+    shown = [record.getMessage() for record in caplog.records if "said 'text" in record.getMessage()]
+    assert len(shown) == len(set(shown)) == min(many, 2 * SHOWN)
+
+
+def test_the_answers_to_own_questions_are_written_with_the_questions_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(registry.mapping["paths"], "result_dir", str(tmp_path))
+    task, ids = Stage2Task(), torch.tensor([7, 9])
+    asked = {"text_input": ["where?", "what?"], "answer": ["Left", "star"], "question_id": ids}
+    task.observe(Teller(), {"image": torch.zeros(2, 3, 4, 4), **asked}, [True, True])
+    figures = task.figures()
+    assert figures == {"answers": 50, "majority_answers": 50}
+    task.after_evaluation(figures, "test", "best")
+    rows = read_json(tmp_path / "test_scores.json")["answers"]
+    names = ("question_id", "question", "kind", "group", "truth", "answer", "correct", "guess")
+    assert [tuple(row[name] for name in names) for row in rows] == [
+        (7, "where?", "answer", "answers", "Left", "left", 1, 1),
+        (9, "what?", "answer", "answers", "star", "left", 0, 0),
+    ]
 
 
 class Brightness(torch.nn.Module):
@@ -232,7 +268,7 @@ def test_scores() -> None:
     assert [(row["question_id"], row["correct"], row["guess"]) for row in rows] == [(0, 1, 0.8), (1, 0, 0)]
     assert {row["group"] for row in rows} == {"caption_f1"}
     said = [Said("count", "2", ["two", "2"]), Said("count", "3", ["two"]), Said("where", "Left", ["left"])]
-    assert score_answers(said) == {
+    assert answer_figures(score_answers(said)) == {
         "answers": pytest.approx(200 / 3),
         "majority_answers": 100,
         "answers_count": 50,
@@ -240,9 +276,10 @@ def test_scores() -> None:
         "answers_where": 100,
         "majority_answers_where": 100,
     }
-    assert (score_captions([]), score_answers([])) == ([], {})
+    assert (score_captions([]), score_answers([]), answer_figures([])) == ([], [], {})
     several = [Said("colour", "red", given) for given in (["red", "crimson"], ["crimson", "red"], ["Red"], ["blue"])]
-    assert score_answers(several) == {"answers": 75, "majority_answers": 75}, "the majority is scored as answers are"
+    figures = answer_figures(score_answers(several))
+    assert figures == {"answers": 75, "majority_answers": 75}, "the majority is scored as answers are"
 
 
 def test_texts_of_several_ranks_are_scored_in_the_order_of_the_split(monkeypatch: pytest.MonkeyPatch) -> None:

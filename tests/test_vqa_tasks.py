@@ -13,6 +13,7 @@ from lavis.common.registry import registry
 from lavis.tasks.vqa import GQATask, VQATask
 from omegaconf import OmegaConf
 
+from lavis_xformer import train
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import read_json
 from lavis_xformer.tasks.benchmark import BenchmarkTask
@@ -80,6 +81,27 @@ def test_gqa_by_type_by_hand_and_overall_as_lavis(tmp_path: Path) -> None:
         ("a.jpg", True), ("a.jpg", False), ("b.jpg", True),
     ]  # fmt: skip
     assert list(result["question_sha256"]) == [str(tmp_path / "questions.json")]
+
+
+def test_questions_without_a_true_answer_are_kept_but_not_scored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "result" / "val_gqa.json"
+    for missing, scored in ((1, {"accuracy": 50, "n": 2}), (3, None)):
+        caplog.clear()
+        task = setup(XFormerGQATask, tmp_path)
+        task.before_evaluation(Model(), SimpleNamespace(annotation=GQA))
+        said = [{**row, **({"gt_ans": None} if n < missing else {})} for n, row in enumerate(SAID)]
+        figures = task.after_evaluation(said, "val")
+        assert (figures and {name: figures[name] for name in ("accuracy", "n")}) == scored
+        answers = json.loads(file.read_text())["answers"]
+        assert [row["answer"] for row in answers] == ["a cat", "no", "yes."]
+        assert ["correct" in row for row in answers] == [n >= missing for n in range(3)]
+        assert f"{missing} of 3 questions have no true answer; the model's answers are in {file}" in caplog.text
+
+
+def test_a_split_of_vqa_without_true_answers_has_no_figures(tmp_path: Path) -> None:
+    assert setup(XFormerVQATask, tmp_path).after_evaluation([{"question_id": 1, "answer": "2"}], "test") is None
 
 
 def test_gqas_types_may_come_from_its_own_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -255,6 +277,70 @@ def test_vqa_needs_files_in_vqas_format(tmp_path: Path) -> None:
     task = setup(XFormerVQATask, tmp_path)
     with pytest.raises(UserError, match=r"xformer_vqa needs .* in VQA's format; else use xformer_gqa"):
         task.before_evaluation(Model(), SimpleNamespace(annotation=GQA))
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "message"),
+    [
+        ("q", "data_type", "no data_type; VQA's format has info, task_type, data_type, .*questions"),
+        ("q", "questions", "no questions; VQA's format has "),
+        ("a", "annotations", "no annotations; VQA's format has annotations"),
+        ("a", "answer_type", "annotations: row 1 has no answer_type, which VQA's scoring needs"),
+        ("a", "", "can't be read: Expecting value"),
+    ],
+)
+def test_files_that_vqas_scoring_cannot_read_are_refused_before_training(
+    tmp_path: Path, file: str, key: str, message: str
+) -> None:
+    task, folder = setup(XFormerVQATask, tmp_path), tmp_path
+    ask_vqa(folder, {1: ["2"] * 10}, {1: "number"}, task, {1: "2"})
+    files = {name: str(folder / f"{name}.json") for name in "qa"}
+    data = SimpleNamespace(coco_fmt_qust_file=files["q"], coco_fmt_anno_file=files["a"])
+    task.check_split("val", data)
+    content = read_json(Path(files[file]))
+    for holder in (content, *content.get("annotations", [])):
+        holder.pop(key, None)
+    (tmp_path / "damaged.json").write_text(json.dumps(content) if key else "?")
+    vars(data)["coco_fmt_qust_file" if file == "q" else "coco_fmt_anno_file"] = str(tmp_path / "damaged.json")
+    for check in (lambda: task.check_split("val", data), lambda: task.before_evaluation(Model(), data)):
+        with pytest.raises(UserError, match=rf"damaged\.json: {message}"):
+            check()
+    task.check_split("test", SimpleNamespace(coco_fmt_qust_file=None, coco_fmt_anno_file=None))
+
+
+def test_gqa_needs_samples_with_a_true_answer(tmp_path: Path) -> None:
+    task = setup(XFormerGQATask, tmp_path)
+    asked = {"text_input": ["is it?"], "question_id": torch.tensor([4])}
+    for check in (lambda: task.check_split("val", [asked]), lambda: task.valid_step(Model(), asked)):
+        with pytest.raises(UserError, match=r"run\.task: xformer_gqa needs .*, such as coco_vqa, use xformer_vqa"):
+            check()
+    for sample in ({"answer": None}, {"answers": ["yes"]}):
+        task.check_split("val", [{**asked, **sample}])
+
+
+def lavis_config(task: str, **run: Any) -> Any:
+    config = OmegaConf.create({"run": {"task": task, **run}, "model": {"arch": "xformer"}})
+    return SimpleNamespace(run_cfg=config.run, model_cfg=config.model)
+
+
+@pytest.mark.parametrize(
+    ("task", "method"),
+    [
+        ("vqa", "predict_answers"), ("gqa", "predict_answers"), ("aok_vqa", "predict_answers"),
+        ("multimodal_classification", "predict"),
+    ],
+)  # fmt: skip
+def test_a_model_that_a_task_of_lavis_cannot_evaluate_is_refused_before_training(task: str, method: str) -> None:
+    with pytest.raises(UserError, match=rf"run\.task: {task} needs .* {method}\(\), which model\.arch xformer lacks"):
+        train.task_of(lavis_config(task, valid_splits=["val"]))
+    assert train.task_of(lavis_config(task, valid_splits=[])), "it can be trained"
+
+
+def test_a_key_that_a_task_of_lavis_misses_is_named() -> None:
+    with pytest.raises(UserError, match=r"run\.num_beams: missing; run\.task captioning needs it"):
+        train.task_of(lavis_config("captioning"))
+    given = {"num_beams": 1, "max_len": 9, "min_len": 1, "evaluate": False}
+    assert train.task_of(lavis_config("captioning", valid_splits=["val"], **given)).max_len == 9
 
 
 @pytest.mark.parametrize(

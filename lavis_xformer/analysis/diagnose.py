@@ -27,6 +27,7 @@ from lavis_xformer.arguments import at_least, command_parser
 from lavis_xformer.config.load import DEFAULT_RUNNER, load_config
 from lavis_xformer.engine import jobs
 from lavis_xformer.engine.loop import to_device
+from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.files import write_json
 from lavis_xformer.models.attention_maps import recording
 from lavis_xformer.train import build_runner, rows_of, show
@@ -66,11 +67,15 @@ def main(argv: Sequence[str]) -> int:
     config.run_cfg.runner = DEFAULT_RUNNER
     with launch.process_group(launch.device_of(str(config.run_cfg.get("device", "auto")))):
         runner = build_runner(config)
+        one_of("--split", args.split, {split for splits in runner.datasets.values() for split in splits})
         model = runner.unwrap_dist_model(runner.model).eval()
+        pair = two_images(args.split, runner.dataloaders[args.split].dataset) if model.fusion.needs_mae else None
         own = runner.evaluate(skip_reload=True)[args.split]
         other: Mapping[str, float] = {}
-        if model.fusion.needs_mae:
+        if pair is not None:
             model.shuffle_mae = True
+            with torch.no_grad():
+                model.encode_image(pair.to(model.device))  # what a first batch of one image takes M from
             other = runner.evaluate(skip_reload=True)[args.split]
             model.shuffle_mae = False
         batches = [to_device(samples, model.device) for samples in islice(runner.dataloaders[args.split], args.batches)]
@@ -80,6 +85,24 @@ def main(argv: Sequence[str]) -> int:
     compared = [rows_of(runner.task, figures) for figures in (own, other) if figures]
     print(f"{text(found, compared)}\n\nall of it  {show(path)}")
     return 0
+
+
+def two_images(split: str, dataset: Any) -> Tensor:
+    """Return the last image of a split and one that differs from it (2, C, S, S).
+
+    Raises:
+        UserError: there is none.
+    """
+    found: list[Tensor] = []
+    for number in reversed(range(len(dataset))):
+        image = dataset[number]["image"]
+        if not found or not torch.equal(image, found[0]):
+            found.append(image)
+        if len(found) == 2:
+            break
+    else:
+        raise UserError(f"--split {split}: all its images are the same; check 1 gives each one another image's M")
+    return torch.stack(found)
 
 
 def look(model: Any, batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -117,7 +140,8 @@ def enrichment(model: Any, image: Tensor) -> Figures:
             power = difference.square().mean(dim=0).sum()
             own = difference.var(dim=0, unbiased=False).sum() / power.clamp_min(1e-12)
             found[f"{name}: relative change"] = float(difference.norm() / original.norm())
-            found[f"{name}: share differing between images"] = float(own)
+            if len(image) > 1:
+                found[f"{name}: share differing between images"] = float(own)
     return found
 
 

@@ -84,7 +84,7 @@ def of_variant(cells: Sequence[Cell]) -> Json:
             if how := {key: result[key] for key in HOW if key in result}:
                 asked[cell.stage.name].append(how)
             blind = blind or bool(result.get("blind"))
-            answers += [{**answer, "seed": cell.seed, "stage": cell.stage.name} for answer in _scored(result)]
+            answers += [{**answer, "seed": cell.seed, "stage": cell.stage.name} for answer in _scored(cell, result)]
     return {
         "seeds": sorted({cell.seed for cell in cells}),
         "blind": blind,
@@ -110,20 +110,21 @@ def _results(cell: Cell) -> Iterator[Json]:
             yield result
 
 
-def _scored(result: Json) -> list[Json]:
-    """The answers that were scored one by one."""
-    return [answer for answer in result.get("answers", []) if "correct" in answer]
+def _scored(cell: Cell, result: Json) -> list[Json]:
+    """The answers that were scored one by one; of a training, not those to questions, which an evaluation asks."""
+    scored = [answer for answer in result.get("answers", []) if "correct" in answer]
+    return scored if cell.stage.evaluate else [answer for answer in scored if answer["group"] in _MEASURED]
 
 
 def _figures(cell: Cell, results: Iterable[Json]) -> Iterable[tuple[str, float]]:
     """Figures of one run: a training's on its test and validation splits, an evaluation's except its accuracies."""
     for result in results:
-        scored = bool(_scored(result))
+        scored = bool(_scored(cell, result))
         for name, value in result["figures"].items():
             if isinstance(value, int | float) and name != "agg_metrics" and (not scored or name.startswith(ASKED)):
                 yield name, value
     if not cell.stage.evaluate:
-        paired = {answer["group"] for result in results for answer in _scored(result)}
+        paired = {answer["group"] for result in results for answer in _scored(cell, result)}
         told = [name for name in SHOWN if name.removeprefix("chance_") not in paired]
         summary = read_json(cell.folder / "summary.json")
         for figures in summary["test"].values():

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lavis_xformer.data.records import Row, absent_images, read_rows, report, strings
+from lavis_xformer.data.records import Row, absent_images, odd_entry, read_rows, report, strings
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,12 @@ class QuestionKeys:
         image = _image(row, self.image)
         question = _text(row, self.question)
         answers = strings(row.get(self.answer))
+        optional = not self.answers_needed and not odd_entry(row.get(self.answer))
         own_id = _text(row, self.question_id) if self.question_id else str(number)
         needed: list[tuple[str, str | None, object]] = [
             ("image", self.image, image),
             ("question", self.question, question),
-            ("answer", self.answer, answers or not self.answers_needed),
+            ("answer", self.answer, answers or optional),
             ("id", self.question_id, own_id),
         ]
         return _lack(row, needed) or Question(image, question, answers, own_id, number)
@@ -90,7 +91,8 @@ def _lack(row: Row, needed: Sequence[tuple[str, str | None, object]]) -> str:
     """Say which needed entry a row lacks, if any, the first only; ``needed`` has the name, key and value of each."""
     for what, key, value in needed:
         if not value and key in row:
-            return f"'{key}' holds no {what}"
+            odd = odd_entry(row[key])
+            return f"'{key}' holds {odd}, which is neither text nor number" if odd else f"'{key}' holds no {what}"
         if not value:
             return f"no {what} under '{key}' (the row has {', '.join(map(str, row)) or 'nothing'})"
     return ""

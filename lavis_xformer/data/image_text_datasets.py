@@ -118,19 +118,25 @@ class PairEvalDataset(PhotoDataset):
 
 
 class QuestionDataset(PhotoDataset):
-    """Questions for training, in the form and with the collater of LAVIS's VQA datasets."""
-
-    collater = VQADataset.collater
+    """Questions for training, in the form of LAVIS's VQA datasets; equal image_id means the same image."""
 
     def __getitem__(self, index: int) -> Sample:
-        """Return image, text_input, answers and weights: the share of people who gave each."""
+        """Return image, text_input, image_id, answers and weights: the share of people who gave each."""
         row = self.annotation[index]
         counts: Counter[str] = Counter(row["answers"])
         return {
             "image": self.picture(index),
             "text_input": self.text_processor(row["question"]),
+            "image_id": row["image_id"],
             "answers": list(counts),
             "weights": [count / len(row["answers"]) for count in counts.values()],
+        }
+
+    def collater(self, samples: Sequence[Sample]) -> Sample:
+        """Join samples into LAVIS's VQA batch, with image_id (B,)."""
+        return {
+            **VQADataset.collater(self, samples),
+            "image_id": torch.tensor([sample["image_id"] for sample in samples]),  # (B,)
         }
 
 
@@ -266,7 +272,7 @@ class ImageQuestionBuilder(LocalFilesBuilder):
         return QuestionEvalDataset(answer_list=read_strings(path) if path else None, **shared)
 
     def annotate(self, questions: Sequence[Question]) -> list[Sample]:
-        """Number the questions, by their own ids if ``id_key`` is set.
+        """Number the questions, by their own ids if ``id_key`` is set, and their images.
 
         Raises:
             UserError: an id is not a whole number (LAVIS requires one) or not unique.
@@ -274,9 +280,11 @@ class ImageQuestionBuilder(LocalFilesBuilder):
         own = self.config.get("id_key")
         if own and (wrong := wrong_ids(questions, own)):
             raise UserError(f"{self.name}: id_key {wrong[0][1]}; leave id_key out to have the questions numbered")
+        images: dict[str, int] = {}
         return [
             {
                 "image": question.image,
+                "image_id": images.setdefault(question.image, len(images)),
                 "question": question.question,
                 "answers": list(question.answers),
                 "question_id": int(question.question_id) if own else number,

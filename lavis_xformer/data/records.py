@@ -18,6 +18,7 @@ from lavis_xformer.errors import UserError
 
 Row = dict[str, Any]
 _SHOWN = 3  # problems that an error message spells out
+_LONGEST = 40  # characters of an entry that it shows
 
 
 def expand(path: str | Path) -> Path:
@@ -157,9 +158,18 @@ def report(path: str | Path, problems: Sequence[tuple[int, str]], total: int) ->
 def strings(value: object) -> tuple[str, ...]:
     """Return the non-blank texts of a string, number or list of them; empty for anything else, such as NaN."""
     many = value if isinstance(value, list) else [value]
-    if not all(isinstance(one, str | int | float) and one == one for one in many):  # NaN differs from itself
-        return ()
-    return tuple(str(one) for one in many if str(one).strip())
+    return tuple(str(one) for one in many if str(one).strip()) if all(map(_is_text, many)) else ()
+
+
+def odd_entry(value: object) -> str:
+    """Show the first entry for which :func:`strings` returns nothing; "" if there is none, or no value at all."""
+    many = value if isinstance(value, list) else [] if value is None or value != value else [value]
+    odd = next((json.dumps(one) for one in many if not _is_text(one)), "")
+    return odd if len(odd) <= _LONGEST else f"{odd[:_LONGEST]}..."
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str | int | float) and value == value  # NaN differs from itself
 
 
 def absent_images(root: str | Path, images: Iterable[tuple[int, str]]) -> dict[int, str]:
@@ -181,6 +191,9 @@ def absent_images(root: str | Path, images: Iterable[tuple[int, str]]) -> dict[i
     listing = cache(_files_in)
     faults = {}
     for number, image in images:
+        if "://" in image:
+            faults[number] = f"{image} is a URL, and images aren't fetched: download it and give the file's path"
+            continue
         path = os.path.join(root, image)
         folder, name = os.path.split(path)
         if name not in listing(folder):

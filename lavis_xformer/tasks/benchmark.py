@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -23,7 +23,15 @@ from lavis_xformer.distributed import is_main
 from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.tasks import scoring
 from lavis_xformer.tasks.base import own_batches
-from lavis_xformer.tasks.protocols import PROTOCOL_KEYS, NeedsMethod, Protocol, Row, protocol_of, write_result
+from lavis_xformer.tasks.protocols import (
+    PROTOCOL_KEYS,
+    NeedsMethod,
+    Protocol,
+    Row,
+    protocol_of,
+    tell_unanswered,
+    write_result,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +48,7 @@ class Item(NamedTuple):
     kind: str  #: selects the metric: count, count_group, presence or pairs; any other is scored by exact match
     group: str  #: what is scored separately: the benchmark's subset if there is one, otherwise the kind
     question: str
-    truth: str
+    truth: str  #: the annotators' most frequent answer; "" if they gave none
     answer: str
     row: Mapping[str, Any]  #: the annotation
 
@@ -81,10 +89,7 @@ class BenchmarkTask(NeedsMethod, BaseTask):
             UserError: the scorer doesn't support this kind of question.
         """
         super().before_evaluation(model, dataset, **kwargs)
-        reads, kinds = (
-            SCORERS[self.scorer],
-            {row.get("kind") or getattr(dataset, "kind", "exact") for row in dataset.annotation},
-        )
+        reads, kinds = SCORERS[self.scorer], {kind_of(dataset, row) for row in dataset.annotation}
         if reads is not None and not kinds <= reads:
             unread = ", ".join(sorted(kinds - reads))
             raise UserError(f"run.scorer: '{self.scorer}' can't score answers of kind {unread}; use strict")
@@ -102,15 +107,19 @@ class BenchmarkTask(NeedsMethod, BaseTask):
 
     def after_evaluation(
         self, val_result: Mapping[int, str], split_name: str, epoch: int | str, **unused: object
-    ) -> dict[str, float]:
+    ) -> dict[str, float] | None:
         """Score the answers, write ``result/<split>_<dataset>.json`` and return the figures in percent.
 
-        A question without an answer, e.g. because its image could not be read, counts as answered with "". The
-        answers are written before they are scored, so that they are kept even if scoring fails.
+        A question that the model didn't answer, e.g. because its image could not be read, counts as answered with "".
+        Questions without a true answer are not scored; None if none has one. The answers are written before they are
+        scored, so that they are kept even if scoring fails.
         """
         found = items(self._dataset, val_result)
         self.write(split_name, found, {})
-        scores = score(found, self.scorer)
+        known = [item for item in found if item.truth]
+        if found and not known:
+            return None
+        scores = score(known, self.scorer)
         self.write(split_name, found, scores)
         return figures(scores)
 
@@ -120,7 +129,7 @@ class BenchmarkTask(NeedsMethod, BaseTask):
             return
         right = {
             item.question_id: {"correct": correct}
-            for group, members in (grouped(found) if scores else {}).items()
+            for group, members in (grouped([item for item in found if item.truth]) if scores else {}).items()
             for item, correct in zip(members, scores[group].correct, strict=True)
         }
         path = write_result(
@@ -137,6 +146,7 @@ class BenchmarkTask(NeedsMethod, BaseTask):
         )
         if not scores:
             logger.info("result  %s", path)
+            tell_unanswered(sum(not item.truth for item in found), len(found), path)
 
     def table(self, values: Mapping[str, float]) -> list[tuple[str, str, str]]:
         """Return rows of accuracies, each beside the majority baseline, and of the other metrics."""
@@ -155,13 +165,22 @@ def items(dataset: Any, answers: Mapping[int, str]) -> list[Item]:
     """Join a dataset's questions with the model's answers."""
     found = []
     for row in dataset.annotation:
-        kind = row.get("kind") or dataset.kind
-        truths = row["answers"] if "answers" in row else row["answer"]
-        number = int(row["question_id"])
-        group = row.get("subset") or kind
-        said = answers.get(number, "")
-        found.append(Item(number, str(row["image"]), kind, group, row["question"], str(truths[0]), said, row))
+        kind, number = kind_of(dataset, row), int(row["question_id"])
+        group, said = row.get("subset") or kind, answers.get(number, "")
+        found.append(Item(number, str(row["image"]), kind, group, row["question"], truth_of(row), said, row))
     return found
+
+
+def kind_of(dataset: Any, row: Row) -> str:
+    """Return the kind of a question: its own, the dataset's, or ``exact``."""
+    return str(row.get("kind") or getattr(dataset, "kind", "exact"))
+
+
+def truth_of(row: Row) -> str:
+    """Return the most frequent of the answers that annotators gave to a question, the first of equals; "" if none."""
+    given = row.get("answers", row.get("answer")) or []
+    votes = Counter(map(str, [given] if isinstance(given, str) else given))
+    return votes.most_common(1)[0][0] if votes else ""
 
 
 def grouped(found: Sequence[Item]) -> dict[str, list[Item]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from lavis.common.registry import registry
 from lavis_xformer.engine import jobs
 from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.files import sha256, write_json
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
@@ -82,11 +85,19 @@ class NeedsMethod:
         Raises:
             UserError: it lacks the method; nothing is built then.
         """
-        arch = cfg.model_cfg.arch
-        if not hasattr(registry.get_model_class(arch), self.METHOD):
-            task = cfg.run_cfg.task
-            raise UserError(f"run.task: {task} needs a model with {self.METHOD}(), which model.arch {arch} lacks")
+        check_method(cfg, self.METHOD)
         return super().build_model(cfg)  # type: ignore[misc]
+
+
+def check_method(cfg: Any, method: str) -> None:
+    """Check that the configuration's model has a method that its task calls.
+
+    Raises:
+        UserError: it lacks the method.
+    """
+    arch = cfg.model_cfg.arch
+    if not hasattr(registry.get_model_class(arch), method):
+        raise UserError(f"run.task: {cfg.run_cfg.task} needs a model with {method}(), which model.arch {arch} lacks")
 
 
 class WithProtocol:
@@ -111,9 +122,10 @@ class WithProtocol:
         task.protocol, task.config = protocol, cfg.to_dict()
         return task
 
-    def write(self, split: str, figures: Mapping[str, float], *, scorer: str, said: Sequence[Row], **more: Any) -> None:
-        """Write ``result/<split>_<dataset>.json``, see :func:`write_result`."""
-        write_result(self.config, split, asdict(self.protocol), figures, scorer=scorer, answers=list(said), **more)
+    def write(self, split: str, figures: Mapping[str, float], *, scorer: str, said: Sequence[Row], **more: Any) -> Path:
+        """Write ``result/<split>_<dataset>.json`` and return its path, see :func:`write_result`."""
+        how = asdict(self.protocol)
+        return write_result(self.config, split, how, figures, scorer=scorer, answers=list(said), **more)
 
 
 def write_result(
@@ -149,6 +161,12 @@ def write_result(
     path = Path(registry.get_path("result_dir")) / f"{split}_{name}.json"
     write_json(path, report)
     return path
+
+
+def tell_unanswered(count: int, total: int, file: Path) -> None:
+    """Warn of questions that can't be scored for want of a true answer; ``file`` has what was said to them."""
+    if count:
+        logger.warning("%d of %d questions have no true answer; the model's answers are in %s", count, total, file)
 
 
 def _files(dataset: Row, split: str) -> Row:

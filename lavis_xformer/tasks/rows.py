@@ -10,7 +10,7 @@ def answer_row(
     *,
     image: str,
     kind: str,
-    correct: float,
+    correct: float | None,
     question: str = "",
     group: str = "",
     guess: float | None = None,
@@ -22,11 +22,12 @@ def answer_row(
         number: the question's number.
         image: the image's name; a bootstrap resamples images.
         kind: of the question.
-        correct: how right the answer is, usually 0 or 1.
+        correct: how right the answer is, usually 0 or 1; None: there is no true answer, the row has no ``correct``.
         question: its words; "" for a caption.
         group: what is scored separately; the kind by default.
         guess: ``correct`` of an answer that needs no image; None: to be taken from the group's most frequent truth.
         more: such as ``truth`` and ``answer``.
     """
     row = {"question_id": number, "image": image, "question": question, "kind": kind, "group": group or kind}
-    return {**row, **more, "correct": correct, **({} if guess is None else {"guess": guess})}
+    scores = {"correct": correct, "guess": guess}
+    return {**row, **more, **{name: score for name, score in scores.items() if score is not None}}

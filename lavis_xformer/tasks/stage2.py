@@ -32,6 +32,8 @@ class Said(NamedTuple):
     kind: str  #: "caption", or the kind of the question
     text: str
     references: list[str]
+    question: str = ""
+    number: int | None = None  #: the question's own, if the dataset has one
 
 
 @registry.register_task("xformer_stage2")
@@ -110,28 +112,31 @@ class Stage2Task(NamedLossTask):
                 max_len=self.max_answer_len,
             )
             texts |= zip(asked, answers, strict=True)
-        kinds = samples.get("kind", ["answer"] * len(questions))
+        kinds, ids = samples.get("kind", ["answer"] * len(questions)), samples.get("question_id")
         for i, text in sorted(texts.items()):  # in the split's order, which figures() restores over all ranks
-            self._said.append(Said(kinds[i] if i in asked else CAPTION, text, references[i]))
+            own = (questions[i], None if ids is None else int(ids[i])) if i in asked else ("", None)
+            self._said.append(Said(kinds[i] if i in asked else CAPTION, text, references[i], *own))
 
     def figures(self) -> dict[str, float]:
         """Return the scores of the generated texts, over all ranks."""
         turns = zip_longest(*self.collect(self._said))  # rank r's i-th text is number i * ranks + r
         said = [entry for turn in turns for entry in turn if entry is not None]
         self._said = []
-        for entry in said[:SHOWN] + said[-SHOWN:]:
+        for entry in said if len(said) <= 2 * SHOWN else said[:SHOWN] + said[-SHOWN:]:
             logger.info("%s: said '%s', reference '%s'", entry.kind, entry.text, entry.references[0])
-        self.scores = score_captions([entry for entry in said if entry.kind == CAPTION])
-        figures = {"caption_f1": "correct", "chance_caption_f1": "guess"} if self.scores else {}
+        captions = score_captions([entry for entry in said if entry.kind == CAPTION])
+        answers = score_answers([entry for entry in said if entry.kind != CAPTION])
+        self.scores = captions + answers
+        figures = {"caption_f1": "correct", "chance_caption_f1": "guess"} if captions else {}
         return {
-            **{name: 100 * fmean(row[key] for row in self.scores) for name, key in figures.items()},
-            **score_answers([entry for entry in said if entry.kind != CAPTION]),
+            **{name: 100 * fmean(row[key] for row in captions) for name, key in figures.items()},
+            **answer_figures(answers),
         }
 
     def after_evaluation(
         self, val_result: dict[str, float], split_name: str, epoch: int | str, **unused: object
     ) -> dict[str, float]:
-        """Add ``agg_metrics``: the mean of the captions' F1 and the answers' accuracy, in percent; write every F1."""
+        """Add ``agg_metrics``: the mean of the captions' F1 and the answers' accuracy, in percent; write every text."""
         agg = fmean(val_result[name] for name in ("caption_f1", "answers") if name in val_result)
         figures = {"agg_metrics": agg, **val_result}
         self.write_scores(split_name, epoch, figures)
@@ -218,24 +223,42 @@ def score_captions(said: Sequence[Said]) -> list[Samples]:
     return rows
 
 
-def score_answers(said: Sequence[Said]) -> dict[str, float]:
+def score_answers(said: Sequence[Said]) -> list[Samples]:
+    """Return a row per answer: whether it is one of its references; as ``guess``, whether its kind's commonest one is.
+
+    The group is the name of the figure: ``answers_<kind>``, or ``answers`` if there is one kind only.
+    """
+    accepted = [list(dict.fromkeys(reference.strip().lower() for reference in entry.references)) for entry in said]
+    kinds: dict[str, Counter[str]] = defaultdict(Counter)
+    for entry, texts in zip(said, accepted, strict=True):
+        kinds[entry.kind].update(texts)
+    most = {kind: counter.most_common(1)[0][0] for kind, counter in kinds.items()}
+    rows = []
+    for position, (entry, texts) in enumerate(zip(said, accepted, strict=True)):
+        row = answer_row(
+            position if entry.number is None else entry.number,
+            image=str(position),
+            kind=entry.kind,
+            group=f"answers_{entry.kind}" if len(kinds) > 1 else "answers",
+            question=entry.question,
+            correct=float(entry.text.strip().lower() in texts),
+            guess=float(most[entry.kind] in texts),
+        )
+        rows.append({**row, "truth": entry.references[0], "references": entry.references, "answer": entry.text})
+    return rows
+
+
+def answer_figures(rows: Sequence[Samples]) -> dict[str, float]:
     """Return ``answers``, ``answers_<kind>`` if there are several kinds, and ``majority_`` of each, in percent."""
-    kinds: dict[str, list[Said]] = defaultdict(list)
-    for entry in said:
-        kinds[entry.kind].append(entry)
+    groups: dict[str, list[Samples]] = {"answers": list(rows)} if rows else {}
+    for row in sorted(rows, key=lambda row: row["group"]):
+        if row["group"] != "answers":
+            groups.setdefault(row["group"], []).append(row)
     figures: dict[str, float] = {}
-    right = best = 0
-    for kind, entries in sorted(kinds.items()):
-        accepted = [{reference.strip().lower() for reference in entry.references} for entry in entries]
-        hits = sum(entry.text.strip().lower() in texts for entry, texts in zip(entries, accepted, strict=True))
-        majority = Counter(text for texts in accepted for text in texts).most_common(1)[0][1]
-        right, best = right + hits, best + majority
-        if len(kinds) > 1:
-            figures[f"answers_{kind}"] = 100 * hits / len(entries)
-            figures[f"majority_answers_{kind}"] = 100 * majority / len(entries)
-    if not said:
-        return {}
-    return {"answers": 100 * right / len(said), "majority_answers": 100 * best / len(said), **figures}
+    for name, members in groups.items():
+        figures[name] = 100 * fmean(row["correct"] for row in members)
+        figures[f"majority_{name}"] = 100 * fmean(row["guess"] for row in members)
+    return figures
 
 
 def word_f1(text: str, reference: str) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,14 +21,21 @@ from lavis.common.vqa_tools.vqa_eval import VQAEval
 from lavis.tasks.vqa import GQATask, VQATask
 
 from lavis_xformer.distributed import is_main
-from lavis_xformer.errors import UserError, one_of
+from lavis_xformer.errors import UserError, first_line, one_of
 from lavis_xformer.files import read_json
-from lavis_xformer.tasks.protocols import NeedsMethod, Row, WithProtocol
+from lavis_xformer.tasks.protocols import NeedsMethod, Row, WithProtocol, tell_unanswered
 from lavis_xformer.tasks.rows import answer_row
 
 logger = logging.getLogger(__name__)
 
 TYPES = ("structural", "semantic")
+#: keys that VQA's scoring reads in a file of questions or annotations, the last one that of its rows, and in every row
+QUESTIONS = (("info", "task_type", "data_type", "data_subtype", "license", "questions"), ("question_id", "question"))
+ANNOTATIONS = (("annotations",), ("question_id", "image_id", "question_type", "answer_type", "answers"))
+NO_TRUTHS = (
+    "run.task: xformer_gqa needs samples with the true answer, which this dataset's have not; "
+    "for questions in VQA's format, such as coco_vqa, use xformer_vqa"
+)
 
 
 class AsksByProtocol(NeedsMethod, WithProtocol):
@@ -119,25 +127,30 @@ class XFormerVQATask(AsksByProtocol, VQATask):
         task.scorer = scorer
         return task
 
+    def check_split(self, name: str, dataset: Any) -> None:
+        """Check, before training, the files that the evaluation of a split reads.
+
+        Raises:
+            UserError: it has no files in VQA's format, which the scorers read, or they lack a key.
+        """
+        check_vqa(dataset)
+
     def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
         """Keep the dataset.
 
         Raises:
-            UserError: it has no files in VQA's format, which the scorers read.
+            UserError: as for :meth:`check_split`.
         """
-        if not hasattr(dataset, "coco_fmt_qust_file"):
-            raise UserError(
-                "run.task: xformer_vqa needs question and annotation files in VQA's format; else use xformer_gqa"
-            )
+        check_vqa(dataset)
         super().before_evaluation(model, dataset, **kwargs)
 
-    def _report_metrics(self, result_file: str, split: str) -> dict[str, float]:
-        """Score with LAVIS's VQA tools, and keep every question's accuracy."""
+    def _report_metrics(self, result_file: str, split: str) -> dict[str, float] | None:
+        """Score with LAVIS's VQA tools, and keep every question's accuracy; None for a split without true answers."""
         if not is_main():
             return {}
         if split not in self.ques_files:
             logger.info("%s has no true answers; what was answered is in %s", split, result_file)
-            return {}
+            return None
         questions = VQA(self.anno_files[split], self.ques_files[split])
         said = questions.loadRes(resFile=result_file, quesFile=self.ques_files[split])
         scorer = SCORERS[self.scorer](questions, said, n=2)
@@ -176,19 +189,47 @@ class XFormerGQATask(AsksByProtocol, GQATask):
 
     CONFIG_KEYS = AsksByProtocol.CONFIG_KEYS | {"question_types"}
 
+    def check_split(self, name: str, dataset: Any) -> None:
+        """Check the first sample of a split before training.
+
+        Raises:
+            UserError: it has no true answer, not even None.
+        """
+        if len(dataset) and {"answer", "answers"}.isdisjoint(dataset[0]):
+            raise UserError(NO_TRUTHS)
+
+    def valid_step(self, model: Any, samples: Row) -> list[Row]:
+        """Ask as LAVIS does.
+
+        Raises:
+            UserError: the samples have no true answers, not even None.
+        """
+        if "answer" not in samples:
+            raise UserError(NO_TRUTHS)
+        return super().valid_step(model, samples)
+
     def _report_metrics(self, result_file: str, split: str) -> dict[str, float] | None:
-        """Score as LAVIS does, and by type."""
+        """Score as LAVIS does, and by type; questions without a true answer are kept, and None if there are no others.
+
+        LAVIS's own fails for want of a true answer: its class for GQA lacks ``_save_result_leaderboard``.
+        """
         if not is_main():
             return {}
         results = read_json(Path(result_file))
-        if any(row["gt_ans"] is None for row in results):
-            super()._report_metrics(result_file, split)  # a test split: LAVIS writes the leaderboard's file
-            return None
+        answers = self._answers(results)
+        known = [answer for answer in answers if "correct" in answer]
+        figures = gqa_figures(known) if known else {}
+        path = self.write(split, figures, scorer="lavis", said=answers, blind=self.blind)
+        tell_unanswered(len(answers) - len(known), len(answers), path)
+        return figures or None
+
+    def _answers(self, results: Iterable[Row]) -> list[Row]:
+        """Return a row per answer; ``correct`` is left out where there is no true answer, as in a test split."""
         rows = {str(row["question_id"]): row for row in self.dataset.annotation}
         kinds, tools = self._types(rows), VQAEval()
         answers = []
         for result in results:
-            number, said = str(result["question_id"]), result["pred_ans"]
+            number, said, truth = str(result["question_id"]), result["pred_ans"], result["gt_ans"]
             if self.inference_method == "generate":
                 said = tools.processDigitArticle(tools.processPunctuation(said))
             row, types = rows[number], kinds.get(number, {})
@@ -199,15 +240,13 @@ class XFormerGQATask(AsksByProtocol, GQATask):
                     kind="gqa",
                     group=types.get("structural", "all"),
                     question=row["question"],
-                    truth=result["gt_ans"],
+                    truth=truth,
                     answer=result["pred_ans"],
-                    correct=said == result["gt_ans"],
+                    correct=None if truth is None else said == truth,
                     types={name: types[name] for name in TYPES if types.get(name)},
                 )
             )
-        figures = gqa_figures(answers)
-        self.write(split, figures, scorer="lavis", said=answers, blind=self.blind)
-        return figures
+        return answers
 
     def _types(self, rows: Mapping[str, Row]) -> dict[str, Row]:
         file = self.config["run"].get("question_types")
@@ -225,6 +264,40 @@ class XFormerGQATask(AsksByProtocol, GQATask):
         if len(found) < len(rows):
             raise UserError(f"run.question_types: {file} has types for only {len(found)} of {len(rows)} questions")
         return found
+
+
+def check_vqa(dataset: Any) -> None:
+    """Check that a dataset has files in VQA's format; those of a split without true answers may be None.
+
+    Raises:
+        UserError: it has none, or they lack a key that the scoring needs.
+    """
+    if not hasattr(dataset, "coco_fmt_qust_file"):
+        raise UserError(
+            "run.task: xformer_vqa needs question and annotation files in VQA's format; else use xformer_gqa"
+        )
+    if dataset.coco_fmt_qust_file is not None:
+        check_vqa_file(dataset.coco_fmt_qust_file, *QUESTIONS)
+        check_vqa_file(dataset.coco_fmt_anno_file, *ANNOTATIONS)
+
+
+@cache
+def check_vqa_file(file: str, keys: Sequence[str], row_keys: Sequence[str]) -> None:
+    """Check that a file has ``keys``, the last of which holds rows with ``row_keys``.
+
+    Raises:
+        UserError: it has not, or can't be read.
+    """
+    try:
+        content = read_json(Path(file))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: can't be read: {first_line(error)}") from error
+    lacks = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if lacks:
+        raise UserError(f"{file}: no {', '.join(lacks)}; VQA's format has {', '.join(keys)} (the scoring reads them)")
+    for number, row in enumerate(content[keys[-1]], start=1):
+        if lacks := [key for key in row_keys if key not in row]:
+            raise UserError(f"{file}: {keys[-1]}: row {number} has no {', '.join(lacks)}, which VQA's scoring needs")
 
 
 def vqa_majority(annotations: Sequence[Row], guesses: Sequence[float]) -> dict[str, float]:
