@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,16 @@ def test_cells_are_variants_by_seeds_by_stages(plan: Plan) -> None:
     assert [as_text(value) for value in ("none", None, True, 0.5)] == ["none", "null", "true", "0.5"]
 
 
+@pytest.mark.parametrize(
+    "text", ["none", "no", "null", "", "007", "a #b", "[a]", "{}", "Question: {} Answer:", "a 'b' \"c\"", "a\nb", "où"]
+)
+def test_a_run_is_given_the_text_that_the_yaml_has(text: str) -> None:
+    from lavis_xformer.config.load import parse_options
+
+    assert parse_options([f"run.prompt={as_text(text)}"]).run.prompt == text
+    assert parse_options([f"run.init_lr={as_text('1e-3')}"]).run.init_lr == 0.001, "which PyYAML takes for text"
+
+
 def test_a_stage_s_own_options_come_before_those_of_every_stage_and_the_seed_is_the_plan_s(tmp_path: Path) -> None:
     given = content(tmp_path)
     given["common"]["first"]["options"]["run.seed"] = 9
@@ -157,6 +168,7 @@ def test_what_makes_a_run_anew_is_said(
         run.run_cell(first)
     ran: list[Cell] = []
     monkeypatch.setattr(run, "run_cell", ran.append)
+    monkeypatch.setattr(run, "check_configurations", lambda cells: None)
     assert run.main([str(tmp_path / "toy.yaml"), "--only", "a", "--seeds", "1"]) == 0
     assert ran[0] == first
     assert "rerun, since code: " in capsys.readouterr().out
@@ -311,7 +323,9 @@ def test_a_shipped_yaml_is_extended_from_anywhere(tmp_path: Path, monkeypatch: p
         ({"variants": {"a": {"frist": {}}}}, r"variants\.a\.frist: did you mean 'first'"),
         ({"common": {"first": {}}}, r"common\.first\.config is missing"),
         ({"output": None}, "'output' is missing"),
-        ({"seeds": 1}, r"seeds: 1 is not a list of integers, such as \[1, 2, 3\]"),
+        ({"seeds": 1}, r"seeds: 1 is not a list of integers from 0 on, such as \[1, 2, 3\]"),
+        ({"seeds": [-1]}, r"seeds: \[-1\] is not a list of integers from 0 on"),
+        ({"seeds": [1, 1]}, r"seeds: \[1, 1\] names a seed twice"),
         ({"variants": {"a": {"seeds": ["x"]}}}, r"variants\.a\.seeds: \['x'\] is not a list of integers"),
         ({"variants": ["a"]}, r"variants: \['a'\] is not a mapping of keys to values"),
         ({"variants": {"a": 3}}, r"variants\.a: 3 is not a mapping of keys to values"),
@@ -414,8 +428,12 @@ def test_questions_are_told_apart_by_their_image_and_their_words() -> None:
 def test_accuracy_by_true_count_by_hand() -> None:
     rows = [answer(0, True, truth="2"), answer(1, False, truth="2"), answer(2, True, truth="5", kind="count_group"),
             answer(3, True, truth="red", kind="attribute")]  # fmt: skip
-    counted = by_count(seeded(rows, 1))
-    assert {count: (value["n"], value["mean"]) for count, value in counted.items()} == {"2": (2, 50), "5": (1, 100)}
+    elsewhere = [{**row, "stage": "photos"} for row in seeded([answer(0, False, truth="2")], 1)]
+    found = {
+        stage: {count: (value["n"], value["mean"]) for count, value in counts.items()}
+        for stage, counts in by_count([*seeded(rows, 1), *elsewhere]).items()
+    }
+    assert found == {"asked": {"2": (2, 50), "5": (1, 100)}, "photos": {"2": (1, 0)}}
 
 
 def pretend(plan: Plan) -> None:
@@ -655,6 +673,38 @@ def test_after_a_failed_run_no_other_begins(plan: Plan, monkeypatch: pytest.Monk
     with pytest.raises(UserError, match="out of memory"):
         run.run_all(plan.cells())
     assert len(begun) == 1
+
+
+def test_a_wrong_key_of_any_run_stops_before_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "run_cell", lambda cell: pytest.fail("a run was started"))
+    base = Path(__file__).parents[1] / SHIPPED
+    variants = {"blip2": None, "typo": {"stage2": {"model.fusoin": "dual"}}}
+    given = {"extends": str(base), "output": str(tmp_path / "out"), "variants": variants}
+    make(tmp_path, given, "wrong")
+    with pytest.raises(UserError, match=r"^typo, stage2: --options model\.fusoin: .* did you mean 'model\.fusion'\?"):
+        run.main([str(tmp_path / "wrong.yaml")])
+
+
+def test_what_was_finished_before_a_failure_is_reported(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(cells: Sequence[Cell], jobs: int) -> None:
+        pretend(plan)
+        raise UserError("b, seed 2, first failed: out of memory")
+
+    monkeypatch.setattr(run, "run_all", fail)
+    monkeypatch.setattr(run, "check_configurations", lambda cells: None)
+    with pytest.raises(UserError, match="out of memory"):
+        run.main([str(tmp_path / "toy.yaml")])
+    assert "## asked: accuracy\n" in capsys.readouterr().out
+
+
+def test_an_output_that_is_no_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = content(tmp_path)
+    given["output"] = str(tmp_path / "file")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^output: .*file: Not a directory; name a folder"):
+        run.folder_of(make(tmp_path, given))
 
 
 def test_the_list_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,20 +63,22 @@ def _reach(values: Sequence[Json]) -> list[list[float]]:
 
 
 def draw_counts(variants: Mapping[str, Json], path: Path) -> Path:
-    """Draw counting accuracy by true count, with the number of questions for each."""
-    (axes,), save = _axes(path)
-    asked: dict[int, int] = {}
-    for number, (name, of) in enumerate(variants.items()):
-        curve = {int(count): value for count, value in of["by_count"].items()}
-        asked |= {count: value["n"] for count, value in curve.items()}
-        aside = 0.05 * (number - len(variants) / 2)  # so that intervals don't hide each other
-        places = [count + aside for count in curve]
-        heights, reach = [value["mean"] for value in curve.values()], _reach(list(curve.values()))
-        axes.errorbar(places, heights, reach, fmt="o-", ms=3, lw=1.2, elinewidth=0.6, label=name, color=_colour(number))
-    axes.set_xticks(sorted(asked), [f"{count}\nn = {asked[count]}" for count in sorted(asked)], fontsize=8)
-    axes.set_xlabel("true count")
-    axes.set_ylabel("accuracy, % (95 % interval)")
-    axes.set_ylim(bottom=0)
+    """Draw every stage's counting accuracy by true count, with the number of questions for each."""
+    stages = list(dict.fromkeys(stage for of in variants.values() for stage in of["by_count"]))
+    panels, save = _axes(path, panels=len(stages), columns=1)
+    for axes, stage in zip(panels, stages, strict=True):
+        asked: dict[int, int] = {}
+        for number, (name, of) in enumerate(variants.items()):
+            curve = {int(count): value for count, value in of["by_count"].get(stage, {}).items()}
+            asked |= {count: value["n"] for count, value in curve.items()}
+            aside = 0.05 * (number - len(variants) / 2)  # so that intervals don't hide each other
+            places, heights = [count + aside for count in curve], [value["mean"] for value in curve.values()]
+            style = {"fmt": "o-", "ms": 3, "lw": 1.2, "elinewidth": 0.6, "color": _colour(number)}
+            axes.errorbar(places, heights, _reach(list(curve.values())), label=name, **style)
+        axes.set_xticks(sorted(asked), [f"{count}\nn = {asked[count]}" for count in sorted(asked)], fontsize=8)
+        axes.set_xlabel("true count" if len(stages) == 1 else f"{stage}: true count")
+        axes.set_ylabel("accuracy, % (95 % interval)")
+        axes.set_ylim(bottom=0)
     return save()
 
 

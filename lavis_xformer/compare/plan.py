@@ -7,12 +7,15 @@ YAMLs' content, assets, weights, code, versions); :meth:`Cell.stale` then says w
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from lavis_xformer.compare.inputs import SOFTWARE, changes, inputs_of, read_yaml
 from lavis_xformer.errors import UserError, nearest, whole
@@ -80,10 +83,13 @@ class Cell:
     def arguments(self) -> list[str]:
         """Return the command line after ``python``."""
         module = "lavis.evaluate" if self.stage.evaluate else "lavis.train"
-        options = [f"{key}={as_text(value)}" for key, value in self.options.items()]
         many = f"-m torch.distributed.run --standalone --nproc_per_node={self.processes}".split()
         together = many if self.processes > 1 else []
-        return [*together, "-m", module, "--cfg-path", self.stage.config, "--options", *options]
+        return [*together, "-m", module, "--cfg-path", self.stage.config, "--options", *self.option_texts()]
+
+    def option_texts(self) -> list[str]:
+        """Return its options as ``key=value``."""
+        return [f"{key}={as_text(value)}" for key, value in self.options.items()]
 
 
 @dataclass(frozen=True)
@@ -196,13 +202,19 @@ def digest(config: str, options: Mapping[str, Any]) -> str:
 
 
 def as_text(value: object) -> str:
-    """Write an option's value as ``--options`` reads it."""
-    return value if isinstance(value, str) else json.dumps(value)
+    """Write an option's value as ``--options`` reads it: text as it is, in quotes if YAML would read it otherwise."""
+    if isinstance(value, str):
+        with contextlib.suppress(yaml.YAMLError):
+            if yaml.safe_load(value) == value:
+                return value
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _seeds(key: str, given: object) -> tuple[int, ...]:
-    if not isinstance(given, list) or not all(type(seed) is int for seed in given):
-        raise UserError(f"{key}: {given} is not a list of integers, such as [1, 2, 3]")
+    if not isinstance(given, list) or not all(type(seed) is int and seed >= 0 for seed in given):
+        raise UserError(f"{key}: {given} is not a list of integers from 0 on, such as [1, 2, 3]")
+    if len(set(given)) < len(given):
+        raise UserError(f"{key}: {given} names a seed twice")
     return tuple(given)
 
 

@@ -196,12 +196,15 @@ def accuracy(answers: Sequence[Json]) -> Json:
 
 
 def by_count(answers: Sequence[Json]) -> Json:
-    """Return the accuracy of counting questions by the true count."""
-    counts: dict[int, list[Json]] = defaultdict(list)
+    """Return the accuracy of counting questions, of all objects and of named groups, by stage and true count."""
+    stages: dict[str, dict[int, list[Json]]] = defaultdict(lambda: defaultdict(list))
     for answer in answers:
         if answer["kind"] in COUNTS:
-            counts[int(answer["truth"])].append(answer)
-    return {str(count): accuracy(members) for count, members in sorted(counts.items())}
+            stages[answer["stage"]][int(answer["truth"])].append(answer)
+    return {
+        stage: {str(count): accuracy(members) for count, members in sorted(counts.items())}
+        for stage, counts in stages.items()
+    }
 
 
 def differences(ours: Sequence[Json], theirs: Sequence[Json]) -> Json:

@@ -57,7 +57,13 @@ def main(argv: Sequence[str]) -> int:
         return 0
     for cell in cells:
         check_splits(cell)
-    run_all(cells, args.jobs)
+    check_configurations(cells)
+    folder_of(plan)
+    try:
+        run_all(cells, args.jobs)
+    except UserError:
+        print(write(plan))  # what has been finished
+        raise
     print(write(plan))
     return 0
 
@@ -155,6 +161,24 @@ def check_splits(cell: Cell) -> None:
         raise UserError(f"{cell.stage.name} tests the splits {', '.join(splits)}; give each a stage of its own")
 
 
+def check_configurations(cells: Sequence[Cell]) -> None:
+    """Check the configurations of all unfinished cells, since one that is wrong would else fail after hours.
+
+    In a process of its own, as for a run, since it imports LAVIS.
+
+    Raises:
+        UserError: a key, name or file of one of them is wrong.
+    """
+    runs = {cell.folder: (f"{cell.variant}, {cell.stage.name}", cell) for cell in cells if not cell.finished}
+    if not runs:
+        return
+    asked = [[name, cell.stage.config, cell.option_texts()] for name, cell in runs.values()]
+    command = [sys.executable, "-m", "lavis_xformer.config.check"]
+    done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise UserError((done.stderr.strip() or "the check of the configurations failed").splitlines()[-1])
+
+
 def set_aside(cell: Cell) -> Path:
     """Rename the folder of a stale cell, so that nothing continues from it; return its new name."""
     names = (cell.folder.with_name(f"{cell.folder.name}.stale{number}") for number in itertools.count(1))
@@ -245,11 +269,23 @@ def trained_weights(path: Path) -> int | None:
     return sum(tensor.numel() for tensor in weights.values())
 
 
+def folder_of(plan: Plan) -> Path:
+    """Return the folder of the report, created if necessary.
+
+    Raises:
+        UserError: it can't be created.
+    """
+    folder = plan.output / plan.name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output: {plan.output}: {error.strerror}; name a folder") from error
+    return folder
+
+
 def write(plan: Plan) -> str:
     """Write tables, figures and all results as JSON; return the tables and the paths of the files."""
-    folder = plan.output / plan.name
-    folder.mkdir(parents=True, exist_ok=True)
-    found = collect(plan)
+    folder, found = folder_of(plan), collect(plan)
     table = markdown(found)
     write_json(folder / "results.json", found)
     write_text(folder / "results.md", table)

@@ -27,9 +27,9 @@ def markdown(found: Json) -> str:
             rows = [[name, *(_gap(of.get(group)) for group in names)] for name, of in gaps.items() if of]
             if rows:
                 parts += [f"### {stage}: {title}, percentage points", _table(["", *_short(names)], rows)]
-    counts = list(dict.fromkeys(count for of in variants.values() for count in of["by_count"]))
-    if counts:
-        parts += ["## Counting: accuracy by true count", counting(variants, sorted(counts, key=int))]
+    for stage in dict.fromkeys(stage for of in variants.values() for stage in of["by_count"]):
+        parts += [f"## {stage}: accuracy of counting (all objects, or a named group) by true count"]
+        parts += [asked(found["asked"][stage]), counting(variants, stage)]
     for stage in dict.fromkeys(name.split(".")[0] for of in variants.values() for name in of["figures"]):
         parts += [f"## {stage}: other figures", asked(found["asked"][stage]), figures(variants, stage)]
     stages = list(dict.fromkeys(stage for of in variants.values() for stage in of["costs"]))
@@ -50,7 +50,9 @@ def asked(ways: Sequence[Json]) -> str:
     """Describe how a stage's questions were asked and scored, and which they were."""
     lines = []
     for way in ways:
-        protocol, files = way.get("protocol", {}), way.get("question_sha256", {})
+        if "protocol" not in way:  # a training's own test
+            continue
+        protocol, files = way["protocol"], way.get("question_sha256", {})
         terms = [f"{key} {value}" for key, value in protocol.items() if key != "name" and value is not None]
         told = [f"protocol {protocol.get('name')} ({', '.join(terms)})"]
         told += [f"{key} {way[key]}" for key in ("scorer", "template") if key in way]
@@ -73,16 +75,13 @@ def accuracy(found: Json, variants: Mapping[str, Json], names: Sequence[str]) ->
     return _table(["", "seeds", *_short(names)], rows)
 
 
-def counting(variants: Mapping[str, Json], counts: Sequence[str]) -> str:
-    """Return the accuracy by true count, and the number of questions with that count."""
-    asked = next(of["by_count"] for of in variants.values() if of["by_count"])
-    rows = [
-        [name, *(_cell(of["by_count"].get(count)) for count in counts)]
-        for name, of in variants.items()
-        if of["by_count"]
-    ]
-    rows.append(["questions", *(str(asked.get(count, {}).get("n", "")) for count in counts)])
-    return _table(["", *counts], rows)
+def counting(variants: Mapping[str, Json], stage: str) -> str:
+    """Return a stage's accuracy by true count, and the number of questions with that count."""
+    found = {name: of["by_count"][stage] for name, of in variants.items() if stage in of["by_count"]}
+    numbers = {count: value["n"] for of in found.values() for count, value in of.items()}
+    counts = sorted(numbers, key=int)
+    rows = [[name, *(_cell(of.get(count)) for count in counts)] for name, of in found.items()]
+    return _table(["", *counts], [*rows, ["questions", *(str(numbers[count]) for count in counts)]])
 
 
 def figures(variants: Mapping[str, Json], stage: str) -> str:
