@@ -8,8 +8,7 @@
 # Uses the interpreter PYTHON, or the active one. The exit status is 1 if a kill did any damage.
 set -euo pipefail
 
-unset CDPATH # it could make cd go elsewhere, and print the folder
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+ROOT="$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")"
 PYTHON="${PYTHON:-python}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
@@ -22,7 +21,7 @@ for name in sys.argv[1:]:
 
 exec "$PYTHON" -m ckpt_chaos run --max-points 1000 --timeout 300 \
   --checkpoint-glob "{out}/run/checkpoint_*_step*.pth" --step-regex 'resuming from .* step (\d+)' \
-  --result-cmd "$PYTHON -c \"$FINGERPRINT\" {out}/run/checkpoint_0.pth {out}/run/checkpoint_best.pth" \
+  --result-cmd "\"$PYTHON\" -c \"$FINGERPRINT\" {out}/run/checkpoint_0.pth {out}/run/checkpoint_best.pth" \
   --fail-on HARD_FAIL,SILENT_DIVERGENCE,LOST_WORK,CONTROL_FAIL "$@" -- \
   "$PYTHON" -m lavis.train --cfg-path "$ROOT/projects/xformer/pretrain.yaml" --options \
   run.output_dir={out} run.job_id=run run.resume=auto run.max_epoch=1 run.save_every_steps=2 run.keep_last=0 \

@@ -1,8 +1,7 @@
 # Creates .venv with the tested packages and this plugin, or reuses it if up to date. Source it: sets ROOT and PYTHON.
 set -euo pipefail
 
-unset CDPATH # it could make cd go elsewhere, and print the folder
-ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+ROOT="$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")"
 VENV="$ROOT/.venv"
 PYTHON="$VENV/bin/python"
 STAMP="$VENV/.lavis_xformer_stamp" # fingerprint of the last complete install

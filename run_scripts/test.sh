@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs into .venv, then checks style, types and behaviour. Arguments go to pytest: test.sh -k fusion
-source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup_env.sh"
 
 cd "$ROOT"
 "$PYTHON" -m ruff check .

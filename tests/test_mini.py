@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import asdict
 
 import pytest
@@ -58,6 +59,26 @@ def test_a_set_that_is_there_is_not_built_again(smoke):
         build.main(["--preset", "smoke", "--only", "bert", "--only", "opt", "--out", str(smoke)])
     assert build.main(["--preset", "smoke", "--only", "bert", "--out", str(smoke), "--resume"]) == 0
     assert (smoke / "SHA256SUMS.json").read_text() == before
+
+
+def test_a_part_of_other_settings_is_not_replaced(smoke, tmp_path):
+    out = tmp_path / "set"
+    shutil.copytree(smoke, out)
+    build_mae = ["--preset", "smoke", "--only", "bert", "--only", "mae", "--out", str(out), "--resume"]
+    files = [path for path in out.rglob("*") if path.is_file()]
+    before = {path: path.read_bytes() for path in files}
+    for other in (["--seed", "1"], ["--longer", "2"], ["--preset", "quick"]):
+        with pytest.raises(UserError, match=rf"--resume: {out}/mae has weights, and {out}/\.state no run of these"):
+            build.main([*build_mae, *other])
+    assert {path: path.read_bytes() for path in files} == before
+    assert build.main(build_mae) == 0, "the same settings"
+    weights = [out / "mae" / "model.safetensors", out / "SHA256SUMS.json"]
+    assert [path.read_bytes() for path in weights] == [before[path] for path in weights]
+    weights[0].unlink()
+    assert build.main([*build_mae, "--seed", "1"]) == 0, "no weights to lose"
+    next((out / ".state").glob("notes-*")).unlink()
+    with pytest.raises(UserError, match=rf"--resume: {out}/opt has weights"):
+        build.main(["--preset", "smoke", "--only", "opt", "--out", str(out), "--resume"])
 
 
 def test_clip_is_lavis_vit_without_its_last_block(mini):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TOOLS = ("bash", "sh", "cat", "cksum", "dirname", "ls", "ln", "mkdir", "rm", "sed", "sleep", "touch")
+TOOLS = ("bash", "sh", "cat", "cksum", "dirname", "ls", "ln", "mkdir", "readlink", "rm", "sed", "sleep", "touch")
 # Answers what the script asks of a Python; a broken one answers nothing.
 PYTHON = """#!/bin/sh
 [ "{version}" = broken ] && exit 127
@@ -157,6 +158,29 @@ def test_an_exported_cdpath_leads_nowhere_else(machine: Machine):
         ["bash", "run_scripts/chaos.sh"], cwd=ROOT, env={**os.environ, "CDPATH": ".:/tmp", "PYTHON": "echo"}, **asked
     ).stdout
     assert f"--cfg-path {ROOT}/projects/xformer/pretrain.yaml --options" in said
+
+
+@pytest.mark.parametrize("name", ["quickstart.sh", "test.sh", "train/one_gpu.sh", "train/several_nodes.sh"])
+def test_a_script_may_be_started_through_a_link(machine: Machine, tmp_path: Path, name: str):
+    (machine.clone / "run_scripts" / "train").mkdir()
+    shutil.copy(ROOT / "run_scripts" / name, machine.clone / "run_scripts" / name)
+    (tmp_path / "link").symlink_to(machine.clone / "run_scripts" / name)
+    machine.add("python3.11", "3.11")
+    environment = {"PATH": str(machine.bin), "PIP_LOG": str(machine.log), "NODES": "2", "HEAD": "here"}
+    done = subprocess.run([shutil.which("bash"), tmp_path / "link"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"-m pip install -c {machine.clone}/constraints.txt -e {machine.clone}[dev]" in machine.log.read_text()
+
+
+def test_chaos_takes_an_interpreter_with_a_space_in_its_path_and_may_be_linked(tmp_path: Path):
+    python, link = tmp_path / "a python", tmp_path / "chaos"
+    python.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    python.chmod(0o755)
+    link.symlink_to(ROOT / "run_scripts" / "chaos.sh")
+    asked = {"env": {**os.environ, "PYTHON": str(python)}, "capture_output": True, "text": True, "check": True}
+    said = subprocess.run(["bash", link], **asked).stdout.split("\0")
+    assert shlex.split(said[said.index("--result-cmd") + 1])[:2] == [str(python), "-c"]
+    assert said[said.index("--cfg-path") + 1] == f"{ROOT}/projects/xformer/pretrain.yaml"
 
 
 @pytest.mark.parametrize("script", ["run_scripts/quickstart.sh", "run_scripts/test.sh", ".ci/run"])

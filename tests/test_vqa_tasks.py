@@ -10,16 +10,21 @@ from typing import Any
 import pytest
 import torch
 from lavis.common.registry import registry
+from lavis.datasets.datasets.gqa_datasets import GQAEvalDataset
 from lavis.tasks.vqa import GQATask, VQATask
 from omegaconf import OmegaConf
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.transforms.functional import to_tensor
 
 from lavis_xformer import train
+from lavis_xformer.compare.results import tasks
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import read_json
 from lavis_xformer.tasks.benchmark import BenchmarkTask
 from lavis_xformer.tasks.captions import XFormerRetrievalTask
 from lavis_xformer.tasks.protocols import write_result
-from lavis_xformer.tasks.vqa import XFormerGQATask, XFormerVQATask, vqa_guesses, vqa_majority
+from lavis_xformer.tasks.vqa import XFormerGQATask, XFormerVQATask, gqa_figures, vqa_guesses, vqa_majority
 
 
 class Model:
@@ -67,7 +72,7 @@ def test_gqa_by_type_by_hand_and_overall_as_lavis(tmp_path: Path) -> None:
     assert figures["accuracy_structural_verify"] == figures["accuracy_semantic_obj"] == 50
     assert figures["accuracy_structural_query"] == figures["accuracy_semantic_rel"] == 100
     assert (figures["n_structural_verify"], figures["majority_structural_verify"]) == (2, 100)
-    assert figures["majority"] == pytest.approx(200 / 3)
+    assert (figures["majority_semantic_obj"], figures["majority"]) == (50, 100)
     lavis = GQATask(5, 10, 1, True, 128, "generate")
     assert figures["agg_metrics"] == pytest.approx(lavis.after_evaluation(SAID, "val")["agg_metrics"])
     assert figures["agg_metrics"] == pytest.approx(200 / 3)
@@ -81,6 +86,27 @@ def test_gqa_by_type_by_hand_and_overall_as_lavis(tmp_path: Path) -> None:
         ("a.jpg", True), ("a.jpg", False), ("b.jpg", True),
     ]  # fmt: skip
     assert list(result["question_sha256"]) == [str(tmp_path / "questions.json")]
+
+
+@pytest.mark.parametrize(
+    ("groups", "majority"),
+    [
+        (["query"] * 4 + ["verify"] * 4, 100 * (2 + 3) / 8),
+        (["all"] * 8, 100 * 3 / 8),  # the questions have no types
+    ],
+)
+def test_gqas_majority_by_hand_is_that_of_each_structural_type_as_in_a_comparison(
+    groups: list[str], majority: float
+) -> None:
+    truths = ["cat", "dog", "dog", "no", "yes", "yes", "yes", "no"]
+    answers = [
+        {"question_id": n, "image": "a.jpg", "question": "?", "group": group, "truth": truth, "correct": False,
+         "types": {"semantic": "obj"}, "stage": "gqa"}
+        for n, (group, truth) in enumerate(zip(groups, truths, strict=True))
+    ]  # fmt: skip
+    figures = gqa_figures(answers)
+    assert (figures["majority"], figures["majority_semantic_obj"]) == (majority, 100 * 3 / 8)
+    assert tasks(answers)["gqa.all"]["majority"] == majority  # with one group, it is called all
 
 
 def test_questions_without_a_true_answer_are_kept_but_not_scored(
@@ -228,6 +254,26 @@ def test_the_language_model_may_be_asked_without_images(tmp_path: Path, blind: b
     assert task.valid_step(model, samples) == [{"question_id": 4, "pred_ans": "yes", "gt_ans": "no"}]
     assert ("image" in model.shown) is not blind
     assert model.shown["text_input"] == ["is it?"]
+
+
+def test_gqas_ids_may_be_texts(tmp_path: Path) -> None:
+    class Answering(Model):
+        def predict_answers(self, samples: dict[str, Any], **unused: Any) -> list[str]:
+            return ["yes"] * len(samples["text_input"])
+
+    rows = [{**row, "question_id": f"0{row['question_id']}"} for row in GQA]  # GQA's own may begin with 0
+    (tmp_path / "gqa.json").write_text(json.dumps(rows))
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.jpg")
+    Image.new("RGB", (2, 2)).save(tmp_path / "b.jpg")
+    dataset = GQAEvalDataset(to_tensor, str, str(tmp_path), [str(tmp_path / "gqa.json")])
+    task, model = setup(XFormerGQATask, tmp_path), Answering()
+    task.before_evaluation(model, dataset)
+    loader = DataLoader(dataset, batch_size=2, collate_fn=dataset.collater)
+    figures = task.after_evaluation(task.evaluation(model, loader, cuda_enabled=False), "val")
+    assert figures["accuracy"] == pytest.approx(200 / 3)
+    assert figures["accuracy_structural_verify"] == 100
+    answers = read_json(tmp_path / "result" / "val_gqa.json")["answers"]
+    assert [(row["question_id"], row["correct"]) for row in answers] == [("01", False), ("02", True), ("03", True)]
 
 
 def test_the_model_keeps_its_own_length_penalty(tmp_path: Path) -> None:

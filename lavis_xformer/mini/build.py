@@ -106,13 +106,18 @@ class Job:
     device: torch.device
     command: str
 
-    def fit(self, part: str, module: nn.Module, loss: StepLoss) -> float:
-        """Train one part on its schedule; returns the seconds it took."""
-        schedule: Schedule = getattr(self.recipe, part)
+    def state(self, training: str) -> Path:
+        """File of one training's state; only a run of equal settings has the same."""
+        schedule: Schedule = getattr(self.recipe, training)
         settings = json.dumps([asdict(schedule), self.recipe.scenes, self.recipe.wordings, self.recipe.documents])
-        digest = hashlib.sha256(settings.encode()).hexdigest()[:8]  # --resume continues a run of equal settings only
-        state = self.out / ".state" / f"{part}-seed{self.seed}-{digest}.pt"
-        return fit(module, loss, schedule=schedule, seed=self.seed, state=state, resume=self.resume, title=part)
+        digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
+        return self.out / ".state" / f"{training}-seed{self.seed}-{digest}.pt"
+
+    def fit(self, training: str, module: nn.Module, loss: StepLoss) -> float:
+        """Train a model on one schedule; returns the seconds it took."""
+        schedule: Schedule = getattr(self.recipe, training)
+        state = self.state(training)
+        return fit(module, loss, schedule=schedule, seed=self.seed, state=state, resume=self.resume, title=training)
 
     def finish(self, part: str, data: str, seconds: float, figures: dict[str, float]) -> None:
         """Write the model card of one part."""
@@ -213,13 +218,16 @@ def build_t5(job: Job) -> None:
 
 
 PARTS = {"bert": build_bert, "clip": build_clip, "mae": build_mae, "opt": build_opt, "t5": build_t5}
+#: the trainings of a part that has weights
+TRAININGS = {"clip": ("clip",), "mae": ("mae",), "opt": ("opt", "notes"), "t5": ("t5",)}
+WEIGHTS = "model.safetensors"
 
 
 def save_weights(folder: Path, state: dict[str, Tensor], config: dict[str, object]) -> None:
     """Write model.safetensors in half precision and config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     halves = {name: value.detach().cpu().half().contiguous() for name, value in state.items()}
-    path = folder / "model.safetensors"
+    path = folder / WEIGHTS
     save_file(halves, path, metadata={"format": "pt"})
     path.chmod(0o644)  # readable by others wherever it is installed
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -240,12 +248,29 @@ def _word_pieces(texts: list[str], tokenizer: BertTokenizer) -> Tensor:
     return rows
 
 
+def check_parts(job: Job, parts: list[str]) -> None:
+    """Check that no part of another run would be replaced.
+
+    Raises:
+        UserError: a part is there already and, under ``--resume``, has weights of other settings.
+    """
+    if not job.resume and (old := [part for part in parts if (job.out / part).exists()]):
+        raise UserError(f"--out {job.out} already has {', '.join(old)}; name another folder, or continue by --resume")
+    for part in parts:
+        begun = all(job.state(training).is_file() for training in TRAININGS.get(part, ()))
+        if (job.out / part / WEIGHTS).exists() and not begun:
+            raise UserError(
+                f"--resume: {job.out / part} has weights, and {job.out / '.state'} no run of these settings; leave out "
+                "--resume and choose another --out, or use the settings in the part's README.md"
+            )
+
+
 def main(argv: list[str]) -> int:
     """Run the command; returns its exit status.
 
     Raises:
-        UserError: the factor is out of range, the folder is a file, can't be created or has such parts already, or the
-            device does not exist.
+        UserError: the factor is out of range, the folder is a file or can't be created, a part of another run would be
+            replaced, or the device does not exist.
     """
     parser = command_parser("build-mini", __doc__)
     parser.add_argument("--preset", choices=list(RECIPES), default="quick", help=PRESETS)
@@ -276,8 +301,7 @@ def main(argv: list[str]) -> int:
     )
     begin = time.monotonic()
     parts = args.only or list(PARTS)
-    if not args.resume and (old := [part for part in parts if (args.out / part).exists()]):
-        raise UserError(f"--out {args.out} already has {', '.join(old)}; name another folder, or continue by --resume")
+    check_parts(job, parts)
     for part in parts:
         torch.manual_seed(args.seed)
         PARTS[part](job)

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from lavis.common.registry import registry
 from lavis.common.vqa_tools.vqa import VQA
 from lavis.common.vqa_tools.vqa_eval import VQAEval
@@ -51,9 +52,13 @@ class AsksByProtocol(NeedsMethod, WithProtocol):
         return task
 
     def valid_step(self, model: Any, samples: Row) -> list[Row]:
-        """Ask as LAVIS does, without the image if ``run.blind`` is set."""
+        """Ask as LAVIS does, without the image if ``run.blind`` is set; ids may be texts, as GQA's own are."""
         shown = {key: value for key, value in samples.items() if not (self.blind and key == "image")}
-        return super().valid_step(model, shown)  # type: ignore[misc]
+        ids = samples["question_id"]
+        if isinstance(ids, torch.Tensor):
+            return super().valid_step(model, shown)  # type: ignore[misc]
+        rows = super().valid_step(model, {**shown, "question_id": torch.arange(len(ids))})  # type: ignore[misc]
+        return [{**row, "question_id": ids[row["question_id"]]} for row in rows]
 
     def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
         """Keep the dataset."""
@@ -307,10 +312,16 @@ def _plain(text: str) -> str:
 
 
 def gqa_figures(answers: Iterable[Row]) -> dict[str, float]:
-    """Return accuracy and majority in percent and the number of questions: overall and by type."""
+    """Return accuracy and majority in percent and the number of questions: overall and by type.
+
+    The majority of a type is the accuracy of its most frequent answer; overall, that of the most frequent answer of
+    each question's structural type, as for :func:`vqa_majority`.
+    """
     groups: dict[str, list[Row]] = defaultdict(list)
+    truths: dict[str, Counter[str]] = defaultdict(Counter)
     for answer in answers:
         groups[""].append(answer)
+        truths[answer["group"]][answer["truth"]] += 1
         for name, kind in answer["types"].items():
             groups[f"_{name}_{kind}"].append(answer)
     figures: dict[str, float] = {}
@@ -318,4 +329,5 @@ def gqa_figures(answers: Iterable[Row]) -> dict[str, float]:
         most = Counter(answer["truth"] for answer in members).most_common(1)[0][1]
         figures[f"accuracy{end}"] = 100 * sum(answer["correct"] for answer in members) / len(members)
         figures |= {f"majority{end}": 100 * most / len(members), f"n{end}": len(members)}
+    figures["majority"] = 100 * sum(max(counter.values()) for counter in truths.values()) / figures["n"]
     return {"agg_metrics": figures["accuracy"], **figures}

@@ -2,6 +2,6 @@
 # Trains on all GPUs of this machine, or on as many as GPUS says:
 #   GPUS=8 bash run_scripts/train/one_node.sh projects/xformer/train/pretrain_stage1.yaml \
 #     --options run.accum_grad_iters=2
-source "$(dirname "${BASH_SOURCE[0]}")/../setup_env.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../setup_env.sh"
 
 exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="${GPUS:-gpu}" -m lavis.train --cfg-path "$@"

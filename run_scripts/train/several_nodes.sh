@@ -6,7 +6,7 @@
 #   NODES=2 HEAD=node-0 bash run_scripts/train/several_nodes.sh projects/xformer/train/pretrain_stage1.yaml
 
 : "${NODES:?how many machines}" "${HEAD:?name of one machine}"
-source "$(dirname "${BASH_SOURCE[0]}")/../setup_env.sh"
+source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../setup_env.sh"
 
 exec "$PYTHON" -m torch.distributed.run --nnodes="$NODES" --nproc_per_node="${GPUS:-gpu}" \
   --rdzv_backend=c10d --rdzv_endpoint="$HEAD:${PORT:-29500}" --rdzv_id="${RUN_ID:-xformer}" \
