@@ -127,10 +127,12 @@ class BenchmarkTask(NeedsMethod, BaseTask):
         """Write the result file on the main rank; without scores, log where the answers are."""
         if not is_main():
             return
+        known = [item for item in found if item.truth]
+        groups = grouped(known)
         right = {
             item.question_id: {"correct": correct}
-            for group, members in (grouped([item for item in found if item.truth]) if scores else {}).items()
-            for item, correct in zip(members, scores[group].correct, strict=True)
+            for group, entry in scores.items()
+            for item, correct in zip(groups[group], entry.correct, strict=True)
         }
         path = write_result(
             self.config,
@@ -146,7 +148,7 @@ class BenchmarkTask(NeedsMethod, BaseTask):
         )
         if not scores:
             logger.info("result  %s", path)
-            tell_unanswered(sum(not item.truth for item in found), len(found), path)
+            tell_unanswered(len(found) - len(known), len(found), path)
 
     def table(self, values: Mapping[str, float]) -> list[tuple[str, str, str]]:
         """Return rows of accuracies, each beside the majority baseline, and of the other metrics."""

@@ -122,7 +122,7 @@ class Stage2Task(NamedLossTask):
         turns = zip_longest(*self.collect(self._said))  # rank r's i-th text is number i * ranks + r
         said = [entry for turn in turns for entry in turn if entry is not None]
         self._said = []
-        for entry in said if len(said) <= 2 * SHOWN else said[:SHOWN] + said[-SHOWN:]:
+        for entry in said[:SHOWN] + said[SHOWN:][-SHOWN:]:
             logger.info("%s: said '%s', reference '%s'", entry.kind, entry.text, entry.references[0])
         captions = score_captions([entry for entry in said if entry.kind == CAPTION])
         answers = score_answers([entry for entry in said if entry.kind != CAPTION])
@@ -250,12 +250,10 @@ def score_answers(said: Sequence[Said]) -> list[Samples]:
 
 def answer_figures(rows: Sequence[Samples]) -> dict[str, float]:
     """Return ``answers``, ``answers_<kind>`` if there are several kinds, and ``majority_`` of each, in percent."""
-    groups: dict[str, list[Samples]] = {"answers": list(rows)} if rows else {}
-    for row in sorted(rows, key=lambda row: row["group"]):
-        if row["group"] != "answers":
-            groups.setdefault(row["group"], []).append(row)
+    kinds = sorted({row["group"] for row in rows} - {"answers"})
     figures: dict[str, float] = {}
-    for name, members in groups.items():
+    for name in ["answers", *kinds] if rows else []:
+        members = [row for row in rows if name in ("answers", row["group"])]
         figures[name] = 100 * fmean(row["correct"] for row in members)
         figures[f"majority_{name}"] = 100 * fmean(row["guess"] for row in members)
     return figures
