@@ -4,8 +4,8 @@ ITC, ITM, ITG and language modelling are BLIP-2's (arXiv 2301.12597, section 3; 
 `blip2_opt.py`), reconstruction is MAE's (arXiv 2111.06377). None of them depends on a model, a process group or a
 configuration.
 
-B: samples of this process, G: samples of all processes, Q: queries, E: width of the shared
-space, T: text tokens, V: vocabulary, N: image patches, P: values per patch.
+B: samples of this process, G: samples of all processes, I: images, Q: queries, E: width of the shared space, T: texts
+or text tokens, V: vocabulary, N: image patches, P: values per patch.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ def similarity(image_feats: Tensor, text_feats: Tensor) -> Tensor:
     """Cosine similarity of each text and each image's best-matching query.
 
     Args:
-        image_feats: (B, Q, E), L2-normalised, one feature per query.
-        text_feats: (G, E), L2-normalised.
+        image_feats: (I, Q, E), L2-normalised, one feature per query.
+        text_feats: (T, E), L2-normalised.
 
     Returns:
-        (B, G) float32, the maximum over the queries. Autocast is disabled because bfloat16's spacing near 1, divided
+        (I, T) float32, the maximum over the queries. Autocast is disabled because bfloat16's spacing near 1, divided
         by the temperature, would be 0.06.
     """
     with torch.autocast(image_feats.device.type, enabled=False):
-        return torch.einsum("bqe,ge->bgq", image_feats.float(), text_feats.float()).amax(-1)
+        return torch.einsum("iqe,te->itq", image_feats.float(), text_feats.float()).amax(-1)
 
 
 def itc(sim_i2t: Tensor, sim_t2i: Tensor, targets: Tensor) -> Tensor:

@@ -30,12 +30,6 @@ def test_recalls_equal_the_naive_ones(seed):
     assert metrics.recalls(metrics.ranks(similarity, owners)) == pytest.approx(naive(similarity, owners))
 
 
-def test_the_best_query_decides():
-    images, texts = torch.randn(7, 4, 3), torch.randn(9, 3)
-    expected = torch.stack([torch.stack([(image @ text).max() for text in texts]) for image in images])
-    torch.testing.assert_close(metrics.best_query_similarity(images, texts, chunk=2), expected)
-
-
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_a_collapsed_model_scores_nothing(value):
     figures = metrics.recalls(metrics.ranks(torch.full((20, 20), value), torch.arange(20)))

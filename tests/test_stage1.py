@@ -402,10 +402,15 @@ def test_a_feature_that_is_not_finite_shows_in_its_losses(make_xformer: Any, bat
 def test_wrong_images_and_weights_are_named(make_xformer: Any, batch: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"model\.loss_weights: 'reco'; did you mean 'rec'"):
         make_xformer("dual", loss_weights={"reco": 1})
-    with pytest.raises(UserError, match=r"model\.loss_weights\.rec is None; it must be a number"):
-        make_xformer("dual", loss_weights={"rec": None})
-    with pytest.raises(UserError, match=r"model\.loss_weights: all of itc, itm, itg, rec are 0"):
-        make_xformer("dual", loss_weights={"itc": 0, "itm": 0, "itg": 0, "rec": 0})
+    for weight in (None, True, -1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match=r"model\.loss_weights\.rec is \S+; it must be a number, 0 or more"):
+            make_xformer("dual", loss_weights={"rec": weight})
+    only_rec = {"itc": 0, "itm": 0, "itg": 0}
+    with pytest.raises(UserError, match=r"model\.loss_weights: .*'rec': 0}: nothing would be trained"):
+        make_xformer("dual", loss_weights={**only_rec, "rec": 0})
+    for fusion, options in (("none", {}), ("concat", {}), ("dual", {"mask_ratio": 0})):
+        with pytest.raises(UserError, match=r"this model reconstructs nothing .* nothing would be trained"):
+            make_xformer(fusion, loss_weights=only_rec, **options)
     with pytest.raises(UserError, match=r"itg_source: 'xform'; did you mean 'xformer'"):
         make_xformer("dual", itg_source="xform")
     with pytest.raises(UserError, match="mask_ratio is 1"):

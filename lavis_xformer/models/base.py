@@ -232,6 +232,19 @@ class XFormerBase(CheckpointLoading, Blip2Base):
             mae = self.mae.encode(pixels, mask_ratio=mask_ratio, noise=noise)
         return MaeFeatures(mae.tokens.float(), mae.mask, mae.ids_restore)
 
+    def weigh_losses(self, weights: dict[str, float], mask_ratio: float) -> None:
+        """Set the weight of each loss, and the share of the patches hidden from MAE for the reconstruction, ``rec``.
+
+        Raises:
+            UserError: nothing would be trained.
+        """
+        self.loss_weights = weights
+        self.mask_ratio = mask_ratio
+        self.reconstructs = self.fusion.aligns_mae and self.mae is not None and weights["rec"] > 0 and mask_ratio > 0
+        if not self.reconstructs and not any(weight for name, weight in weights.items() if name != "rec"):
+            without = ", and this model reconstructs nothing (no MAE, fusion or mask for it)" if weights["rec"] else ""
+            raise UserError(f"model.loss_weights: {weights}{without}: nothing would be trained; raise a weight")
+
     def reconstruction_loss(self, aligned: Tensor | None, tokens: Tokens) -> Tensor:
         """Reconstruct the masked patches from M' (B, Nm, Dm) with MAE's frozen decoder.
 
@@ -257,7 +270,6 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         return self.Qformer.bert(
             query_embeds=self.queries(len(clip)),
             encoder_hidden_states=clip,
-            encoder_attention_mask=_ones(clip),
             use_cache=use_cache,
             return_dict=True,
         )
@@ -277,9 +289,8 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         output = self.Qformer.bert(
             text_ids,
             query_embeds=queries,
-            attention_mask=torch.cat([_ones(queries), text_mask], dim=1),
+            attention_mask=torch.cat([text_mask.new_ones(queries.shape[:2]), text_mask], dim=1),
             encoder_hidden_states=clip,
-            encoder_attention_mask=_ones(clip),
             return_dict=True,
         )
         return output.last_hidden_state[:, : queries.shape[1]]
@@ -340,8 +351,3 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         if not model.load_report.loaded:
             logger.warning("%s: no weights are known for this type; load a checkpoint, or train it", model_type)
         return model
-
-
-def _ones(tokens: Tensor) -> Tensor:
-    """An attention mask (B, N) that hides nothing of (B, N, D)."""
-    return torch.ones(tokens.shape[:-1], dtype=torch.long, device=tokens.device)

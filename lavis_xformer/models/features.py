@@ -64,6 +64,14 @@ class FeatureModel(XFormerBase):
         self.text_proj = nn.Linear(width, embed_dim)
         self.itm_head = nn.Linear(width, 2)
 
+    def image_features(self, z: Tensor) -> Tensor:
+        """Z' (B, Q, D) -> features (B, Q, E) in the space shared with texts, L2-normalised, float32."""
+        return F.normalize(self.vision_proj(z).float(), dim=-1)
+
+    def text_features(self, states: Tensor) -> Tensor:
+        """States of text tokens (..., D) -> features (..., E) in the space shared with images, L2-normalised, float32."""
+        return F.normalize(self.text_proj(states).float(), dim=-1)
+
     def match(self, clip: Tensor, mae: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor:
         """Score whether R images and texts belong together, on the multimodal Z'.
 
@@ -110,7 +118,7 @@ class FeatureModel(XFormerBase):
         one_of("mode", mode, MODES)
         if mode == "image":
             z = self.encode_queries(take(samples, "image"))
-            return BlipOutputFeatures(image_embeds=z, image_embeds_proj=F.normalize(self.vision_proj(z), dim=-1))
+            return BlipOutputFeatures(image_embeds=z, image_embeds_proj=self.image_features(z))
         most = self.Qformer.config.max_position_embeddings  # LAVIS truncates nothing, and fails on longer texts
         texts = texts_of(samples, len(take(samples, "image")) if mode == "multimodal" else None)
         text = self.tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=most).to(
@@ -118,7 +126,7 @@ class FeatureModel(XFormerBase):
         )
         if mode == "text":
             hidden = self.encode_text(text.input_ids, text.attention_mask)  # (B, T, D)
-            return BlipOutputFeatures(text_embeds=hidden, text_embeds_proj=F.normalize(self.text_proj(hidden), dim=-1))
+            return BlipOutputFeatures(text_embeds=hidden, text_embeds_proj=self.text_features(hidden))
         tokens = self.encode_image(take(samples, "image"))
         zq = self.query_image_and_text(tokens.clip, text.input_ids, text.attention_mask)
         return BlipOutputFeatures(multimodal_embeds=self.fusion.refine(zq, tokens.mae_tokens)[0])
@@ -192,7 +200,6 @@ class FeatureModel(XFormerBase):
                 input_ids=start,
                 query_embeds=self.queries(len(clip)),
                 encoder_hidden_states=clip,
-                encoder_attention_mask=clip.new_ones(clip.shape[:-1], dtype=torch.long),
                 max_length=max_length,
                 min_length=min_length,
                 num_beams=beams,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from lavis.common.registry import registry
 
 from lavis_xformer.errors import one_of
@@ -42,6 +41,6 @@ class XFormerITM(XFormer):
             tokens = self.encode_image(image)
             return self.match(tokens.clip, tokens.mae_tokens, text.input_ids, text.attention_mask)
         z = self.encode_queries(image)
-        image_feats = F.normalize(self.vision_proj(z), dim=-1)  # (B, Q, E)
-        text_feats = F.normalize(self.text_proj(self.forward_text(text)), dim=-1)  # (B, E)
+        image_feats = self.image_features(z)  # (B, Q, E)
+        text_feats = self.text_features(self.forward_text(text))  # (B, E)
         return (image_feats @ text_feats.unsqueeze(-1)).amax(dim=1)  # (B, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -82,16 +83,13 @@ def weights_of(weights: Mapping[str, Any] | None, defaults: Mapping[str, float])
     """Return the weight of every loss: the defaults, overridden by ``model.loss_weights``.
 
     Raises:
-        UserError: there is no such loss, its weight is not a number, or all are 0.
+        UserError: there is no such loss, or its weight is not a finite number, 0 or more.
     """
     for name, weight in (weights or {}).items():
         one_of("model.loss_weights", name, defaults)
-        if not isinstance(weight, int | float):
-            raise UserError(f"model.loss_weights.{name} is {weight!r}; it must be a number")
-    chosen = {**defaults, **(weights or {})}
-    if not any(chosen.values()):
-        raise UserError(f"model.loss_weights: all of {', '.join(defaults)} are 0, so nothing would be trained")
-    return chosen
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
+            raise UserError(f"model.loss_weights.{name} is {weight!r}; it must be a number, 0 or more")
+    return {**defaults, **(weights or {})}
 
 
 def _heads(fusion: str, visual_encoder: Any, qformer: Any) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from lavis.common.registry import registry
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -63,21 +62,14 @@ class XFormer(FeatureModel):
             parts: of :class:`FeatureModel`.
 
         Raises:
-            UserError: a weight for a loss that doesn't exist, or a mask ratio outside [0, 1).
+            UserError: a wrong weight, weights with which nothing would be trained, or a mask ratio outside [0, 1).
         """
         super().__init__(**parts)
         if not 0 <= mask_ratio < 1:
             raise UserError(f"model.mask_ratio is {mask_ratio}; it must lie in [0, 1)")
         self.temp = nn.Parameter(0.07 * torch.ones([]))
-        self.mask_ratio = mask_ratio
         self.mask_vl = mask_vl
-        self.loss_weights = weights_of(loss_weights, dict.fromkeys(LOSSES, 1.0))
-
-    @property
-    def reconstructs(self) -> bool:
-        """Whether there is an M' to reconstruct from, and ``rec`` has a weight."""
-        wanted = self.loss_weights["rec"] > 0 and self.mask_ratio > 0
-        return self.fusion.aligns_mae and self.mae is not None and wanted
+        self.weigh_losses(weights_of(loss_weights, dict.fromkeys(LOSSES, 1.0)), mask_ratio)
 
     def forward(
         self,
@@ -99,30 +91,30 @@ class XFormer(FeatureModel):
         """
         image = take(samples, "image")
         text = self.tokenize(texts_of(samples, len(image)))
-        seen, whole = self._encode_for_training(image, noise)  # C and M, masked and not
+        masked, read = self._encode_for_training(image, noise)
 
-        zq = self.query_image(whole.clip, use_cache=True)  # Zq (B, Q, D)
-        z, aligned = self.fusion.refine(zq.last_hidden_state, whole.mae_tokens)  # Z' and M'
-        if seen is not whole:
-            aligned = self.fusion.align(seen.mae_tokens, zq.last_hidden_state)
+        zq = self.query_image(read.clip, use_cache=True)  # Zq (B, Q, D)
+        z, aligned = self.fusion.refine(zq.last_hidden_state, read.mae_tokens)  # Z' and M'
+        if masked is not read:
+            aligned = self.fusion.align(masked.mae_tokens, zq.last_hidden_state)
 
         loss_itc, sim_i2t, sim_t2i = self._itc(z, text)
-        loss_itm, itm_accuracy = self._itm(whole, text, sim_i2t, sim_t2i, generator)
+        loss_itm, itm_accuracy = self._itm(read, text, sim_i2t, sim_t2i, generator)
         loss_itg = self._itg(zq.past_key_values, z, text)
         terms = {"itc": loss_itc, "itm": loss_itm, "itg": loss_itg}
         if self.reconstructs:
-            terms["rec"] = self.reconstruction_loss(aligned, seen)
+            terms["rec"] = self.reconstruction_loss(aligned, masked)
 
         found = {**losses.weighted(terms, self.loss_weights), "itm_accuracy": itm_accuracy}
         if self.reconstructs and not self.training:
-            found["rec_mae"] = self.reconstruction_loss(seen.mae_tokens, seen).detach()  # M, not M': the reference
+            found["rec_mae"] = self.reconstruction_loss(masked.mae_tokens, masked).detach()  # of M: the reference
         return found
 
     def _encode_for_training(self, image: Tensor, noise: Tensor | None) -> tuple[Tokens, Tokens]:
-        """C with the masked M (for reconstruction), and C with the M that the language losses see."""
+        """C and M to reconstruct from, and C and M that the other losses read: the same where ``mask_vl`` is set."""
         if self.mask_vl and self.fusion.aligns_mae:
-            seen = self.encode_image(image, mask_ratio=self.mask_ratio, noise=noise)
-            return seen, seen
+            masked = self.encode_image(image, mask_ratio=self.mask_ratio, noise=noise)
+            return masked, masked
         whole = self.encode_image(image)
         if not self.reconstructs:
             return whole, whole
@@ -130,9 +122,8 @@ class XFormer(FeatureModel):
 
     def _itc(self, z: Tensor, text: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Z' (B, Q, D) against text, over all processes; also returns both similarities (B, G)."""
-        image_feats = F.normalize(self.vision_proj(z).float(), dim=-1)  # (B, Q, E)
-        hidden = self.encode_text(text.input_ids, text.attention_mask)  # (B, T, D)
-        text_feats = F.normalize(self.text_proj(hidden[:, 0]).float(), dim=-1)  # (B, E)
+        image_feats = self.image_features(z)  # (B, Q, E)
+        text_feats = self.text_features(self.forward_text(text))  # (B, E)
         sim_i2t = losses.similarity(image_feats, gather(text_feats)) / self.temp  # (B, G)
         sim_t2i = losses.similarity(gather(image_feats), text_feats).t() / self.temp  # (B, G)
         targets = own_rows(len(z), z.device)

@@ -61,19 +61,13 @@ class XFormerStage2(GenerativeModel):
             parts: of :class:`GenerativeModel`.
 
         Raises:
-            UserError: a weight for a loss that doesn't exist, or a mask ratio outside (0, 1).
+            UserError: a wrong weight, weights with which nothing would be trained, or a mask ratio outside (0, 1).
         """
         super().__init__(**parts)
         if not 0 < mask_ratio < 1:
             raise UserError(f"model.mask_ratio is {mask_ratio}; it must lie between 0 and 1")
-        self.mask_ratio = mask_ratio
         self.prefix_lm = prefix_lm
-        self.loss_weights = weights_of(loss_weights, {"lm": 1.0, "rec": 0.0})
-
-    @property
-    def reconstructs(self) -> bool:
-        """Whether there is an M' to reconstruct from, and ``rec`` has a weight."""
-        return self.fusion.aligns_mae and self.mae is not None and self.loss_weights["rec"] > 0
+        self.weigh_losses(weights_of(loss_weights, {"lm": 1.0, "rec": 0.0}), mask_ratio)
 
     def forward(
         self, samples: dict[str, Any], *, noise: Tensor | None = None, generator: torch.Generator | None = None

@@ -1,4 +1,4 @@
-"""Retrieval metrics of a similarity matrix. I: images, T: captions, N: queries, E: width."""
+"""Retrieval metrics of a similarity matrix. I: images, T: captions."""
 
 from __future__ import annotations
 
@@ -12,21 +12,6 @@ from torch import Tensor
 from lavis_xformer.tasks.rows import answer_row
 
 KS = (1, 5, 10)
-
-
-def best_query_similarity(images: Tensor, texts: Tensor, *, chunk: int = 256) -> Tensor:
-    """Return the similarity of images and captions: the maximum over an image's queries (BLIP-2, arXiv 2301.12597).
-
-    Args:
-        images: (I, N, E) features of each image's queries.
-        texts: (T, E) features of the captions.
-        chunk: images compared at a time.
-
-    Returns:
-        (I, T).
-    """
-    parts = [(part @ texts.T).amax(dim=1) for part in images.split(chunk)]  # (chunk, N, T) -> max
-    return torch.cat(parts)
 
 
 def ranks(similarity: Tensor, owners: Tensor) -> dict[str, Tensor]:

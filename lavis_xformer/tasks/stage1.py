@@ -13,6 +13,7 @@ import torch
 from lavis.common.registry import registry
 from torch import Tensor, nn
 
+from lavis_xformer import losses
 from lavis_xformer.distributed import rank
 from lavis_xformer.engine.loop import image_ids
 from lavis_xformer.tasks import metrics
@@ -58,7 +59,7 @@ class Stage1Task(NamedLossTask):
         rows = {name: row for row, name in enumerate(dict.fromkeys(names))}
         owners = torch.tensor([rows[name] for name in names])  # (T,)
         images, texts = torch.stack([features[name] for name in rows]), torch.cat([part[2] for part in parts])
-        similarity = metrics.best_query_similarity(images, texts)  # (I, T)
+        similarity = torch.cat([losses.similarity(some, texts) for some in images.split(256)])  # (I, T)
         ranks = metrics.ranks(similarity, owners)
         self.scores = metrics.hits(ranks, owners, [str(name) for name in rows])
         chance = {f"chance_{n}": v for n, v in metrics.chance_recalls(owners).items()}
