@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -96,6 +96,7 @@ def export(
     if new := sorted({name.partition(".")[0] for name in model.load_report.missing_new}):
         facts["newly initialised"] = f"{', '.join(new)} (not in the checkpoint)"
         logger.warning("%s has no %s: exported as initialised before training", checkpoint, ", ".join(new))
+    facts = {"frozen parts, not here": _elsewhere(cfg.model, model, weights), **facts}
     cfg.model |= {"pretrained": None, "finetuned": None, "load_finetuned": False}
     cfg.model |= {"blip2_pretrained": None, "train_only": None}
     _fit_processors(cfg, model)
@@ -215,6 +216,17 @@ def _weights(model: Any) -> dict[str, Any]:
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name in names}
 
 
+def _elsewhere(cfg: Any, model: Any, weights: Mapping[str, Any]) -> str:
+    """The parts of a model that are in other files, and what the configuration calls them."""
+    parts = {"vit_model": "visual_encoder", "mae_model": "mae", "opt_model": "opt_model", "t5_model": "t5_model"}
+    absent = {
+        key: name
+        for key, name in parts.items()
+        if getattr(model, name, None) is not None and not any(weight.startswith(f"{name}.") for weight in weights)
+    }
+    return ", ".join(f"{key}: `{cfg[key]}`" for key in absent) or "none"
+
+
 def _fit_processors(cfg: Any, model: Any) -> None:
     """Set the processors' image sizes to the model's, which a run may have changed."""
     for processor in cfg.preprocess.vis_processor.values():
@@ -227,8 +239,6 @@ def _card(cfg: Any, target: Path, checkpoint: Path, weights: dict[str, Any], fac
     from lavis_xformer import __version__
     from lavis_xformer.files import sha256
 
-    keys = ("vit_model", "mae_model", "opt_model", "t5_model")
-    frozen = [f"{key}: `{cfg.model[key]}`" for key in keys if key in cfg.model]
     count = sum(tensor.numel() for tensor in weights.values())
     lines = [
         f"# {cfg.model.arch} / {cfg.model.model_type}",
@@ -241,7 +251,6 @@ def _card(cfg: Any, target: Path, checkpoint: Path, weights: dict[str, Any], fac
         f"| written by | lavis_xformer {__version__} |",
         f"| weights here | {count:,} |",
         f"| fusion | {cfg.model.get('fusion', 'dual')} |",
-        f"| frozen parts, not here | {', '.join(frozen)} |",
         *(
             f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
             for name, value in facts.items()

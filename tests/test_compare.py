@@ -194,6 +194,14 @@ def test_inputs_are_the_whole_configuration_assets_code_and_versions(tmp_path: P
     ]
 
 
+def test_what_a_yaml_leaves_to_defaults_is_among_the_inputs(tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("model: {arch: xformer}\ndatasets:\n  xformer_scenes:\n")
+    found = inputs.inputs_of(str(config), {})
+    assert found["model.num_query_token"], "of a model without a type"
+    assert found["datasets.xformer_scenes.data_type"] == '"images"', "of a dataset without keys"
+
+
 def test_what_names_no_file_has_no_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mini").mkdir()

@@ -49,6 +49,12 @@ def checkpoint(trained: XFormerOPT, stage2_config: Any, tmp_path: Path) -> Path:
     return tmp_path / "run.pth"
 
 
+def elsewhere(folder: Path) -> list[str]:
+    """The frozen parts that an exported folder's card says are not in it."""
+    (line,) = [row for row in (folder / "README.md").read_text().splitlines() if "frozen parts, not here" in row]
+    return [part.split(":")[0] for part in line.split("|")[2].strip().split(", ")]
+
+
 def assert_equal(model: Any, other: Any) -> None:
     assert model.state_dict().keys() == other.state_dict().keys()
     for name, tensor in model.state_dict().items():
@@ -153,6 +159,18 @@ def test_the_card_says_what_nothing_has_trained(
     assert "newly initialised" not in (export(checkpoint, tmp_path / "whole") / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("fusion", "parts"), [("dual", ["vit_model", "mae_model", "opt_model"]), ("none", ["vit_model", "opt_model"])]
+)
+def test_the_card_names_the_frozen_parts_that_the_model_has(
+    fusion: str, parts: list[str], stage2_config: Any, tmp_path: Path
+) -> None:
+    stage2_config.model.fusion = fusion
+    model = XFormerOPT.from_config(stage2_config.model)
+    torch.save({"model": runner_state(model), "config": OmegaConf.to_container(stage2_config)}, tmp_path / "run.pth")
+    assert elsewhere(export(tmp_path / "run.pth", tmp_path / "out")) == parts
+
+
 def test_blip2_files_are_exported_whole(
     make_stage2: Any, stage2_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -195,6 +213,7 @@ def test_a_frozen_image_encoder_that_a_file_had_brought_is_exported(
         )
     folder = export(tmp_path / "run.pth", tmp_path / "out")
     (tmp_path / "base.pth").unlink()
+    assert elsewhere(folder) == ["mae_model", "opt_model"]
     model, *_ = lavis_xformer.from_folder(folder)
     assert_equal(model, trained)
     assert torch.equal(model(batch)["loss"], trained(batch)["loss"])

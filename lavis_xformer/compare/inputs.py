@@ -62,7 +62,10 @@ def changes(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
 
 
 def resolved(config: str, options: Mapping[str, Any]) -> Json:
-    """Return a run's configuration: the defaults of its model type and datasets, its YAML, its options."""
+    """Return a run's configuration: the defaults of its model type and datasets, its YAML, its options.
+
+    Where it names no type, the defaults of all types of its model take part, so that a change in any is noticed.
+    """
     user = _mapping(project_path(config))
     for key, value in options.items():
         *sections, name = key.split(".")
@@ -71,14 +74,15 @@ def resolved(config: str, options: Mapping[str, Any]) -> Json:
             place[section] = dict(place.get(section) or {})
             place = place[section]
         place[name] = merge(place.get(name), value)
+    user["datasets"] = {name: given or {} for name, given in (user.get("datasets") or {}).items()}
     model: Json = user.get("model") or {}
     merged: Json = {}
     for file in sorted(shipped_folder("configs").glob("models/*.yaml")):
         own = _mapping(file)["model"]
-        if (own["arch"], own["model_type"]) == (model.get("arch"), model.get("model_type")):
+        if own["arch"] == model.get("arch") and model.get("model_type") in (None, own["model_type"]):
             merged = merge(merged, {"model": own})
     for file in sorted(shipped_folder("configs").glob("datasets/*.yaml")):
-        own = {name: given for name, given in _mapping(file)["datasets"].items() if name in user.get("datasets", {})}
+        own = {name: given for name, given in _mapping(file)["datasets"].items() if name in user["datasets"]}
         merged = merge(merged, {"datasets": own})
     return merge(merged, user)
 

@@ -69,7 +69,7 @@ class FeatureModel(XFormerBase):
         return F.normalize(self.vision_proj(z).float(), dim=-1)
 
     def text_features(self, states: Tensor) -> Tensor:
-        """States of text tokens (..., D) -> features (..., E) in the space shared with images, L2-normalised, float32."""
+        """States of text tokens (..., D) -> features (..., E) in the same space, L2-normalised, float32."""
         return F.normalize(self.text_proj(states).float(), dim=-1)
 
     def match(self, clip: Tensor, mae: Tensor | None, ids: Tensor, mask: Tensor) -> Tensor:
