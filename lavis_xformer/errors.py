@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from numbers import Integral
-from typing import Any, TypeVar
-
-Found = TypeVar("Found")
+from typing import Any
 
 _SHOWN = 8  # names shown if there are more than 1.5 times as many
 
@@ -58,17 +56,6 @@ def whole(key: str, value: Any, *, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise UserError(f"{key} is {value!r}; it must be a whole number, {least} or more")
     return int(value)
-
-
-def named(options: Mapping[str, Found], name: str, what: str) -> Found:
-    """Return the option with this name; ``what`` says in the error message what the options are.
-
-    Raises:
-        UserError: there is no such name.
-    """
-    if name not in options:
-        raise UserError(f"no {what} named {name!r}: {nearest(name, options)}")
-    return options[name]
 
 
 def fault_in_yaml(error: Exception) -> tuple[str, str]:

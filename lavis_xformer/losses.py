@@ -124,19 +124,15 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=NO_TARGET, reduction="none")
 
 
-def language_modelling(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy of the target tokens; a text of weight w counts w times.
+def language_modelling(logits: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
+    """Mean cross-entropy of the target tokens.
 
     Args:
         logits: (B, T, V).
         labels: (B, T), :data:`NO_TARGET` where a token is excluded.
-        weights: (B,); None weights all texts equally, as in BLIP-2.
+        counts: (B, T), how many times each token counts; 0 where it is excluded.
     """
-    loss = token_losses(logits, labels)
-    counts = (labels != NO_TARGET).float()  # (B, T)
-    if weights is not None:
-        counts = counts * weights[:, None]
-    return (loss * counts).sum() / counts.sum()
+    return (token_losses(logits, labels) * counts).sum() / counts.sum()
 
 
 def weighted(terms: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, Tensor]:

@@ -105,18 +105,9 @@ def load_state(
     missing = own.keys() - given
     wanted = (missing & trainable) - set(held)
     new = {name for name in wanted if re.match(may_miss, name)}
-    loaded = {name: state[name] for name in sorted(own.keys() & given)}
-    _check(
-        f"'{source}' doesn't fit {type(model).__name__}",
-        {
-            "missing": wanted - new,
-            "unknown": given - own.keys(),
-            "of another shape": _other_shapes(own, loaded),
-        },
-    )
-    model.load_state_dict(loaded, strict=False)  # the rest is accounted for above
+    _load(model, {name: state[name] for name in given}, needed=trainable - set(held) - new, source=f"'{source}'")
     report = LoadReport(
-        loaded=tuple(loaded),
+        loaded=tuple(sorted(given)),
         missing_frozen=tuple(sorted(missing - trainable)),
         missing_new=tuple(sorted(new)),
         unused=tuple(sorted(unused)),
@@ -131,17 +122,8 @@ def load_exactly(module: nn.Module, state: Mapping[str, Tensor], *, source: str)
     Raises:
         UserError: a weight is missing, unknown or of another shape; the module is then unchanged.
     """
-    own = module.state_dict()
-    _check(
-        f"the weights of {source} don't fit {type(module).__name__}",
-        {
-            "missing": own.keys() - state.keys(),
-            "unknown": state.keys() - own.keys(),
-            "of another shape": _other_shapes(own, state),
-        },
-    )
-    module.load_state_dict(state)
-    logger.info("loaded %d weights of %s", len(own), source)
+    _load(module, state, needed=module.state_dict().keys(), source=source)
+    logger.info("loaded %d weights of %s", len(state), source)
 
 
 def load_trainable(module: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
@@ -151,16 +133,7 @@ def load_trainable(module: nn.Module, state: Mapping[str, Tensor], *, source: st
         UserError: a trainable weight is missing, or a weight is unknown or of another shape; the module is then
             unchanged.
     """
-    own = module.state_dict()
-    _check(
-        f"{source} doesn't fit {type(module).__name__}",
-        {
-            "missing": trainable_names(module) - state.keys(),
-            "unknown": state.keys() - own.keys(),
-            "of another shape": _other_shapes(own, state),
-        },
-    )
-    module.load_state_dict(state, strict=False)  # whatever is missing is frozen
+    _load(module, state, needed=trainable_names(module), source=source)
 
 
 def listing(names: Sequence[str]) -> str:
@@ -169,20 +142,28 @@ def listing(names: Sequence[str]) -> str:
     return ", ".join(names[:LISTED]) + more
 
 
-def _other_shapes(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> set[str]:
-    """Weights that both have, in different shapes, with the two shapes."""
-    return {
-        f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-        for name in own.keys() & state.keys()
-        if state[name].shape != own[name].shape
+def _load(module: nn.Module, state: Mapping[str, Tensor], *, needed: Set[str], source: str) -> None:
+    """Load a state dict with the weights ``needed``, and any others that the module has.
+
+    Raises:
+        UserError: a weight is missing, unknown or of another shape; the module is then unchanged, and the log has every
+            list in full.
+    """
+    own = module.state_dict()
+    problems = {
+        "missing": needed - state.keys(),
+        "unknown": state.keys() - own.keys(),
+        "of another shape": {
+            f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
+            for name in own.keys() & state.keys()
+            if state[name].shape != own[name].shape
+        },
     }
-
-
-def _check(what: str, problems: Mapping[str, Set[str]]) -> None:
-    """Raise a UserError that lists the problems by kind, if there are any; the log gets every list in full."""
+    what = f"{source} doesn't fit {type(module).__name__}"
     listed = [f"{kind}: {listing(sorted(names))}" for kind, names in problems.items() if names]
     if listed:
         for kind, names in problems.items():
             if len(names) > LISTED:
                 logger.error("%s; %s, all %d: %s", what, kind, len(names), ", ".join(sorted(names)))
         raise UserError(f"{what}; {'; '.join(listed)}")
+    module.load_state_dict(state, strict=False)  # what is missing may be

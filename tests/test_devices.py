@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lavis_xformer.models import frozen, language
+from lavis_xformer.models import frozen
 from lavis_xformer.models.frozen import DTYPES, Precision, compute_dtype
 from lavis_xformer.models.stage2 import XFormerOPT
 
@@ -70,8 +70,7 @@ def test_frozen_parts_in_half_precision(
     amp: bool, model: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, with or without mixed precision around them; evaluation has none."""
-    for module in (frozen, language):
-        monkeypatch.setattr(module, "compute_dtype", lambda device, precision: torch.bfloat16)
+    monkeypatch.setattr(frozen, "compute_dtype", lambda device, precision: torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
         loss, *_ = everything(model, batch)
     assert torch.isfinite(loss)
@@ -84,7 +83,7 @@ def test_gradients_of_a_large_batch_survive_a_language_model_in_fp16(
     kind: str, make_stage2: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of a mean over many tokens are below what fp16 holds; a run in fp16 has a scaler for them."""
-    monkeypatch.setattr(language, "compute_dtype", lambda device, precision: DTYPES[precision])
+    monkeypatch.setattr(frozen, "compute_dtype", lambda device, precision: DTYPES[precision])
     speaker = make_stage2(kind).language
     speaker.precision = "fp16"
     visual = torch.randn(1, 4, speaker.width)
@@ -123,8 +122,7 @@ def test_precision_is_a_gpus_affair(
     stage2_config.model |= {"llm_precision": precision, "vit_precision": precision}
     model = XFormerOPT.from_config(stage2_config.model)
     assert (model.language.precision, model.vit_precision) == (precision, precision)
-    for module in (frozen, language):
-        monkeypatch.setattr(module, "compute_dtype", lambda device, precision: DTYPES[precision])  # as on a GPU
+    monkeypatch.setattr(frozen, "compute_dtype", lambda device, precision: DTYPES[precision])  # as on a GPU
     model.generate(batch, num_beams=1, max_length=2)
     for part in (model.visual_encoder.blocks[0].mlp.fc1, model.mae.model.vit.encoder.layer[0].output.dense):
         assert part.weight.dtype == DTYPES[precision]

@@ -60,23 +60,28 @@ def compute_dtype(device: torch.device, precision: Precision) -> torch.dtype:
     return DTYPES[precision] if device.type == "cuda" else torch.float32
 
 
-def cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast weights permanently, outside any inference_mode, whose tensors could not be trained later."""
-    with torch.inference_mode(False):
-        module.to(dtype)
+def computing(
+    module: nn.Module,
+    device: torch.device,
+    precision: Precision,
+    *,
+    layers: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d),
+) -> contextlib.AbstractContextManager[Any]:
+    """Cast a frozen part to its precision on this device, permanently; return the autocast context to run it in.
 
+    On a GPU, it computes in its own precision whatever the outer autocast; on a CPU, the outer one holds.
 
-def computing(module: nn.Module, device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
-    """Cast a frozen encoder's weights to its precision on this device; return the autocast context to run it in."""
+    Args:
+        module: the frozen part.
+        device: where it is.
+        precision: of its weights on a GPU.
+        layers: whose weights are cast; an encoder's others, such as layer norms, stay in fp32.
+    """
     dtype = compute_dtype(device, precision)
-    for part in module.modules():
-        if isinstance(part, nn.Linear | nn.Conv2d) and part.weight.dtype != dtype:
-            cast(part, dtype)
-    return own_autocast(device, dtype)
-
-
-def own_autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[Any]:
-    """Autocast to the dtype of a frozen part's weights, whatever the outer autocast; on a CPU keep the outer one."""
+    with torch.inference_mode(False):  # the weights could not be trained later if they were cast within
+        for part in module.modules():
+            if isinstance(part, layers) and any(weight.dtype != dtype for weight in part.parameters()):
+                part.to(dtype)
     if dtype == torch.float32 and device.type == "cpu":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -88,10 +93,10 @@ def compact(tokens: torch.Tensor) -> torch.Tensor:
     return tokens.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tokens
 
 
-def unscaled_half(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether gradients through a part of this dtype need scaling: in fp16, unless the run is too and has a scaler."""
+def unscaled_half(device: torch.device, precision: Precision) -> bool:
+    """Whether a frozen part's gradients need scaling: those of fp16, unless the run is in fp16 too and has a scaler."""
     scaled = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
-    return dtype == torch.float16 and not scaled
+    return compute_dtype(device, precision) == torch.float16 and not scaled
 
 
 def enlarge_gradients(start: torch.Tensor, end: torch.Tensor, factor: torch.Tensor) -> None:

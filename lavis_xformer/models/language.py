@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, TypeVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
+from typing_extensions import Self
 
 from lavis_xformer.assets import resolve
 from lavis_xformer.distributed import token_mean
@@ -25,17 +26,14 @@ from lavis_xformer.losses import NO_TARGET, language_modelling, token_losses
 from lavis_xformer.models.frozen import (
     DTYPES,
     Precision,
-    cast,
-    compute_dtype,
+    computing,
     enlarge_gradients,
     freeze,
-    own_autocast,
     unscaled_half,
 )
 from lavis_xformer.models.weight_files import offline_error
 
 Dialogue = Sequence[tuple[str, str]]  # prompts, each with the target that follows it
-L = TypeVar("L", bound="LanguageModel")
 
 
 class LanguageModel(ABC):
@@ -68,7 +66,7 @@ class LanguageModel(ABC):
         self.max_txt_len = max_txt_len
 
     @classmethod
-    def from_source(cls: type[L], name: str, *, precision: Precision | None = None, max_txt_len: int = 32) -> L:
+    def from_source(cls, name: str, *, precision: Precision | None = None, max_txt_len: int = 32) -> Self:
         """Load model and tokenizer.
 
         Args:
@@ -117,7 +115,8 @@ class LanguageModel(ABC):
             dialogues: B of them, each of one or more prompts ("" for none) with their targets.
 
         Returns:
-            Logits (B, T, V) and tokens (B, T), :data:`NO_TARGET` where a token belongs to no target.
+            Logits (B, T, V) and tokens (B, T), :data:`NO_TARGET` where a token belongs to no target; T5 gives a row
+            per turn of the dialogues.
         """
 
     @abstractmethod
@@ -147,19 +146,25 @@ class LanguageModel(ABC):
         return self.generate(visual, prompts, **options)
 
     def loss(self, visual: Tensor, dialogues: Sequence[Dialogue], weights: Tensor | None = None) -> Tensor:
-        """Loss of the targets after image and prompt; arguments of :meth:`predict` and :func:`language_modelling`.
+        """Mean loss of the targets' tokens after image and prompt.
 
         Gradients of the mean over a batch's tokens are about 1e-8, which underflows in fp16: within an fp16 model they
         are scaled up to those of the sum.
+
+        Args:
+            visual: (B, Q, L).
+            dialogues: as in :meth:`predict`.
+            weights: (B,), a text of weight w counts w times; None weights all texts equally, as in BLIP-2.
         """
-        prefix = visual.float().view_as(visual)
+        prefix = visual.float().view_as(visual)  # a tensor of its own, whose hook scales no other gradients
         logits, labels = self.predict(prefix, dialogues)
         logits = logits.float()
-        if unscaled_half(visual.device, compute_dtype(visual.device, self.precision)):
+        if unscaled_half(visual.device, self.precision):
             enlarge_gradients(prefix, logits, factor=(labels != NO_TARGET).sum())
-        counts = (labels != NO_TARGET).float()  # (A, T)
-        tokens = counts.sum() if weights is None else (counts * weights[:, None]).sum()
-        return token_mean(language_modelling(logits, labels, weights), tokens)
+        counts = (labels != NO_TARGET).float()  # (B, T)
+        if weights is not None:
+            counts = counts * weights[:, None]
+        return token_mean(language_modelling(logits, labels, counts), counts.sum())
 
     @torch.no_grad()
     def rank(self, visual: Tensor, prompts: Sequence[str], answers: Sequence[str], *, candidates: int) -> list[str]:
@@ -192,18 +197,9 @@ class LanguageModel(ABC):
         """L."""
         return int(self.model.get_input_embeddings().weight.shape[1])
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Cast the weights to their precision on this device, and run under the matching autocast.
-
-        On a GPU, the model computes in its own precision whatever the outer autocast.
-        """
-        device = self.model.device
-        dtype = compute_dtype(device, self.precision)
-        if any(parameter.dtype != dtype for parameter in self.model.parameters()):
-            cast(self.model, dtype)
-        with own_autocast(device, dtype):
-            yield
+    def running(self) -> contextlib.AbstractContextManager[Any]:
+        """Cast all weights to their precision on this device; return the context to run the model in."""
+        return computing(self.model, self.model.device, self.precision, layers=(nn.Module,))
 
     def embed(self, visual: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Image (B, Q, L), then text (B, T) -> embeddings (B, Q + T, L); mask (B, S) -> attention mask (B, Q + S)."""

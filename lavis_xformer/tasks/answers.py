@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from lavis_xformer.errors import named
+from lavis_xformer.errors import one_of
 
 # "nive" is the authors' spelling: their scorer does not know "nine".
 _GVT_WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nive")
@@ -30,12 +30,12 @@ _NUMBER_WORDS = (
 
 def read_count(answer: str, scorer: str = "strict") -> int | None:
     """Read a number by ``gvt_official`` or ``strict``; the latter returns None for none or several different ones."""
-    return named(_COUNT_READERS, scorer, "scorer")(answer)
+    return _COUNT_READERS[one_of("scorer", scorer, _COUNT_READERS)](answer)
 
 
 def read_presence(answer: str, scorer: str = "strict") -> bool | None:
     """Read yes (True) or no (False) by ``pope_official`` or ``strict``; the latter returns None for neither or both."""
-    return named(_PRESENCE_READERS, scorer, "scorer")(answer)
+    return _PRESENCE_READERS[one_of("scorer", scorer, _PRESENCE_READERS)](answer)
 
 
 def read_gvt_presence(answer: str, truth: bool) -> bool | None:

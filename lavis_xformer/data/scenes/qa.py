@@ -27,7 +27,7 @@ from lavis_xformer.data.scenes.words import (
     with_article,
 )
 from lavis_xformer.data.scenes.world import CELL_BORDERS, Scene, SceneObject, visible_shares
-from lavis_xformer.errors import named
+from lavis_xformer.errors import one_of
 
 #: how far from the border of a cell an object must be for its place to be asked about
 CELL_MARGIN = 0.03
@@ -197,7 +197,7 @@ def ask(scene: Scene, rng: Generator, kind: str) -> Question | None:
     Raises:
         UserError: there is no such kind.
     """
-    return named(KINDS, kind, "question kind")(scene, rng)
+    return KINDS[one_of("question kind", kind, KINDS)](scene, rng)
 
 
 def questions(

@@ -11,7 +11,7 @@ from numpy.random import Generator
 
 from lavis_xformer.data.scenes.words import COLOURS, SHAPES, counted, listed, plural, with_article
 from lavis_xformer.data.scenes.world import Scene, SceneObject, relations, scene_rng
-from lavis_xformer.errors import named
+from lavis_xformer.errors import one_of
 
 Item = TypeVar("Item")
 
@@ -114,7 +114,7 @@ def captions(scene: Scene, level: str, n: int) -> list[str]:
     Raises:
         UserError: there is no such level.
     """
-    write = named(LEVELS, level, "caption level")
+    write = LEVELS[one_of("caption level", level, LEVELS)]
     rng = scene_rng(scene.seed, scene.split, scene.index, 1)
     return [write(scene, rng) for _ in range(n)]
 

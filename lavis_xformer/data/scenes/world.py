@@ -26,7 +26,7 @@ from lavis_xformer.data.scenes.words import (
     SHAPES,
     SIZES,
 )
-from lavis_xformer.errors import named
+from lavis_xformer.errors import one_of
 
 RGB = tuple[int, int, int]
 
@@ -207,7 +207,7 @@ def make_scene(seed: int, split: str, index: int, preset: str = "standard") -> S
     Raises:
         UserError: there is no such preset.
     """
-    rules = named(PRESETS, preset, "scene preset")
+    rules = PRESETS[one_of("scene preset", preset, PRESETS)]
     rng = scene_rng(seed, split, index)
     number = int(rng.integers(rules.objects[0], rules.objects[1] + 1))
     looks = [_look(rng, kind, rules) for kind in _kinds(rng, number, rules)]
