@@ -23,14 +23,15 @@ from lavis_xformer.engine import checkpoint, jobs, rng
 from lavis_xformer.engine.log import setup_logging
 from lavis_xformer.engine.options import RunOptions, check_lavis_keys
 from lavis_xformer.errors import UserError
-from lavis_xformer.tasks.protocols import check_method
+from lavis_xformer.tasks.benchmark import BenchmarkTask
 
-#: what LAVIS's own tasks call to evaluate a model
+#: what tasks call to evaluate a model: LAVIS's, with ours derived from them, and our own
 METHODS = {
     VQATask: "predict_answers",
     CaptionTask: "generate",
     RetrievalTask: "compute_sim_matrix",
     MultimodalClassificationTask: "predict",
+    BenchmarkTask: "predict_answers",
 }
 
 
@@ -103,8 +104,15 @@ def task_of(config: Any) -> Any:
     if run.get("valid_splits") or run.get("test_splits"):
         for kind, method in METHODS.items():
             if isinstance(task, kind):
-                check_method(config, method)
+                _check_method(config, method)
     return task
+
+
+def _check_method(config: Any, method: str) -> None:
+    """Check that the configuration's model has a method that its task calls."""
+    task, arch = config.run_cfg.task, config.model_cfg.arch
+    if not hasattr(registry.get_model_class(arch), method):
+        raise UserError(f"run.task: {task} needs a model with {method}(), which model.arch {arch} lacks")
 
 
 def runner_of(run_cfg: Mapping[str, Any]) -> Any:

@@ -21,8 +21,6 @@ from lavis_xformer import train
 from lavis_xformer.compare.results import tasks
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import read_json
-from lavis_xformer.tasks.benchmark import BenchmarkTask
-from lavis_xformer.tasks.captions import XFormerRetrievalTask
 from lavis_xformer.tasks.protocols import write_result
 from lavis_xformer.tasks.vqa import XFormerGQATask, XFormerVQATask, gqa_figures, vqa_guesses, vqa_majority
 
@@ -364,9 +362,14 @@ def test_gqa_needs_samples_with_a_true_answer(tmp_path: Path) -> None:
         task.check_split("val", [{**asked, **sample}])
 
 
-def lavis_config(task: str, **run: Any) -> Any:
-    config = OmegaConf.create({"run": {"task": task, **run}, "model": {"arch": "xformer"}})
-    return SimpleNamespace(run_cfg=config.run, model_cfg=config.model)
+def lavis_config(task: str, arch: str = "xformer", **run: Any) -> Any:
+    config = OmegaConf.create({"run": {"task": task, **run}, "model": {"arch": arch}})
+    return SimpleNamespace(
+        run_cfg=config.run,
+        model_cfg=config.model,
+        datasets_cfg={"questions": {}},
+        to_dict=lambda: OmegaConf.to_container(config),
+    )
 
 
 @pytest.mark.parametrize(
@@ -392,13 +395,12 @@ def test_a_key_that_a_task_of_lavis_misses_is_named() -> None:
 @pytest.mark.parametrize(
     ("task", "arch", "method"),
     [
-        (XFormerVQATask, "xformer", "predict_answers"),
-        (XFormerGQATask, "blip2_opt", "predict_answers"),
-        (BenchmarkTask, "xformer", "predict_answers"),
-        (XFormerRetrievalTask, "xformer_opt", "compute_sim_matrix"),
+        ("xformer_vqa", "xformer", "predict_answers"),
+        ("xformer_gqa", "blip2_opt", "predict_answers"),
+        ("xformer_benchmark", "xformer", "predict_answers"),
+        ("xformer_retrieval", "xformer_opt", "compute_sim_matrix"),
     ],
 )
-def test_a_model_that_cannot_do_a_task_is_refused_before_it_is_built(task: Any, arch: str, method: str) -> None:
-    cfg = SimpleNamespace(model_cfg=SimpleNamespace(arch=arch), run_cfg=SimpleNamespace(task="x"))
-    with pytest.raises(UserError, match=rf"run\.task: x needs .* {method}\(\), which model\.arch {arch} lacks"):
-        task.build_model(object.__new__(task), cfg)
+def test_a_model_that_cannot_do_a_task_of_ours_is_refused_before_it_is_built(task: str, arch: str, method: str) -> None:
+    with pytest.raises(UserError, match=rf"run\.task: {task} needs .* {method}\(\), which model\.arch {arch} lacks"):
+        train.task_of(lavis_config(task, arch=arch, test_splits=["test"]))

@@ -25,7 +25,6 @@ from lavis_xformer.tasks import scoring
 from lavis_xformer.tasks.base import own_batches
 from lavis_xformer.tasks.protocols import (
     PROTOCOL_KEYS,
-    NeedsMethod,
     Protocol,
     Row,
     protocol_of,
@@ -57,11 +56,10 @@ SAVED = Item._fields[:-1]
 
 
 @registry.register_task("xformer_benchmark")
-class BenchmarkTask(NeedsMethod, BaseTask):
+class BenchmarkTask(BaseTask):
     """Asks the questions of one dataset: GVT-bench, POPE, MMVP, or scenes (``xformer_scenes_vqa``)."""
 
     CONFIG_KEYS = frozenset({"protocol", "scorer", "blind", *PROTOCOL_KEYS})
-    METHOD = "predict_answers"
 
     def __init__(self, *, protocol: Protocol, config: Row, scorer: str = "strict", blind: bool = False) -> None:
         """Set how questions are asked, how counts and yes or no are read, and whether the image is withheld."""

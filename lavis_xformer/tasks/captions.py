@@ -27,7 +27,6 @@ from lavis_xformer.tasks.caption_scores import check_scoring, fetch_truths, scor
 from lavis_xformer.tasks.protocols import (
     CAPTION_PROTOCOLS,
     RETRIEVAL_PROTOCOLS,
-    NeedsMethod,
     Protocol,
     Row,
     WithProtocol,
@@ -121,11 +120,10 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
 
 
 @registry.register_task("xformer_retrieval")
-class XFormerRetrievalTask(NeedsMethod, RetrievalTask):
+class XFormerRetrievalTask(RetrievalTask):
     """COCO and Flickr retrieval, with a stage-1 model."""
 
     CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset({"protocol", "k_test"})
-    METHOD = "compute_sim_matrix"
 
     @classmethod
     def setup_task(cls, cfg: Any) -> XFormerRetrievalTask:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from lavis.common.registry import registry
 
 from lavis_xformer.engine import jobs
-from lavis_xformer.errors import UserError, one_of
+from lavis_xformer.errors import one_of
 from lavis_xformer.files import sha256, write_json
 
 logger = logging.getLogger(__name__)
@@ -72,32 +72,6 @@ def protocol_of(run: Any, protocols: Mapping[str, Protocol] = PROTOCOLS) -> Prot
     """
     changes = {key: run[key] for key in PROTOCOL_KEYS if run.get(key) is not None}
     return replace(chosen(run, protocols), **changes)
-
-
-class NeedsMethod:
-    """Mixin before a LAVIS task: rejects a model without the method that the task calls."""
-
-    METHOD: ClassVar[str]
-
-    def build_model(self, cfg: Any) -> Any:
-        """Build the model as LAVIS does.
-
-        Raises:
-            UserError: it lacks the method; nothing is built then.
-        """
-        check_method(cfg, self.METHOD)
-        return super().build_model(cfg)  # type: ignore[misc]
-
-
-def check_method(cfg: Any, method: str) -> None:
-    """Check that the configuration's model has a method that its task calls.
-
-    Raises:
-        UserError: it lacks the method.
-    """
-    arch = cfg.model_cfg.arch
-    if not hasattr(registry.get_model_class(arch), method):
-        raise UserError(f"run.task: {cfg.run_cfg.task} needs a model with {method}(), which model.arch {arch} lacks")
 
 
 class WithProtocol:

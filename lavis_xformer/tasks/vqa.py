@@ -23,7 +23,7 @@ from lavis.tasks.vqa import GQATask, VQATask
 from lavis_xformer.distributed import is_main
 from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.files import read_json
-from lavis_xformer.tasks.protocols import NeedsMethod, Row, WithProtocol, tell_unanswered
+from lavis_xformer.tasks.protocols import Row, WithProtocol, tell_unanswered
 from lavis_xformer.tasks.rows import answer_row
 from lavis_xformer.tasks.vqa_files import check_vqa
 
@@ -36,11 +36,10 @@ NO_TRUTHS = (
 )
 
 
-class AsksByProtocol(NeedsMethod, WithProtocol):
+class AsksByProtocol(WithProtocol):
     """Asks questions by protocol; ``run.blind`` asks the language model alone, without the image."""
 
     CONFIG_KEYS = WithProtocol.CONFIG_KEYS | {"blind", "inference_method", "num_ans_candidates"}
-    METHOD = "predict_answers"
     dataset: Any
     blind: bool
 
