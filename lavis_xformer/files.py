@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lavis_xformer.errors import UserError
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
@@ -27,6 +29,19 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     finally:
         temporary.unlink(missing_ok=True)
     flush_folder(path.parent)
+
+
+def make_folder(path: Path, key: str) -> Path:
+    """Create a folder, if necessary, and those above it; return it.
+
+    Raises:
+        UserError: it can't be created; ``key`` is what named it.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{key} {path} can't be created: {error.strerror}; name another folder") from error
+    return path
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,6 +4,8 @@ CLIP and MAE normalise pixels differently and may want different sizes, but must
 flip. A packed image is one tensor, so every LAVIS collater can stack it and every LAVIS model that only asks
 for its device and batch size can handle it.
 
+:func:`other_rows` picks another image for each of a batch (``shuffle_mae``).
+
 B: batch, S: side of the packed image, Sc / Sm: side that CLIP / MAE wants, in pixels.
 """
 

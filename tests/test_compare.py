@@ -711,7 +711,7 @@ def test_an_output_that_is_no_folder_is_named(tmp_path: Path, monkeypatch: pytes
     given = content(tmp_path)
     given["output"] = str(tmp_path / "file")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"^output: .*file: Not a directory; name a folder"):
+    with pytest.raises(UserError, match=r"^output: .*file.* can't be created: Not a directory; name another folder"):
         run.folder_of(make(tmp_path, given))
 
 

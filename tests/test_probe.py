@@ -170,7 +170,7 @@ def test_an_unknown_source_is_named_before_anything_is_drawn(smoke, tmp_path, mo
     with pytest.raises(UserError, match=r"--sources: 'pixel'; did you mean 'pixels'\?"):
         run.main(["--set", str(smoke), "--sources", "C, pixel", "--out", str(tmp_path / "out")])
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"--out .*file: File exists; name a folder"):
+    with pytest.raises(UserError, match=r"--out .*file can't be created: File exists; name another folder"):
         run.main(["--set", str(smoke), "--out", str(tmp_path / "file")])
     with pytest.raises(UserError, match=r"--set .*nowhere/clip does not exist; lavis-xformer build-mini"):
         run.main(["--set", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")])

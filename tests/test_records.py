@@ -81,7 +81,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, name: str, text: str, message: s
 
 def test_a_row_with_two_faults_is_one_wrong_row() -> None:
     with pytest.raises(UserError, match=r"1 of 3 rows are wrong: row 2: no image; row 2: no text"):
-        records.report("a.json", [(2, "no image"), (2, "no text")], 3)
+        records.refuse_wrong_rows("a.json", [(2, "no image"), (2, "no text")], 3)
 
 
 def test_missing_and_binary_files_are_named(tmp_path: Path) -> None:

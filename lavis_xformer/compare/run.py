@@ -30,7 +30,7 @@ from lavis_xformer.compare.plan import BEST, INPUTS, Cell, Plan, read_plan
 from lavis_xformer.compare.results import collect
 from lavis_xformer.compare.tables import markdown
 from lavis_xformer.errors import UserError
-from lavis_xformer.files import read_json, write_json, write_text
+from lavis_xformer.files import make_folder, read_json, write_json, write_text
 
 SAID = "console.txt"
 EARLIER = "spent.json"  # time and memory of a run so far, over all restarts
@@ -270,17 +270,8 @@ def trained_weights(path: Path) -> int | None:
 
 
 def folder_of(plan: Plan) -> Path:
-    """Return the folder of the report, created if necessary.
-
-    Raises:
-        UserError: it can't be created.
-    """
-    folder = plan.output / plan.name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output: {plan.output}: {error.strerror}; name a folder") from error
-    return folder
+    """Return the folder of the report, created if necessary."""
+    return make_folder(plan.output / plan.name, "output:")
 
 
 def write(plan: Plan) -> str:

@@ -18,7 +18,7 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig
 
 from lavis_xformer.data.image_text_datasets import LocalFilesBuilder, QuestionEvalDataset
-from lavis_xformer.data.records import Row, absent_images, expand, read_rows, report, strings
+from lavis_xformer.data.records import Row, absent_images, expand, read_rows, refuse_wrong_rows, strings
 from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.files import sha256
 from lavis_xformer.paths import config_path
@@ -50,8 +50,7 @@ class BenchmarkDataset(QuestionEvalDataset):
         annotation: one dict per question: image, question, answers (one: the truth), question_id, and what
             the benchmark adds for its scores: n_objects, image_id, subset, options, pair.
         kind: which score applies: ``count``, ``presence`` or ``pairs``.
-        question_files: paths of the question files.
-        question_sha256: the sha256 of each.
+        question_sha256: the sha256 of each question file, by its path.
         template: of the questions, where the builder offers a choice; else ``raw``.
     """
 
@@ -59,15 +58,6 @@ class BenchmarkDataset(QuestionEvalDataset):
         super().__init__(**shared)
         self.kind, self.template = kind, template
         self.question_sha256 = question_sha256
-
-    def column(self, key: str) -> list[Any]:
-        """Return one value of every question, by question_id: ``column("n_objects")``."""
-        return [row[key] for row in self.annotation]
-
-    @property
-    def truths(self) -> list[str]:
-        """The true answer of every question, by question_id."""
-        return [row["answers"][0] for row in self.annotation]
 
 
 def _text(row: Row, key: str) -> str:
@@ -184,11 +174,11 @@ class BenchmarkBuilder(LocalFilesBuilder):
             UserError: a row lacks a key or its image, or could not be scored.
         """
         read = [(number, self.read(row)) for number, row in rows]
-        report(file, [(number, what) for number, what in read if isinstance(what, str)], len(rows))
+        refuse_wrong_rows(file, [(number, what) for number, what in read if isinstance(what, str)], len(rows))
         samples = [(number, sample) for number, sample in read if not isinstance(sample, str)]
         if self.config.get("check_files", True):
             absent = absent_images(image_root, [(number, sample["image"]) for number, sample in samples])
-            report(file, list(absent.items()), len(rows))
+            refuse_wrong_rows(file, list(absent.items()), len(rows))
         return [{**sample, "subset": Path(file).stem} for _, sample in samples]
 
     def read(self, row: Row) -> Sample | str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from lavis_xformer.data.records import Row, absent_images, odd_entry, read_rows, report, strings
+from lavis_xformer.data.records import Row, absent_images, odd_entry, read_rows, refuse_wrong_rows, strings
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def load(
     """
     rows = read_rows(path, rows_key=rows_key)
     records, problems = check(rows, keys, image_root=image_root, check_files=check_files)
-    report(path, problems, len(rows))
+    refuse_wrong_rows(path, problems, len(rows))
     return records
 
 

@@ -53,7 +53,7 @@ def read_rows(path: str | Path, *, rows_key: str | None = None) -> list[tuple[in
     rows = _parse_csv(text, path) if path.suffix.lower() == ".csv" else _parse_json(text, path, rows_key)
     if not rows:
         raise UserError(f"{path}: holds no rows")
-    report(path, [(n, "not an object") for n, row in rows if not isinstance(row, dict)], len(rows))
+    refuse_wrong_rows(path, [(n, "not an object") for n, row in rows if not isinstance(row, dict)], len(rows))
     return rows
 
 
@@ -81,7 +81,7 @@ def _parse_csv(text: str, path: Path) -> list[tuple[int, Any]]:
         raise UserError(f"{path}: not CSV: {error}") from error
     if len(names := list(table.fieldnames or ())) == 1 and ";" in names[0]:
         raise UserError(f"{path}: its columns are separated by semicolons; CSV needs commas")
-    report(path, [(number, what) for number, row in rows if (what := _misfit(row))], len(rows))
+    refuse_wrong_rows(path, [(number, what) for number, row in rows if (what := _misfit(row))], len(rows))
     return rows
 
 
@@ -120,7 +120,7 @@ def _parse_lines(lines: Iterable[tuple[int, str]], path: Path) -> list[tuple[int
             rows.append((number, json.loads(line)))
         except json.JSONDecodeError as error:
             problems.append((number, f"not JSON ({error.msg}, column {error.colno})"))
-    report(path, problems, len(rows) + len(problems))
+    refuse_wrong_rows(path, problems, len(rows) + len(problems))
     return rows
 
 
@@ -142,7 +142,7 @@ def _pick_list(content: object, path: Path, rows_key: str | None) -> list[Any]:
     return content[rows_key]
 
 
-def report(path: str | Path, problems: Sequence[tuple[int, str]], total: int) -> None:
+def refuse_wrong_rows(path: str | Path, problems: Sequence[tuple[int, str]], total: int) -> None:
     """Raise an error of one line that names the first few wrong rows and counts all, if there are any.
 
     Raises:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from lavis.common.registry import registry
+from lavis.datasets.datasets.vqa_datasets import VQADataset
 from numpy.random import Generator
 from torch.utils.data.dataloader import default_collate
 
@@ -84,15 +84,11 @@ class SceneQuestionDataset(SceneDataset):
             ``image`` (B, C, S, S), ``text_input``, ``answer`` (all answers), ``weight`` and ``n_answers`` as
             in LAVIS's VQADataset; also ``answers`` (a list per question), ``kind`` and the ids.
         """
-        lists = ("text_input", "answers", "weights")
-        batch = default_collate([{k: v for k, v in s.items() if k not in lists} for s in samples])
+        joined = ("image", "text_input", "answers", "weights")
         return {
-            **batch,
-            "text_input": [sample["text_input"] for sample in samples],
+            **default_collate([{k: v for k, v in s.items() if k not in joined} for s in samples]),
+            **VQADataset.collater(self, samples),
             "answers": [sample["answers"] for sample in samples],
-            "answer": [answer for sample in samples for answer in sample["answers"]],
-            "weight": torch.tensor([weight for sample in samples for weight in sample["weights"]]),
-            "n_answers": torch.tensor([len(sample["answers"]) for sample in samples]),
         }
 
 

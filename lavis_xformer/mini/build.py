@@ -27,6 +27,7 @@ from lavis_xformer.arguments import at_least, command_parser
 from lavis_xformer.assets import write_sums
 from lavis_xformer.data.scenes import vocabulary
 from lavis_xformer.errors import UserError
+from lavis_xformer.files import make_folder
 from lavis_xformer.mini import pool
 from lavis_xformer.mini.cards import write_card
 from lavis_xformer.mini.clip import TEXT_TOKENS, ClipConfig, MiniClip, clip_loss, retrieval, shipped_state
@@ -283,16 +284,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if not 0 < args.longer < math.inf:
         raise UserError(f"--longer {args.longer}: it must be a number greater than 0")
-    if args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {args.out} is a file; name a folder")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is visible here; use --device cpu")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out} can't be created: {error.strerror}") from error
     job = Job(
-        out=args.out,
+        out=make_folder(args.out, "--out"),
         recipe=RECIPES[args.preset].longer(args.longer),
         seed=args.seed,
         resume=args.resume,

@@ -39,8 +39,8 @@ CLIP_POSITIONS = "visual_encoder.pos_embed"
 BROUGHT_CLIP = "brought_clip"  # a buffer: fingerprint of an image encoder that came from a file, not from vit_model
 LANGUAGE_MODEL = r"(opt|t5)_model\."  # frozen; LAVIS's files nevertheless hold its tied weights
 PROJECTION = r"(opt|t5)_proj\."  # to the language model: stage 2 has it, stage 1 doesn't
-#: keys of ``model`` that change what the weights mean without changing their shapes; without M, only the first two
-SETTINGS = ("vit_model", "token_positions", "mae_model", "mae_source", "clip_layer", "fusion_heads")
+#: keys of ``model`` that change what the weights mean without changing their shapes; the second kind only with M
+SETTINGS, SETTINGS_OF_M = ("vit_model", "token_positions"), ("mae_model", "mae_source", "clip_layer", "fusion_heads")
 
 
 class CheckpointLoading:
@@ -195,7 +195,7 @@ def _check_clip(model: Any, known: Tensor | None, *, source: str, key: str) -> N
 def _tell_other_settings(model: Any, cfg: DictConfig, trained: dict[str, Any], *, source: str, stage1: bool) -> None:
     """Warn if a file was trained with other :data:`SETTINGS`; stage 2 may add positions to those of stage 1."""
     told = []
-    for name in SETTINGS if model.fusion.needs_mae else SETTINGS[:2]:
+    for name in (*SETTINGS, *(SETTINGS_OF_M if model.fusion.needs_mae else ())):
         theirs, ours = (_setting(config, name) for config in (trained, cfg))
         added = name == "token_positions" and stage1 and set(theirs) <= set(ours)
         if theirs != ours and not added:

@@ -1,7 +1,7 @@
 """How MAE's features meet BLIP-2's queries: the one seam for every ablation.
 
-A fusion has two hooks, the identity by default: :meth:`Fusion.visual_tokens` changes what the Q-Former reads,
-:meth:`Fusion.refine` changes what it returns (:meth:`Fusion.align` is the half of it that changes M). With
+A fusion has three hooks, the identity by default: :meth:`Fusion.visual_tokens` changes what the Q-Former reads,
+:meth:`Fusion.align` changes M, and :meth:`Fusion.refine` does that and changes what the Q-Former returns. With
 :class:`NoFusion` the model is BLIP-2.
 
 B: batch, Q: queries, D: width of the Q-Former, Nc / Dc: number and width of CLIP's tokens C,
@@ -122,7 +122,7 @@ class Fusion(nn.Module):
     aligns_mae: bool = False
 
     def visual_tokens(self, clip: Tensor, mae: Tensor | None) -> Tensor:
-        """What the Q-Former reads: (B, Nc, Dc) and (B, Nm, Dm) -> (B, N, Dc)."""
+        """What the Q-Former reads, C and M -> C or other tokens: (B, Nc, Dc) and (B, Nm, Dm) -> (B, any, Dc)."""
         return clip
 
     def align(self, mae: Tensor | None, queries: Tensor) -> Tensor | None:

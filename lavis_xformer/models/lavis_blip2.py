@@ -121,7 +121,6 @@ def _clip_view(encoder: nn.Module, inputs: tuple[Tensor, ...], *, size: int) -> 
 class LavisBlip2(OwnParts, Blip2Qformer):
     """LAVIS's ``Blip2Qformer``, stage 1."""
 
-    CONFIG_KEYS = OwnParts.CONFIG_KEYS
     PRETRAINED_MODEL_CONFIG_DICT: ClassVar[dict[str, str]] = {
         "mini": "models/lavis_blip2_mini.yaml",
         "pretrain": "models/lavis_blip2_pretrain.yaml",

@@ -27,10 +27,10 @@ from lavis_xformer.models.meta_mae import from_meta
 from lavis_xformer.models.weight_files import (
     REPORTING,
     download,
+    load_json,
     load_safetensors,
     load_torch_file,
     offline_error,
-    read_json,
 )
 from lavis_xformer.state_dicts import load_exactly
 
@@ -111,7 +111,7 @@ def build_clip(
 
 
 def _eva_sizes(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "config.json", "vit_model")
+    config = load_json(folder / "config.json", "vit_model")
     if missing := [key for key in EVA_KEYS if key not in config]:
         raise UserError(f"model.vit_model: '{folder}' is not an EVA ViT: its config.json lacks {', '.join(missing)}")
     return {key: config[key] for key in EVA_KEYS}
@@ -120,7 +120,7 @@ def _eva_sizes(folder: Path) -> dict[str, Any]:
 def _is_mae(path: Path) -> bool:
     """Whether a folder, one of Meta's files or a hub id is a MAE, not a CLIP."""
     if (config := path / "config.json").is_file():
-        return read_json(config, "vit_model").get("model_type") == "vit_mae"
+        return load_json(config, "vit_model").get("model_type") == "vit_mae"
     return (path.suffix == ".pth" and path.name.startswith("mae_")) or "vit-mae" in path.name
 
 
@@ -212,7 +212,7 @@ def _load_hub_mae(path: str, name: str, *, key: str) -> ViTMAEForPreTraining:
     except (OSError, SafetensorError) as error:
         raise offline_error(name, key, error) from error
     problems = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
-    if any(str(key).startswith("decoder.") for key in report["missing_keys"]):
+    if any(weight.startswith("decoder.") for weight in report["missing_keys"]):
         raise UserError(
             f"model.{key}: '{name}' holds MAE's encoder only, and X-Former reconstructs through its decoder; use "
             "facebook/vit-mae-{base,large,huge}, mae_pretrain_vit_*_full.pth or mae_visualize_vit_*.pth"
@@ -247,7 +247,7 @@ def build_qformer(
             vision_width=vision_width,
             cross_attention_freq=cross_attention_freq,
         )
-        if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in WEIGHT_FILES):
+        if Path(path).is_dir() and not any((Path(path) / file).is_file() for file in WEIGHT_FILES):
             return BertLMHeadModel(config)
         model, report = BertLMHeadModel.from_pretrained(path, config=config, **REPORTING)
     except (OSError, SafetensorError) as error:

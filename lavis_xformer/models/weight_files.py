@@ -63,7 +63,7 @@ def load_safetensors(path: Path, *, key: str) -> dict[str, Tensor]:
         raise UserError(f"model.{key}: '{path}' is not an intact tensor file: {error}") from error
 
 
-def read_json(path: Path, key: str) -> dict[str, Any]:
+def load_json(path: Path, key: str) -> dict[str, Any]:
     """Read a JSON file, such as the configuration beside the weights.
 
     Raises:

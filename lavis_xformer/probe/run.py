@@ -7,7 +7,6 @@ on scenes that are used neither for training nor for reporting.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from lavis_xformer.arguments import at_least, command_parser
 from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError, one_of
+from lavis_xformer.files import make_folder, write_json, write_text
 from lavis_xformer.probe.exam import NONE, TASKS, Exam, make_exam
 from lavis_xformer.probe.figure import draw
 from lavis_xformer.probe.pooling import STOP, TRAIN, train_probe
@@ -116,10 +116,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--steps", type=at_least(1), default=800, help="of training (default: %(default)s)")
     parser.add_argument("--seeds", type=at_least(1), default=3, help="probes per source (default: %(default)s)")
     args = parser.parse_args(argv)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: {error.strerror}; name a folder") from error
+    make_folder(args.out, "--out")
     begin = time.monotonic()
     sources = chosen(args.set, args.sources)
     report = f"probe-{args.report}"
@@ -138,8 +135,8 @@ def main(argv: list[str]) -> int:
     text = "\n\n".join(parts)
     record = {"arguments": vars(args) | {"out": str(args.out)}, "accuracy": results, "majority": chance}
     record |= {"position_r2": placed, "similarity": curves}
-    (args.out / "probe.json").write_text(json.dumps(record, indent=2) + "\n")
-    (args.out / "probe.md").write_text(text + "\n")
+    write_json(args.out / "probe.json", record)
+    write_text(args.out / "probe.md", text + "\n")
     means = {name: {task: interval(values) for task, values in by.items()} for name, by in results.items()}
     draw(args.out / "probe.png", means, curves)
     print(f"{text}\n{args.out}: probe.md, probe.json, probe.png in {(time.monotonic() - begin) / 60:.1f} min")

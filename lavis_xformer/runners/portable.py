@@ -29,6 +29,7 @@ from lavis_xformer.engine.sampling import check_ratios, eval_loader, split_by, t
 from lavis_xformer.engine.step import AUTOCAST, computes_bf16
 from lavis_xformer.engine.streams import EpochLoader, JoinedLoader, ShardStream, StreamLoader
 from lavis_xformer.errors import UserError, one_of
+from lavis_xformer.files import make_folder
 
 
 class PortableRunner(RunnerBase):
@@ -159,10 +160,7 @@ class PortableRunner(RunnerBase):
         """Create ``run.output_dir``/job id, relative to the current folder, and register it with LAVIS."""
         self.output_dir = Path(self.config.run_cfg.output_dir).absolute() / self.job_id
         self.result_dir = self.output_dir / "result"
-        try:
-            self.result_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run.output_dir: {self.output_dir} can't be created: {error}") from error
+        make_folder(self.result_dir, "run.output_dir:")
         paths = registry.mapping["paths"]
         paths["output_dir"], paths["result_dir"] = str(self.output_dir), str(self.result_dir)
 

@@ -57,7 +57,8 @@ class NamedLossTask(BaseTask):
     def evaluation(self, model: nn.Module, data_loader: DataLoader[Any], cuda_enabled: bool = True) -> dict[str, float]:
         """Return the metrics of a split, equal on all ranks.
 
-        Terms are averaged over samples. Those that contrast the samples of a batch (ITC, ITM) depend on
+        Terms are averaged over batches, weighted by their samples; in a rank's last batch, which repeats samples to be
+        full, the repeats enter its mean. Terms that contrast the samples of a batch (ITC, ITM) depend on
         the global batch size (``batch_size_eval`` times the processes): compare them at equal sizes only.
         """
         self._divided = hasattr(data_loader.sampler, "num_replicas")

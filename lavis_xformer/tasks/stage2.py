@@ -12,8 +12,8 @@ from itertools import zip_longest
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import torch
 from lavis.common.registry import registry
+from lavis.datasets.datasets.vqa_datasets import VQADataset
 from torch.utils.data import ConcatDataset, IterableDataset
 
 from lavis_xformer.errors import UserError
@@ -127,11 +127,11 @@ class Stage2Task(NamedLossTask):
         captions = score_captions([entry for entry in said if entry.kind == CAPTION])
         answers = score_answers([entry for entry in said if entry.kind != CAPTION])
         self.scores = captions + answers
-        figures = {"caption_f1": "correct", "chance_caption_f1": "guess"} if captions else {}
-        return {
-            **{name: 100 * fmean(row[key] for row in captions) for name, key in figures.items()},
-            **answer_figures(answers),
-        }
+        figures = answer_figures(answers)
+        if captions:
+            figures["caption_f1"] = 100 * fmean(row["correct"] for row in captions)
+            figures["chance_caption_f1"] = 100 * fmean(row["guess"] for row in captions)
+        return figures
 
     def after_evaluation(
         self, val_result: dict[str, float], split_name: str, epoch: int | str, **unused: object
@@ -176,15 +176,8 @@ class CaptionsAndQuestions(ConcatDataset[Samples]):
         return {"image": sample["image"], "text_input": "", "answers": caption, "weights": [1.0], "kind": CAPTION}
 
     def collater(self, samples: Sequence[Samples]) -> Samples:
-        """Join samples into LAVIS's VQA batch: ``answer`` and ``weight`` (A,), ``n_answers`` (B,)."""
-        return {
-            "image": torch.stack([sample["image"] for sample in samples]),
-            "text_input": [sample["text_input"] for sample in samples],
-            "answer": [answer for sample in samples for answer in sample["answers"]],
-            "weight": torch.tensor([weight for sample in samples for weight in sample["weights"]]),
-            "n_answers": torch.tensor([len(sample["answers"]) for sample in samples]),
-            "kind": [sample["kind"] for sample in samples],
-        }
+        """Join samples into LAVIS's VQA batch: ``answer`` and ``weight`` (A,), ``n_answers`` (B,); and their kinds."""
+        return {**VQADataset.collater(self, samples), "kind": [sample["kind"] for sample in samples]}
 
 
 def asks(dataset: Any) -> bool:
@@ -218,8 +211,18 @@ def score_captions(said: Sequence[Said]) -> list[Samples]:
     rows = []
     for number, (entry, other) in enumerate(zip(said, [*said[1:], *said[:1]], strict=True)):
         own, wrong = (max(word_f1(one.text, text) for text in entry.references) for one in (entry, other))
-        row = answer_row(number, image=str(number), kind=CAPTION, group="caption_f1", correct=own, guess=wrong)
-        rows.append({**row, "truth": entry.references[0], "answer": entry.text})
+        rows.append(
+            answer_row(
+                number,
+                image=str(number),
+                kind=CAPTION,
+                group="caption_f1",
+                correct=own,
+                guess=wrong,
+                truth=entry.references[0],
+                answer=entry.text,
+            )
+        )
     return rows
 
 
@@ -235,16 +238,20 @@ def score_answers(said: Sequence[Said]) -> list[Samples]:
     most = {kind: counter.most_common(1)[0][0] for kind, counter in kinds.items()}
     rows = []
     for position, (entry, texts) in enumerate(zip(said, accepted, strict=True)):
-        row = answer_row(
-            position if entry.number is None else entry.number,
-            image=str(position),
-            kind=entry.kind,
-            group=f"answers_{entry.kind}" if len(kinds) > 1 else "answers",
-            question=entry.question,
-            correct=float(entry.text.strip().lower() in texts),
-            guess=float(most[entry.kind] in texts),
+        rows.append(
+            answer_row(
+                position if entry.number is None else entry.number,
+                image=str(position),
+                kind=entry.kind,
+                group=f"answers_{entry.kind}" if len(kinds) > 1 else "answers",
+                question=entry.question,
+                correct=float(entry.text.strip().lower() in texts),
+                guess=float(most[entry.kind] in texts),
+                truth=entry.references[0],
+                references=entry.references,
+                answer=entry.text,
+            )
         )
-        rows.append({**row, "truth": entry.references[0], "references": entry.references, "answer": entry.text})
     return rows
 
 

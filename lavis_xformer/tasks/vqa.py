@@ -20,6 +20,7 @@ from lavis.common.vqa_tools.vqa import VQA
 from lavis.common.vqa_tools.vqa_eval import VQAEval
 from lavis.tasks.vqa import GQATask, VQATask
 
+from lavis_xformer.config.files import check_file
 from lavis_xformer.distributed import is_main
 from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.files import read_json
@@ -258,8 +259,7 @@ class XFormerGQATask(AsksByProtocol, GQATask):
                     'GQA\'s own file of this split (testdev_balanced_questions.json: {question id: {"types": {...}}})'
                 )
             return {number: row.get("types") or {} for number, row in rows.items()}
-        if not Path(file).is_file():
-            raise UserError(f"run.question_types: there is no file {file}")
+        check_file("run.question_types", file)
         known = read_json(Path(file))
         found = {number: known[number]["types"] for number in rows if number in known}
         if len(found) < len(rows):

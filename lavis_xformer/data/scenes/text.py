@@ -83,9 +83,9 @@ def caption(scene: Scene, rng: Generator) -> str:
     return text
 
 
-def full_name(item: SceneObject, rng: Generator | None = None) -> str:
-    """Name an object with all that is visible of it except its place; with ``rng``, the facing only sometimes."""
-    facing = item.directed and (rng is None or rng.random() < 0.4)
+def full_name(item: SceneObject, rng: Generator) -> str:
+    """Name an object with all that is visible of it except its place; its facing only sometimes."""
+    facing = item.directed and rng.random() < 0.4
     return f"{item.size} {item.mark} {item.name}" + (f" facing {item.facing}" if facing else "")
 
 
