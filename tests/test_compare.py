@@ -691,6 +691,10 @@ def test_a_wrong_key_of_any_run_stops_before_the_first(tmp_path: Path, monkeypat
     make(tmp_path, given, "wrong")
     with pytest.raises(UserError, match=r"^typo, stage2: --options model\.fusoin: .* did you mean 'model\.fusion'\?"):
         run.main([str(tmp_path / "wrong.yaml")])
+    begun: list[Cell] = []
+    monkeypatch.setattr(run, "run_cell", begun.append)
+    assert run.main([str(tmp_path / "wrong.yaml"), "--only", "blip2", "--seeds", "1"]) == 0
+    assert [cell.stage.name for cell in begun] == ["stage1", "stage2", "questions"], "right ones are started"
 
 
 def test_what_was_finished_before_a_failure_is_reported(

@@ -27,4 +27,5 @@ def check(runs: Sequence[tuple[str, str, Sequence[str]]]) -> str:
 
 if __name__ == "__main__":
     logging.disable()  # what is on standard error is the fault
-    sys.exit(check(json.load(sys.stdin)))
+    if fault := check(json.load(sys.stdin)):
+        sys.exit(fault)
