@@ -23,6 +23,7 @@ from lavis_xformer.engine import checkpoint, jobs, rng
 from lavis_xformer.engine.log import setup_logging
 from lavis_xformer.engine.options import RunOptions, check_lavis_keys
 from lavis_xformer.errors import UserError
+from lavis_xformer.files import make_folder
 from lavis_xformer.tasks.benchmark import BenchmarkTask
 
 #: what tasks call to evaluate a model: LAVIS's, with ours derived from them, and our own
@@ -81,6 +82,9 @@ def build_runner(config: Any) -> Any:
         raise UserError(f"run.runner: LAVIS's own runners can't be started from here; set it to {DEFAULT_RUNNER}")
     options = RunOptions.from_config(config.run_cfg)
     job_id = jobs.choose(config.to_dict(), job_id=options.job_id, resume=options.resume)
+    folder = make_folder(Path(config.run_cfg.output_dir) / job_id, "run.output_dir:")
+    if options.resume != "auto" and not config.run_cfg.evaluate:
+        jobs.check_unused(folder)  # the runner does so too, but after all models have been loaded
     rng.seed_everything(options.seed)
     task = task_of(config)
     datasets = task.build_datasets(config)

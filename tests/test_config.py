@@ -387,3 +387,46 @@ def test_loading_without_a_type_takes_the_default(monkeypatch):
 def test_loading_what_does_not_exist(name: str, kind: str | None):
     with pytest.raises(UserError):
         lavis_xformer.load_model_and_preprocess(name, kind)
+
+
+def test_a_run_is_compared_with_the_values_that_it_used(load, monkeypatch):
+    monkeypatch.setenv("RATE", "2e-3")
+    config = load(text=YAML.replace("init_lr: 1e-4", "init_lr: ${oc.decode:${oc.env:RATE}}"))
+    assert config.to_dict()["run"]["init_lr"] == 2e-3
+
+
+def test_a_key_beside_the_sections_is_read_by_an_interpolation_or_refused(load):
+    with pytest.raises(UserError, match=r"run\.yaml: 'seed:' stands beside the sections model, datasets, run"):
+        load(text=f"{YAML}seed: 7\n")
+    assert load(text=YAML.replace("max_epoch: 10", "max_epoch: ${long}") + "long: 7\n").run_cfg.max_epoch == 7
+
+
+def test_a_tilde_is_the_home_folder(load, monkeypatch, tmp_path: Path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.pth").touch()
+    config = load("run.output_dir=~/runs", "run.resume_ckpt_path=~/x.pth", "model.pretrained=~/x.pth")
+    assert config.run_cfg.output_dir == str(tmp_path / "runs")
+    assert config.run_cfg.resume_ckpt_path == config.model_cfg.pretrained == str(tmp_path / "x.pth")
+
+
+def test_lengths_that_contradict_each_other_are_refused():
+    assert RunOptions.from_config({"max_iters": 20, "iters_per_inner_epoch": 5}).iters_per_epoch == 5
+    assert RunOptions.from_config({"max_iters": 20, "iters_per_epoch": 0}).iters_per_epoch == 0
+    with pytest.raises(UserError, match=r"run\.max_iters goes with run\.iters_per_inner_epoch"):
+        RunOptions.from_config({"max_iters": 20, "iters_per_epoch": 5})
+    with pytest.raises(UserError, match=r"run\.job_id is '\.\./x'; it names a folder in run\.output_dir"):
+        RunOptions.from_config({"job_id": "../x"})
+
+
+def test_a_folder_of_another_run_is_refused_before_anything_is_built(tmp_path: Path, monkeypatch):
+    from lavis_xformer.config.load import load_config
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "checkpoint_0.pth").touch()
+    monkeypatch.setattr("lavis_xformer.train.task_of", lambda config: pytest.fail("the task was built"))
+    options = [f"run.output_dir={tmp_path}", "run.job_id=a"]
+    with pytest.raises(UserError, match="a holds the checkpoints of another run"):
+        build_runner(load_config("projects/xformer/pretrain.yaml", options))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"run\.output_dir: .*file.* can't be created"):
+        build_runner(load_config("projects/xformer/pretrain.yaml", [f"run.output_dir={tmp_path}/file"]))

@@ -21,6 +21,7 @@ from lavis_xformer.analysis import report
 from lavis_xformer.engine import checkpoint, jobs, loop, rng, state
 from lavis_xformer.engine.log import Averages
 from lavis_xformer.errors import UserError
+from lavis_xformer.tasks import base as tasks_base
 
 
 def weights(runner):
@@ -228,6 +229,95 @@ def test_another_batch_resumes_at_an_epochs_end_or_says_why_not(unbroken, tmp_pa
         other.train()
 
 
+def test_data_that_changed_within_an_epoch_are_told(tmp_path, caplog):
+    first = toy_training.make_runner(tmp_path, save_every_steps=4, keep_last=0, max_epoch=1)
+    first.train()
+    within = str(first.output_dir / "checkpoint_0_step4.pth")
+    toy_training.make_runner(tmp_path, max_epoch=1, resume_ckpt_path=within).train()
+    assert "are the training data the same" not in caplog.text
+    toy_training.make_runner(tmp_path, max_epoch=1, resume_ckpt_path=within, length=64).train()
+    assert "its epochs had 6 batches, now they have 8: are the training data the same?" in caplog.text
+
+
+def test_a_checkpoint_of_another_model_is_no_start_of_this_run(unbroken, tmp_path):
+    runner = toy_training.make_runner(tmp_path, resume_ckpt_path=str(unbroken.output_dir / "checkpoint_0.pth"))
+    runner.config.config.model.arch = "xformer_opt"
+    with pytest.raises(UserError, match=r"checkpoint_0\.pth is of a run of None, .* xformer_opt; .* model\.pretrained"):
+        runner.train()
+
+
+def test_a_named_checkpoint_comes_before_a_run_of_the_same_configuration(unbroken, tmp_path):
+    own = toy_training.make_runner(tmp_path, max_epoch=1)
+    own.train()
+    path = str(unbroken.output_dir / "checkpoint_0.pth")
+    again = toy_training.make_runner(tmp_path, max_epoch=2, resume="auto", resume_ckpt_path=path)
+    again.train()
+    assert again.output_dir != own.output_dir
+    assert [record["step"] for record in records(again, "step")] == list(range(7, 13))
+    once_more = toy_training.make_runner(tmp_path, max_epoch=2, resume="auto", resume_ckpt_path=path)
+    assert once_more.output_dir == again.output_dir, "a restart finds its own run"
+
+
+def test_a_folder_of_damaged_checkpoints_alone_is_left_as_it_is(tmp_path):
+    runner = toy_training.make_runner(tmp_path, job_id="a", max_epoch=1)
+    runner.train()
+    for path in runner.output_dir.glob("*.pth"):
+        path.write_bytes(path.read_bytes()[:1000])
+    log = (runner.output_dir / "log.jsonl").read_text()
+    again = toy_training.make_runner(tmp_path, job_id="a", max_epoch=1, resume="auto")
+    with pytest.raises(UserError, match=r"holds only damaged checkpoints \(checkpoint_0\.pth\.bad, checkpoint_best"):
+        again.train()
+    assert (runner.output_dir / "log.jsonl").read_text() == log
+
+
+def test_a_checkpoint_beyond_the_last_epoch_is_refused_where_nothing_is_left_to_do(unbroken, tmp_path):
+    path = str(unbroken.output_dir / "checkpoint_2.pth")
+    with pytest.raises(UserError, match=r"training of .*checkpoint_2\.pth has finished, as run\.max_epoch is 3"):
+        toy_training.make_runner(tmp_path, resume_ckpt_path=path).train()
+
+
+def test_a_finished_run_evaluates_what_is_asked_anew(tmp_path):
+    first = toy_training.make_runner(tmp_path, job_id="a", max_epoch=1)
+    assert first.train()["test"] == {}
+    again = toy_training.make_runner(tmp_path, job_id="a", max_epoch=1, resume="auto", test_splits=["val"])
+    assert list(again.train()["test"]) == ["val"]
+    assert_same(weights(again), weights(first))
+
+
+def test_an_evaluation_in_a_runs_folder_is_of_its_best_weights(unbroken, tmp_path, caplog):
+    caplog.set_level("INFO")
+    runner = toy_training.make_runner(unbroken.output_dir.parent, job_id="a", evaluate=True)
+    figures = runner.train()["test"]["val"]
+    assert figures["loss"] == unbroken.summary["best"]["loss"]
+    assert f"evaluating the weights of {unbroken.output_dir / checkpoint.BEST}" in caplog.text
+    runner = toy_training.make_runner(
+        tmp_path, evaluate=True, resume_ckpt_path=str(unbroken.output_dir / checkpoint.BEST)
+    )
+    runner.config.config.model.fusion_heads = 4
+    runner.train()
+    assert "trained with other settings of the model: model.fusion_heads: None -> 4" in caplog.text
+
+
+def test_a_warm_up_as_long_as_the_run_is_told(tmp_path, caplog):
+    toy_training.make_runner(tmp_path, max_epoch=1, warmup_steps=6).train()
+    assert "run.warmup_steps is 6 of 6: the learning rate never reaches run.init_lr" in caplog.text
+
+
+def test_scores_that_cannot_be_written_cost_only_themselves(unbroken, tmp_path, monkeypatch, caplog):
+    def full(path, content):
+        raise OSError("Read-only file system")
+
+    monkeypatch.setattr(tasks_base, "write_json", full)
+    path = str(unbroken.output_dir / checkpoint.BEST)
+    assert "val" in toy_training.make_runner(tmp_path, evaluate=True, resume_ckpt_path=path).train()["test"]
+    assert "the per-item scores can't be written: Read-only file system; continuing" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"run\.output_dir: nothing can be written in .*gone: No such file"):
+        jobs.claim(tmp_path / "gone")
+
+
 def test_a_checkpoint_of_laviss_runner_goes_on_with_the_next_epoch(unbroken, tmp_path):
     content = checkpoint.read(unbroken.output_dir / "checkpoint_0.pth")
     torch.save({key: content[key] for key in ("model", "optimizer", "scaler", "epoch", "config")}, tmp_path / "x.pth")
@@ -341,16 +431,27 @@ def test_such_steps_may_be_skipped(tmp_path):
     assert torch.isfinite(torch.tensor(runner.state.best["loss"]))
 
 
-def test_a_signal_saves_the_step_and_the_restart_ends_the_same(unbroken, tmp_path):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_saves_the_step_and_the_restart_ends_the_same(unbroken, tmp_path, sent, code):
     runner = toy_training.make_runner(tmp_path, resume="auto")
-    signal_in_step(runner, 8, lambda: signal.raise_signal(signal.SIGTERM))
+    signal_in_step(runner, 8, lambda: signal.raise_signal(sent))
     with pytest.raises(SystemExit) as left:
         runner.train()
-    assert left.value.code == 143
+    assert left.value.code == code
     assert (runner.output_dir / "checkpoint_1_step10.pth").exists()
     again = toy_training.make_runner(tmp_path, resume="auto")
     again.train()
     assert_same(weights(again), weights(unbroken))
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        runner = toy_training.make_runner(tmp_path, max_epoch=1)
+        signal_in_step(runner, 2, lambda: signal.raise_signal(signal.SIGHUP))
+        assert runner.train()["finished"]
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_the_same_signal_twice_at_once_still_saves_the_step(tmp_path):
@@ -477,6 +578,7 @@ def test_without_validation_the_last_weights_are_the_best(tmp_path):
         ({"test_splits": ["tset"]}, r"run\.test_splits: 'tset'; "),
         ({"train_splits": []}, r"run\.train_splits is \[\]; to train, it must be \[train\]"),
         ({"train_splits": ["train", "val"]}, r"run\.train_splits is \['train', 'val'\]"),
+        ({"valid_splits": ["train"]}, r"run\.valid_splits: 'train' is trained on, .* lavis\.evaluate"),
     ],
 )
 def test_splits_are_checked_before_the_first_step(tmp_path, run, message):

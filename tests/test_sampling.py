@@ -112,3 +112,15 @@ def test_a_run_with_ratios_resumes_to_the_bit(tmp_path):
     again.train()
     left, right = (run.state.model.state_dict() for run in (whole, again))
     assert all(left[name].equal(right[name]) for name in left)
+
+
+def test_captions_and_questions_joined_into_one_have_shares_of_their_own():
+    joined = ConcatDataset([ConcatDataset([toy_training.ToyPairs(16), toy_training.ToyPairs(8)])])
+    assert Mixture.of(joined, [1, 3]).counts() == [6, 18]
+    assert Mixture.of(joined, None).counts() == [24]
+
+
+def test_a_share_too_small_for_a_sample_is_refused():
+    joined = ConcatDataset([toy_training.ToyPairs(320), toy_training.ToyPairs(24)])
+    with pytest.raises(UserError, match=r"of the 12 samples of an epoch, the datasets would get 12, 0; raise"):
+        Mixture.of(joined, [1, 0.03], samples=12)

@@ -39,7 +39,7 @@ class Rows(Dataset[Any]):
     """A dataset of given samples."""
 
     def __init__(self, *rows: dict[str, Any]) -> None:
-        self.rows = self.annotation = rows
+        self.rows = self.annotation = list(rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -82,6 +82,10 @@ def test_a_split_of_questions_without_answers_is_refused_before_training() -> No
         task.check_split("val", Rows({"text_input": "where?", "question_id": 7, "answer": None}))
     for split in (CAPTIONS, QUESTIONS, Rows()):
         task.check_split("val", split)
+    late = Rows({"text_input": "where?", "answers": ["left"]}, {"text_input": "where?", "answers": []})
+    for split in (late, CaptionsAndQuestions([CAPTIONS, late])):
+        with pytest.raises(UserError, match="'val' has 1 questions without answers, the first at position 1"):
+            task.check_split("val", split)
 
 
 @pytest.mark.parametrize("divided", [True, False])

@@ -95,7 +95,7 @@ class ToyConfig:
 
     def __init__(self, run):
         self.config = OmegaConf.create({"run": run, "model": {}, "datasets": {"toy": {}}})
-        self.run_cfg = self.config.run
+        self.run_cfg, self.model_cfg = self.config.run, self.config.model
 
     def to_dict(self):
         return OmegaConf.to_container(self.config)

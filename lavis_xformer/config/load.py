@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 SECTIONS = ("model", "datasets", "run")
 DEFAULT_RUNNER = "xformer_runner"
+WEIGHT_PATHS = {"run": ("resume_ckpt_path",), "model": ("pretrained", "finetuned", "blip2_pretrained")}
 
 
 def load_config(cfg_path: str, options: Sequence[str] | None = None) -> RunConfig:
@@ -68,13 +69,19 @@ class RunConfig(Config):
         self.config.run.setdefault("evaluate", False)  # which LAVIS's captioning reads
         for dataset in self.config.datasets.values():
             _drop_null((dataset.get("build_info") or {}).get("annotations") or {})
-        self.config.run.output_dir = str(Path(str(self.config.run.get("output_dir") or "output")).absolute())
+        output = str(self.config.run.get("output_dir") or "output")
+        self.config.run.output_dir = str(Path(output).expanduser().absolute())
+        _expand_home(self.config)
         if classes["model"].__module__.startswith("lavis_xformer."):
             check_names(self.config.model)
         _check_processors(self.config)
         check_data_files(self.config.datasets, user.datasets)
         check_file("run.resume_ckpt_path", self.config.run.get("resume_ckpt_path"))
         registry.register("configuration", self)
+
+    def to_dict(self) -> Any:
+        """The values that the run uses, interpolations resolved: a resumed run is compared with them."""
+        return OmegaConf.to_container(self.config, resolve=True)
 
 
 def choose_model_type(arch: str, model_type: str | None) -> str:
@@ -130,7 +137,19 @@ def read_yaml(path: Path) -> DictConfig:
     for section in SECTIONS:
         if not isinstance(config, DictConfig) or not isinstance(config.get(section), DictConfig):
             raise UserError(f"{path}: the section '{section}:' is missing or holds no keys")
+    _check_top_level(path, cast(DictConfig, config))
     return cast(DictConfig, config)
+
+
+def _check_top_level(path: Path, config: DictConfig) -> None:
+    """Reject a key beside the sections that nothing reads, such as one of ``run`` that has slipped out of it."""
+    text = path.read_text(encoding="utf-8")
+    for key in map(str, config):
+        if key not in (*SECTIONS, "preprocess") and f"${{{key}" not in text:
+            raise UserError(
+                f"{path}: '{key}:' stands beside the sections {', '.join(SECTIONS)}, where nothing reads it; "
+                "indent it below one of them"
+            )
 
 
 def parse_options(options: Sequence[str]) -> DictConfig:
@@ -229,6 +248,14 @@ def _drop_null(section: Any) -> None:
     """Remove null entries: a split that is left out, a key of ``run`` that counts as not set."""
     for key in [key for key in section if not OmegaConf.is_interpolation(section, key) and section[key] is None]:
         del section[key]
+
+
+def _expand_home(config: DictConfig) -> None:
+    """Replace ``~`` in the paths of checkpoints, as the shell does for those that stand alone."""
+    for section, keys in WEIGHT_PATHS.items():
+        for key in keys:
+            if str(value := config[section].get(key)).startswith("~"):
+                config[section][key] = str(Path(value).expanduser())
 
 
 def _check_processors(config: DictConfig) -> None:

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: finish the step, save, and exit with the conventional status."""
+"""SIGTERM, Ctrl-C and a closed terminal (SIGHUP): finish the step, save, and exit with the conventional status."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Interruption:
     """Defers the first signal inside ``deferred()``; exits at once elsewhere, or on another signal some seconds later.
 
     Nested launchers, such as torchrun within srun, send the same signal twice within milliseconds.
-    It exits with ``SystemExit(128 + signal number)``: 143 for SIGTERM, 130 for Ctrl-C.
+    It exits with ``SystemExit(128 + signal number)``: 143 for SIGTERM, 130 for Ctrl-C, 129 for SIGHUP.
     """
 
     # A signal within this many seconds of the first counts as the same request.
-    SECONDS: ClassVar[dict[signal.Signals, float]] = {signal.SIGTERM: 5.0, signal.SIGINT: 1.0}
+    SECONDS: ClassVar[dict[signal.Signals, float]] = {signal.SIGTERM: 5.0, signal.SIGHUP: 5.0, signal.SIGINT: 1.0}
 
     def __init__(self) -> None:
         self.signum = 0
@@ -30,7 +30,8 @@ class Interruption:
     def __enter__(self) -> Interruption:
         """Install the handlers; does nothing outside the main thread."""
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._handle) for s in self.SECONDS}
+            heeded = [s for s in self.SECONDS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]  # nohup
+            self._previous = {s: signal.signal(s, self._handle) for s in heeded}
         return self
 
     def __exit__(self, *unused: object) -> None:

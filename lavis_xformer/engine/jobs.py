@@ -7,7 +7,7 @@ import fcntl
 import itertools
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,13 +38,13 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **versions_of(PACKAGES)}
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, incidental: Set[str] = INCIDENTAL) -> list[str]:
     """Return ``key: old -> new`` for every key of two configurations that changes the computation."""
     before, after = nodes(old, leaves=True), nodes(new, leaves=True)
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key not in INCIDENTAL
+        if before.get(key) != after.get(key) and key not in incidental
     ]
 
 
@@ -81,13 +81,13 @@ def _is_made(folder: Path) -> bool:
 def newest_matching(output_dir: Path, config: Mapping[str, Any]) -> str | None:
     """Return the id of the newest run under ``output_dir`` that this configuration can resume.
 
-    Such a run has the same configuration (where it runs and how often it saves may differ) and a
-    checkpoint.
+    Such a run has the same configuration (where it runs and how often it saves may differ), began at the same
+    checkpoint, if at any, and has one itself.
     """
     folders = sorted(output_dir.glob(f"*/{CONFIG_NAME}"), key=lambda path: path.stat().st_mtime_ns)
     for path in reversed(folders):
         try:
-            changes = differences(read_json(path), config)
+            changes = differences(read_json(path), config, incidental=INCIDENTAL - {"run.resume_ckpt_path"})
         except ValueError:
             continue
         if not changes and checkpoint.listed(path.parent):
@@ -98,6 +98,23 @@ def newest_matching(output_dir: Path, config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def check_unused(folder: Path) -> None:
+    """Check that a run's folder holds no checkpoints, intact or damaged, of an earlier one.
+
+    Raises:
+        UserError: it does.
+    """
+    if checkpoint.listed(folder):
+        raise UserError(
+            f"{folder} holds the checkpoints of another run; run.resume=auto resumes it, another run.job_id starts a "
+            "new run"
+        )
+    if damaged := sorted(path.name for path in folder.glob("checkpoint_*.bad")):
+        raise UserError(
+            f"{folder} holds only damaged checkpoints ({', '.join(damaged)}); another run.job_id starts a new run"
+        )
+
+
 def claim(folder: Path) -> IO[str] | None:
     """Lock a run's folder for this training; must be called on all ranks.
 
@@ -105,7 +122,7 @@ def claim(folder: Path) -> IO[str] | None:
         The main process's open file, whose lock holds the folder until that process ends; ``None`` on other ranks.
 
     Raises:
-        UserError: another process is training in it.
+        UserError: another process is training in it, or nothing can be written there.
     """
     file = _locked(folder) if is_main() else None
     if not distributed.share(file is not None):
@@ -117,7 +134,10 @@ def claim(folder: Path) -> IO[str] | None:
 
 
 def _locked(folder: Path) -> IO[str] | None:
-    file = (folder / LOCK_NAME).open("w")
+    try:
+        file = (folder / LOCK_NAME).open("w")
+    except OSError as error:
+        raise UserError(f"run.output_dir: nothing can be written in {folder}: {error.strerror}") from error
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # this process's alone: its workers don't inherit it
     except (BlockingIOError, PermissionError):

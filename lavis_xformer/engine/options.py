@@ -60,12 +60,16 @@ class RunOptions:
         given = {f.name: run_cfg.get(f.name) for f in fields(cls)}
         if given["iters_per_epoch"] is None:
             given["iters_per_epoch"] = run_cfg.get("iters_per_inner_epoch", run_cfg.get("max_iters"))
+        elif given["iters_per_epoch"] and run_cfg.get("max_iters"):
+            raise UserError("run.max_iters goes with run.iters_per_inner_epoch; with run.iters_per_epoch set max_epoch")
         defaults = cls()
         values: dict[str, Any] = {
             name: _checked(name, value, type(getattr(defaults, name)))
             for name, value in given.items()
             if value is not None
         }
+        if "/" in values.get("job_id", ""):
+            raise UserError(f"run.job_id is {values['job_id']!r}; it names a folder in run.output_dir, without a '/'")
         if values.get("seed", 0) >= 2**32:
             raise UserError(f"run.seed is {values['seed']}; it must be less than 2**32, as numpy wants it")
         return cls(**values)

@@ -53,13 +53,19 @@ class Mixture:
         Without ``ratios`` the concatenated datasets count as one.
 
         Raises:
-            UserError: ``ratios`` is not one positive number for each dataset.
+            UserError: ``ratios`` is not one positive number for each dataset, or a dataset would never be used.
         """
-        parts = [dataset] if ratios is None else getattr(dataset, "datasets", [dataset])
-        lengths = [len(part) for part in parts]
+        lengths = [len(part) for part in ([dataset] if ratios is None else members(dataset))]
         ratios = [1.0] if ratios is None else ratios
         check_ratios(ratios, [f"{length} samples" for length in lengths])
-        return cls(lengths=lengths, ratios=list(ratios), samples=samples)
+        mixture = cls(lengths=lengths, ratios=list(ratios), samples=samples)
+        if not all(counts := mixture.counts()):
+            raise UserError(
+                f"run.train_dataset_ratios is {list(ratios)}: of the {sum(counts)} samples of an epoch, the datasets "
+                f"would get {', '.join(map(str, counts))}; raise the ratio of the one without any, or "
+                "run.iters_per_epoch"
+            )
+        return mixture
 
     def counts(self) -> list[int]:
         """Return how many samples an epoch takes from each dataset."""
@@ -77,6 +83,12 @@ class Mixture:
             offset += length
         keys = torch.cat(parts)
         return keys[permutation(len(keys), seed, epoch)]
+
+
+def members(dataset: Any) -> list[Any]:
+    """Return the datasets of a concatenation, or of the one concatenation that it holds (captions and questions)."""
+    parts = list(getattr(dataset, "datasets", [dataset]))
+    return members(parts[0]) if len(parts) == 1 and hasattr(parts[0], "datasets") else parts
 
 
 def check_ratios(ratios: Sequence[Any], parts: Sequence[str]) -> None:
@@ -247,8 +259,8 @@ def eval_loader(dataset: Dataset[Any], *, share: bool, **options: Any) -> DataLo
 def shielded() -> Callable[[int], None]:
     """Return a ``worker_init_fn`` that leaves signal handling to the training process.
 
-    Ctrl-C and a batch system's SIGTERM reach workers too; if they died, the step could not be
-    finished. They exit with the training process, which may terminate them once it is exiting itself.
+    Ctrl-C, a batch system's SIGTERM and a closed terminal's SIGHUP reach workers too; if they died, the step could not
+    be finished. They exit with the training process, which may terminate them once it is exiting itself.
     """
     closing = multiprocessing.Event()
     atexit.register(closing.set)
@@ -261,4 +273,5 @@ def _start_worker(closing: Event, worker_id: int) -> None:
             os._exit(0)
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _leave_if_closing)
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, _leave_if_closing)

@@ -96,6 +96,7 @@ class TrainingState:
             "corrupt": self.corrupt.names,
             "corrupt_count": self.corrupt.count,
             "joined_batch": self.joined_batch,
+            "batches_per_epoch": self.batches_per_epoch,
             "config": self.config,
             "versions": jobs.versions(),
         }
@@ -106,7 +107,14 @@ class TrainingState:
         Raises:
             UserError: it is of another model, or its position falls inside a batch of this run.
         """
-        changes = jobs.differences(content.get("config", self.config), self.config)
+        config = content.get("config", self.config)
+        theirs, ours = (given.get("model", {}).get("arch") for given in (config, self.config))
+        if theirs != ours:
+            raise UserError(
+                f"{source} is of a run of {theirs}, this one trains {ours}; to start from its weights, name it as "
+                "model.pretrained, not as run.resume_ckpt_path"
+            )
+        changes = jobs.differences(config, self.config)
         if changes:
             logger.warning("%s: the configuration was different: %s", source, "; ".join(changes))
         load_trainable(self.model, content["model"], source=source)
@@ -148,6 +156,15 @@ class TrainingState:
             )
         else:
             position.batches = samples // now
+        length = content.get("batches_per_epoch", self.batches_per_epoch)
+        if before == now and length != self.batches_per_epoch and not content["epoch_done"]:
+            logger.warning(
+                "%s: its epochs had %d batches, now they have %d: are the training data the same? The rest of this "
+                "epoch repeats some samples and omits others",
+                source,
+                length,
+                self.batches_per_epoch,
+            )
         if before != now:
             logger.warning("%s: the batch over all processes was %d samples, now it is %d", source, before, now)
         return position

@@ -25,7 +25,7 @@ from lavis_xformer.distributed import world_size
 from lavis_xformer.engine import rng
 from lavis_xformer.engine.optimizers import MuonAdamW
 from lavis_xformer.engine.options import RunOptions
-from lavis_xformer.engine.sampling import check_ratios, eval_loader, split_by, train_loader
+from lavis_xformer.engine.sampling import check_ratios, eval_loader, members, split_by, train_loader
 from lavis_xformer.engine.step import AUTOCAST, computes_bf16
 from lavis_xformer.engine.streams import EpochLoader, JoinedLoader, ShardStream, StreamLoader
 from lavis_xformer.errors import UserError, one_of
@@ -169,10 +169,8 @@ class PortableRunner(RunnerBase):
         """The loader of the split ``train``.
 
         Raises:
-            UserError: ``run.train_splits`` is anything else; or see ``dataloaders``.
+            UserError: see ``dataloaders``.
         """
-        if list(self.train_splits) != ["train"]:
-            raise UserError(f"run.train_splits is {list(self.train_splits)}; to train, it must be [train]")
         return self.dataloaders["train"]
 
     @property
@@ -192,7 +190,9 @@ class PortableRunner(RunnerBase):
         return self._dataloaders
 
     def _check_splits(self) -> None:
-        """Reject splits of ``run:`` that do not exist, and evaluation splits that several datasets share."""
+        """Reject splits of ``run:`` that do not exist or fit, and splits to evaluate that several datasets share."""
+        if not self.evaluate_only and list(self.train_splits) != ["train"]:
+            raise UserError(f"run.train_splits is {list(self.train_splits)}; to train, it must be [train]")
         owners: dict[str, list[str]] = {}
         for name, splits in self.datasets.items():
             for split in splits:
@@ -200,6 +200,11 @@ class PortableRunner(RunnerBase):
         for key in (*(() if self.evaluate_only else ("train_splits",)), "valid_splits", "test_splits"):
             for split in getattr(self, key):
                 one_of(f"run.{key}", split, owners)
+                if key != "train_splits" and split == "train" and not self.evaluate_only:
+                    raise UserError(
+                        f"run.{key}: '{split}' is trained on, augmented and in part; to score it, evaluate a "
+                        f"checkpoint by python -m lavis.evaluate with run.{key}=[{split}]"
+                    )
         for split, names in owners.items():
             if split != "train" and len(names) > 1:
                 raise UserError(
@@ -213,7 +218,7 @@ class PortableRunner(RunnerBase):
         check = getattr(self.task, "check_split", lambda name, dataset: None)  # LAVIS's tasks have none
         loaders = self.dataloaders
         with rng.seeded(self.options.seed):
-            for split in {*self.valid_splits, *self.test_splits}.difference(self.train_splits):
+            for split in {*self.valid_splits, *self.test_splits}:
                 check(split, loaders[split].dataset)
 
     def _loader(self, split: str, dataset: Any) -> Any:
@@ -253,7 +258,7 @@ class PortableRunner(RunnerBase):
         parts = dataset if isinstance(dataset, tuple) else (dataset,)
         streams = [s for part in parts if isinstance(part, IterableDataset) for s in getattr(part, "datasets", [part])]
         mapped = next((part for part in parts if not isinstance(part, IterableDataset)), None)
-        sizes = [len(one) for one in getattr(mapped, "datasets", [mapped])] if mapped is not None else []
+        sizes = [len(one) for one in members(mapped)] if mapped is not None else []
         own, shares = None, [1.0] * (len(streams) + (mapped is not None))
         if ratios is not None:
             check_ratios(ratios, [f"{size} samples" for size in sizes] + ["a stream"] * len(streams))

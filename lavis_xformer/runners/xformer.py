@@ -200,14 +200,27 @@ class XFormerRunner(PortableRunner):
 
     def _evaluate_only(self) -> dict[str, Any]:
         """Evaluate validation and test splits with the weights that the configuration names."""
-        if self.resume_ckpt_path is not None:
-            self._load_weights(self.resume_ckpt_path)
+        self._load_evaluated()
         splits = dict.fromkeys([*self.valid_splits, *self.test_splits])
         figures = {split: self.eval_epoch(split, "best", skip_reload=True) for split in splits}
         for split, values in figures.items():
             self.log_stats(values, split)
         skipped = sorted(self._corrupt_anywhere())
         return {"finished": False, "best": {}, "test": figures, "corrupt": skipped, "corrupt_count": len(skipped)}
+
+    def _load_evaluated(self) -> None:
+        """Load what ``resume_ckpt_path`` names or, where no weights are named, this folder's best checkpoint."""
+        best, model = self.output_dir / checkpoint.BEST, self.config.model_cfg
+        named = model.get("pretrained") or model.get("load_finetuned")
+        path = self.resume_ckpt_path or (str(best) if best.exists() and not named else None)
+        if path is None:
+            return
+        trained, config = checkpoint.read(Path(path)).get("config", {}).get("model"), self.config.to_dict()
+        changes = [] if trained is None else jobs.differences(_settings(trained), _settings(config["model"]))
+        if changes:
+            logger.warning("%s was trained with other settings of the model: %s", path, "; ".join(changes))
+        self._load_weights(path)
+        logger.info("evaluating the weights of %s", path)
 
     def log_config(self) -> None:
         """Write the configuration: LAVIS's ``log.txt``, and ``config.json``; open the log."""
@@ -252,6 +265,9 @@ class XFormerRunner(PortableRunner):
         }
         for name, value in told.items():
             logger.info("%-7s %s", name, value)
+        warmup, total = int(self.config.run_cfg.get("warmup_steps", 0)), self.max_epoch * self.steps_per_epoch
+        if warmup >= total:
+            logger.warning("run.warmup_steps is %d of %d: the learning rate never reaches run.init_lr", warmup, total)
 
     # --- checkpoints ------------------------------------------------------------
 
@@ -291,17 +307,18 @@ class XFormerRunner(PortableRunner):
             summary = distributed.share(jobs.read_summary(self.output_dir))
             if path is not None:
                 self._go_on_from(str(path))
-                if summary is None or not self._trained:
+                if summary is None or not self._trained or set(self.test_splits) - summary["test"].keys():
                     return None
                 logger.info("this run has finished: nothing to do in %s", self.output_dir)
                 return summary
-        if checkpoint.listed(self.output_dir):
-            raise UserError(
-                f"{self.output_dir} holds the checkpoints of another run; run.resume=auto resumes it, "
-                "another run.job_id starts a new run"
-            )
+        jobs.check_unused(self.output_dir)
         if self.resume_ckpt_path is not None:
             self._go_on_from(self.resume_ckpt_path)
+            if self._trained and not self.test_splits:
+                raise UserError(
+                    f"run.resume_ckpt_path: the training of {self.resume_ckpt_path} has finished, as run.max_epoch is "
+                    f"{self.max_epoch}: raise it, or evaluate the checkpoint by python -m lavis.evaluate"
+                )
         return None
 
     @property
@@ -331,3 +348,9 @@ class XFormerRunner(PortableRunner):
             self._load_weights(str(path))
         else:
             logger.info("no best checkpoint was chosen: testing the last weights")
+
+
+def _settings(model: dict[str, Any]) -> dict[str, Any]:
+    """A model's configuration without the names of the files that its weights come from."""
+    sources = ("pretrained", "finetuned", "load_finetuned", "blip2_pretrained", "train_only")
+    return {f"model.{key}": value for key, value in model.items() if key not in sources}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +19,8 @@ from lavis_xformer.distributed import is_main
 from lavis_xformer.engine.loop import count_samples, to_device
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import write_json
+
+logger = logging.getLogger(__name__)
 
 Samples = dict[str, Any]
 T = TypeVar("T")
@@ -92,7 +95,10 @@ class NamedLossTask(BaseTask):
         """Write the per-item scores to ``result/<split>_scores.json``, in the final evaluation only."""
         if epoch == "best" and is_main():
             path = Path(registry.get_path("result_dir")) / f"{split}_scores.json"
-            write_json(path, {"split": split, "figures": figures, "answers": self.scores})
+            try:
+                write_json(path, {"split": split, "figures": figures, "answers": self.scores})
+            except OSError as error:
+                logger.warning("the per-item scores can't be written: %s; continuing", error)
 
     def table(self, figures: Mapping[str, float]) -> list[tuple[str, str, str]]:
         """Return rows (name, value, value to compare it with) of ``figures`` for display."""

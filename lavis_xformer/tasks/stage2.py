@@ -16,6 +16,8 @@ from lavis.common.registry import registry
 from lavis.datasets.datasets.vqa_datasets import VQADataset
 from torch.utils.data import ConcatDataset, IterableDataset
 
+from lavis_xformer.data.packed import PackedRows
+from lavis_xformer.engine.sampling import members
 from lavis_xformer.errors import UserError
 from lavis_xformer.tasks.base import NO_CAPTIONS, NamedLossTask, Samples
 from lavis_xformer.tasks.rows import answer_row
@@ -77,7 +79,7 @@ class Stage2Task(NamedLossTask):
         return {"captions_and_questions": {split: CaptionsAndQuestions(parts) for split, parts in splits.items()}}
 
     def check_split(self, name: str, dataset: Any) -> None:
-        """Check the first sample of a split before training.
+        """Check the first sample of a split, and all answers of own files, before training.
 
         Raises:
             UserError: it has neither caption nor question, or a question without an answer.
@@ -86,6 +88,14 @@ class Stage2Task(NamedLossTask):
         sample = dataset[0] if len(dataset) else {}
         if "question_id" in sample and not (sample.get("answer") or sample.get("answers")):
             raise UserError(f"the split '{name}' has questions without answers, which can't be scored; leave it out")
+        for part in members(dataset):
+            rows = getattr(part, "annotation", None)
+            own = rows if isinstance(rows, list | PackedRows) else ()  # scenes have none without an answer
+            if lacking := [position for position, row in enumerate(own) if row.get("answers") == []]:
+                raise UserError(
+                    f"the split '{name}' has {len(lacking)} questions without answers, the first at position "
+                    f"{lacking[0]}, which can't be scored; leave them out"
+                )
 
     def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
         """Clear the texts of an earlier split."""
