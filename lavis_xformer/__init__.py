@@ -70,7 +70,7 @@ def load_model_and_preprocess(
     Args:
         name: a model of LAVIS's registry, such as ``xformer``.
         model_type: one of its types; if left out, the class's ``DEFAULT_MODEL_TYPE`` (``mini``, which runs
-            offline, for this package's models except T5's, which has none), or its only type.
+            offline, for X-Former's models except T5's, which has none), or its only type.
         is_eval: whether to put the model in eval mode.
         device: where to put it.
 

@@ -30,7 +30,7 @@ def resolve(ref: str, *, root: Path = ROOT) -> Path:
         UserError: there is no such set or part, or one of its files is missing or differs from its checksum.
     """
     if not ref.startswith(SCHEME):
-        return Path(ref)
+        return Path(ref).expanduser()
     group, _, part = ref.removeprefix(SCHEME).partition("/")
     _verify(root / group, part)
     return root / group / part
@@ -60,6 +60,9 @@ def write_sums(folder: Path, parts: Iterable[str]) -> dict[str, str]:
 def _verify(folder: Path, part: str) -> None:
     """Raise unless every recorded file of one part is there, unchanged."""
     record = folder / SUMS
+    if not folder.is_dir():
+        sets = [path.name for path in folder.parent.iterdir() if (path / SUMS).is_file()]
+        raise UserError(f"{SCHEME}{folder.name}: no such set ships with this package; {nearest(folder.name, sets)}")
     if not record.is_file():
         raise UserError(f"{SCHEME}{folder.name}: {record} is missing; reinstall the package")
     sums: dict[str, str] = read_json(record)

@@ -225,6 +225,7 @@ def check_yaml(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
 def check_reference(key: str, value: str) -> Iterator[Finding]:
     """Check a value that says where something is: a path, or a file that ships with this package."""
     is_path = value.startswith(("/", "./", "../", "~")) or (key in WEIGHTS and "://" not in value)
+    is_path |= value.endswith((".pth", ".pt", ".safetensors")) and "://" not in value
     if value.startswith("assets://"):
         from lavis_xformer.assets import resolve
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 _SHOWN = 8  # names shown if there are more than 1.5 times as many
@@ -56,6 +57,17 @@ def whole(key: str, value: Any, *, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
         raise UserError(f"{key} is {value!r}; it must be a whole number, {least} or more")
     return int(value)
+
+
+def number(key: str, value: Any) -> float:
+    """Return a key's value if it is a finite number.
+
+    Raises:
+        UserError: it isn't.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise UserError(f"{key} is {value!r}; it must be a finite number")
+    return float(value)
 
 
 def fault_in_yaml(error: Exception) -> tuple[str, str]:

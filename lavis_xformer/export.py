@@ -51,11 +51,12 @@ def from_folder(folder: str | Path, *, is_eval: bool = True, device: str = "cpu"
 
     import lavis_xformer
 
-    if not (path := Path(folder) / CONFIG).is_file():
+    if not (path := Path(folder).expanduser() / CONFIG).is_file():
         raise UserError(f"{folder} is not an exported model: it has no {CONFIG}")
     if (arch := OmegaConf.select(OmegaConf.load(path), "model.arch")) is None:
         raise UserError(f"{folder} is not an exported model: its {CONFIG} names no model.arch")
-    return lavis_xformer.load_model_and_preprocess(arch, str(folder), is_eval=is_eval, device=device)
+    whole = str(path.parent.resolve())  # never the name of a type, such as mini
+    return lavis_xformer.load_model_and_preprocess(arch, whole, is_eval=is_eval, device=device)
 
 
 def export(
@@ -147,6 +148,9 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
     from lavis_xformer.models.weight_files import load_torch_file
 
     cfg: Any
+    if arch is not None and not arch.startswith("xformer"):
+        find("model", arch, "--model")
+        raise UserError(f"--model {arch} is no X-Former; choose xformer, xformer_opt or xformer_t5")
     content: dict[str, Any] = {}
     if checkpoint.suffix == ".pth":
         content = load_torch_file(checkpoint, key="pretrained")
@@ -156,7 +160,7 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
         if model_type not in (None, its_type := config["model"].get("model_type")):
             raise UserError(f"--type {model_type}: {checkpoint} is of type {its_type}; leave --type out")
         cfg = OmegaConf.create({name: config[name] for name in ("model", "preprocess")})
-    elif arch is None or not arch.startswith("xformer"):
+    elif arch is None:
         what = f"is of LAVIS's {its_arch}" if its_arch else "doesn't name its model"
         raise UserError(f"{checkpoint} {what}; choose one of this package's with --model and --type")
     else:

@@ -80,7 +80,7 @@ def make_xformer(vocab_folder: Path, tiny_mae_model: Any) -> Any:
     from transformers import BertConfig
 
     from lavis_xformer.models import towers
-    from lavis_xformer.models.fusion import FUSIONS
+    from lavis_xformer.models.fusion import build_fusion
     from lavis_xformer.models.mae import MaskedAutoencoder
     from lavis_xformer.models.stage1 import XFormer
 
@@ -96,7 +96,7 @@ def make_xformer(vocab_folder: Path, tiny_mae_model: Any) -> Any:
             mae=MaskedAutoencoder(model=deepcopy(tiny_mae_model)),
             qformer=towers.BertLMHeadModel(config),
             tokenizer=towers.build_tokenizer(str(vocab_folder)),
-            fusion=FUSIONS[fusion](query_width=32, clip_width=20, mae_width=24, heads=4, init=init),
+            fusion=build_fusion(fusion, query_width=32, clip_width=20, mae_width=24, heads=4, init=init),
             image_size=32,
             max_txt_len=12,
             embed_dim=16,
@@ -186,7 +186,7 @@ def make_stage2(vocab_folder: Path, tiny_mae_model: Any, opt_folder: Path, t5_fo
     from transformers import BertConfig
 
     from lavis_xformer.models import towers
-    from lavis_xformer.models.fusion import FUSIONS
+    from lavis_xformer.models.fusion import build_fusion
     from lavis_xformer.models.mae import MaskedAutoencoder
     from lavis_xformer.models.stage2 import XFormerOPT, XFormerT5
 
@@ -204,7 +204,7 @@ def make_stage2(vocab_folder: Path, tiny_mae_model: Any, opt_folder: Path, t5_fo
             mae=MaskedAutoencoder(model=deepcopy(tiny_mae_model)),
             qformer=towers.BertLMHeadModel(config),
             tokenizer=towers.build_tokenizer(str(vocab_folder)),
-            fusion=FUSIONS[fusion](query_width=32, clip_width=20, mae_width=24, heads=4, init=init),
+            fusion=build_fusion(fusion, query_width=32, clip_width=20, mae_width=24, heads=4, init=init),
             image_size=32,
             max_txt_len=12,
             language=language,

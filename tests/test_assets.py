@@ -79,3 +79,13 @@ def test_shipped_weights_stay_small():
     stages = sum(sizes.pop(name) for name in ("stage1", "stage2"))
     assert 0 < sum(sizes.values()) <= 12_000_000
     assert 0 < stages <= 6_000_000
+
+
+def test_a_set_that_does_not_ship_is_named():
+    with pytest.raises(UserError, match=r"assets://maxi: no such set ships with this package; .* mini"):
+        resolve("assets://maxi/mae")
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("~/mae") == tmp_path / "mae"

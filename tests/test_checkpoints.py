@@ -116,7 +116,7 @@ def test_lavis_own_loading_methods_account_for_every_weight(method: str, make_xf
     assert torch.equal(model.temp, trained.temp)
     torch.save({"model": {name: state[name] for name in state if name != "temp"}}, tmp_path / "torn.pth")
     torch.save({"model": {"nonsense": torch.zeros(1)}}, tmp_path / "junk.pth")
-    for file, words in (("torn.pth", "missing: temp"), ("junk.pth", "BLIP-2"), ("none.pth", "there is no file")):
+    for file, words in (("torn.pth", "missing: temp"), ("junk.pth", "unknown: nons"), ("none.pth", "there is no file")):
         with pytest.raises(UserError, match=words):
             getattr(model, method)(str(tmp_path / file))
 
@@ -263,6 +263,7 @@ def test_settings_that_no_weight_shows_are_compared(
         "fusion_heads 4, here 2"
     )
     stage2 = make_stage2("opt")
+    assert told(stage2, opt_model="any/opt") == [], "the file is of stage 1"
     assert "token_positions ['mae'], here ['clip']" in told(stage2, token_positions=["clip"])[0]
     assert told(stage2, token_positions=["mae", "clip"]) == [], "what stage 2 adds is its own affair"
     assert len(told(model, token_positions=["mae", "clip"])) == 1

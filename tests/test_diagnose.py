@@ -153,6 +153,7 @@ def test_the_command_on_the_shipped_model(
     options = [
         "datasets.xformer_scenes.splits.train.scenes=0", "datasets.xformer_scenes.splits.val.scenes=12",
         "run.batch_size_eval=6", f"run.output_dir={tmp_path}", "run.job_id=d", "model.fusion_init=normal",
+        "model.shuffle_mae=True",  # as of a comparison's control: own means own all the same
     ]  # fmt: skip
     given = ["--cfg-path", "projects/xformer/pretrain.yaml", "--batches", "1", "--options", *options]
     assert diagnose.main(given) == 0

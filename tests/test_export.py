@@ -274,8 +274,11 @@ def test_what_cannot_be_exported_or_read_is_one_line(checkpoint: Path, tmp_path:
     with pytest.raises(UserError, match=r"doesn't name its model.*--model"):
         export(tmp_path / "bare.pth", tmp_path / "new")
     torch.save({"model": {}, "config": {"model": {"arch": "blip2_opt"}}}, tmp_path / "lavis.pth")
-    for arch in (None, "blip2_opt", "lavis_blip2"):
-        with pytest.raises(UserError, match=r"is of LAVIS's blip2_opt.*--model"):
+    for arch, said in (
+        (None, r"is of LAVIS's blip2_opt.*--model"),
+        ("lavis_blip2", "--model lavis_blip2 is no X-Former"),
+    ):
+        with pytest.raises(UserError, match=said):
             export(tmp_path / "lavis.pth", tmp_path / "new", arch=arch)
     with pytest.raises(UserError, match=r"--type pretrain: .* is of type toy; leave --type out"):
         export(checkpoint, tmp_path / "new", model_type="pretrain")
@@ -298,3 +301,23 @@ def test_a_folder_of_another_model_is_named_so(trained: XFormerOPT, checkpoint: 
     folder = export(checkpoint, tmp_path / "opt")
     with pytest.raises(UserError, match=r"opt is an exported xformer_opt, not XFormer$"):
         lavis_xformer.load_model_and_preprocess("xformer", str(folder))
+
+
+def test_a_folder_may_be_called_as_a_type_is(
+    trained: XFormerOPT, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    export(checkpoint, "mini")
+    assert_equal(lavis_xformer.from_folder("mini")[0], trained)
+    assert_equal(XFormerOPT.from_pretrained(tmp_path / "mini"), trained)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert_equal(lavis_xformer.from_folder("~/mini")[0], trained)
+
+
+def test_a_model_of_lavis_is_not_exported(checkpoint: Path, tmp_path: Path) -> None:
+    for name, said in (
+        ("blip2", "--model blip2 is no X-Former"),
+        ("xfomer", "no model 'xfomer': did you mean 'xformer'"),
+    ):
+        with pytest.raises(UserError, match=said):
+            export(checkpoint, tmp_path / "out", arch=name)

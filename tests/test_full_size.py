@@ -11,7 +11,7 @@ from torch import nn
 from transformers import BertConfig, ViTMAEConfig, ViTMAEForPreTraining
 
 from lavis_xformer.models import towers
-from lavis_xformer.models.fusion import FUSIONS
+from lavis_xformer.models.fusion import FUSIONS, build_fusion
 from lavis_xformer.models.mae import MaskedAutoencoder
 from lavis_xformer.models.stage1 import XFormer
 
@@ -65,7 +65,7 @@ def build() -> Any:
                 mae=MaskedAutoencoder(model=ViTMAEForPreTraining(ViTMAEConfig(**MAE_HUGE))),
                 qformer=towers.BertLMHeadModel(config),
                 tokenizer=Vocabulary(),
-                fusion=FUSIONS[fusion](query_width=768, clip_width=1408, mae_width=1280, heads=heads, **options),
+                fusion=build_fusion(fusion, query_width=768, clip_width=1408, mae_width=1280, heads=heads, **options),
                 image_size=224,
             )
 

@@ -26,7 +26,7 @@ from transformers import (
 
 from lavis_xformer.models import frozen, towers
 from lavis_xformer.models.frozen import Precision
-from lavis_xformer.models.fusion import FUSIONS
+from lavis_xformer.models.fusion import build_fusion
 from lavis_xformer.models.language import LanguageModel
 from lavis_xformer.models.mae import MaskedAutoencoder
 from lavis_xformer.models.opt import CachedOPT, OptLanguage
@@ -64,7 +64,7 @@ def parts(fusion: str) -> dict[str, Any]:
         "visual_encoder": towers.eva_vit(img_size=224, **towers.EVA_CLIP_G),
         "mae": MaskedAutoencoder(model=ViTMAEForPreTraining(ViTMAEConfig(**MAE_HUGE))) if fusion != "none" else None,
         "qformer": towers.BertLMHeadModel(config),
-        "fusion": FUSIONS[fusion](query_width=768, clip_width=1408, mae_width=1280, heads=12),
+        "fusion": build_fusion(fusion, query_width=768, clip_width=1408, mae_width=1280, heads=12),
         "image_size": 224,
     }
 

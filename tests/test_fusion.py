@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from lavis_xformer.errors import UserError
-from lavis_xformer.models.fusion import FUSIONS, Attention, CrossAttentionBlock
+from lavis_xformer.models.fusion import Attention, CrossAttentionBlock, DualCrossAttention, build_fusion
+from lavis_xformer.models.parts import check_names
 from lavis_xformer.models.stage1 import XFormer
 
 SIZES = {"query_width": 32, "clip_width": 20, "mae_width": 24, "heads": 4}
@@ -27,7 +29,7 @@ def tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(("name", "seen"), [("dual", 17), ("none", 17), ("concat", 26), ("early", 17)])
 def test_shapes(name: str, seen: int, tokens: tuple[torch.Tensor, ...]) -> None:
     clip, mae, queries = tokens
-    fusion = FUSIONS[name](**SIZES)
+    fusion = build_fusion(name, **SIZES)
     assert fusion.visual_tokens(clip, mae).shape == (2, seen, 20)
     z, aligned = fusion.refine(queries, mae)
     assert z.shape == queries.shape
@@ -37,14 +39,14 @@ def test_shapes(name: str, seen: int, tokens: tuple[torch.Tensor, ...]) -> None:
 
 def test_concat_puts_m_behind_c(tokens: tuple[torch.Tensor, ...]) -> None:
     clip, mae, _ = tokens
-    joined = FUSIONS["concat"](**SIZES).visual_tokens(clip, mae)
+    joined = build_fusion("concat", **SIZES).visual_tokens(clip, mae)
     assert torch.equal(joined[:, :17], clip)
 
 
 def test_dual_asks_m_prime_and_teaches_both_steps(tokens: tuple[torch.Tensor, ...]) -> None:
     """M' = CA1(M, Zq), then Z' = CA2(Zq, M'): a loss on Z' alone reaches the first step too."""
     _, mae, queries = tokens
-    fusion = FUSIONS["dual"](**SIZES, init="normal", std=0.3)
+    fusion = build_fusion("dual", **SIZES, init="normal", std=0.3)
     z, aligned = fusion.refine(queries, mae)
     assert torch.equal(aligned, fusion.align(mae, queries))
     assert torch.equal(z, fusion.enrich(queries, aligned))
@@ -56,7 +58,7 @@ def test_dual_asks_m_prime_and_teaches_both_steps(tokens: tuple[torch.Tensor, ..
 @pytest.mark.parametrize("name", ["dual", "early", "none"])
 def test_identity_start_is_exact(name: str, tokens: tuple[torch.Tensor, ...]) -> None:
     clip, mae, queries = tokens
-    fusion = FUSIONS[name](**SIZES, init="identity", depth=2)
+    fusion = build_fusion(name, **SIZES, init="identity", depth=2)
     z, aligned = fusion.refine(queries, mae)
     assert torch.equal(z, queries)
     assert torch.equal(aligned, mae)
@@ -68,7 +70,7 @@ def test_a_deeper_fusion_has_more_blocks_of_one_kind_and_passes_all(
     name: str, stacks: list[str], tokens: tuple[torch.Tensor, ...]
 ) -> None:
     clip, mae, queries = tokens
-    fusion = FUSIONS[name](**SIZES, init="normal", depth=3, self_attention=False)
+    fusion = build_fusion(name, **SIZES, init="normal", depth=3, self_attention=False)
     assert [len(getattr(fusion, stack)) for stack in stacks] == [3] * len(stacks)
     (fusion.visual_tokens(clip, mae).sum() + fusion.refine(queries, mae)[0].sum()).backward()
     assert [part for part, p in fusion.named_parameters() if "self_" in part or p.grad is None] == []
@@ -76,7 +78,7 @@ def test_a_deeper_fusion_has_more_blocks_of_one_kind_and_passes_all(
 
 def test_normal_start_is_not_the_identity(tokens: tuple[torch.Tensor, ...]) -> None:
     _, mae, queries = tokens
-    z, aligned = FUSIONS["dual"](**SIZES, init="normal").refine(queries, mae)
+    z, aligned = build_fusion("dual", **SIZES, init="normal").refine(queries, mae)
     assert not torch.allclose(z, queries)
     assert not torch.allclose(aligned, mae)
 
@@ -84,7 +86,7 @@ def test_normal_start_is_not_the_identity(tokens: tuple[torch.Tensor, ...]) -> N
 @pytest.mark.parametrize("name", ["dual", "concat", "early"])
 @pytest.mark.parametrize("std", [0.02, 0.06])
 def test_weights_start_as_wide_as_asked(name: str, std: float) -> None:
-    fusion = FUSIONS[name](**SIZES, init="normal", std=std)
+    fusion = build_fusion(name, **SIZES, init="normal", std=std)
     weights = torch.cat([p.flatten() for p in fusion.parameters() if p.ndim == 2])
     assert weights.std().item() == pytest.approx(std, rel=0.1)
     assert not any(m.bias.any() for m in fusion.modules() if isinstance(m, torch.nn.Linear)), "as in BERT"
@@ -120,7 +122,7 @@ def test_early_cross_attention_has_as_many_heads_as_clip(stage2_config: Any) -> 
 
 def test_dual_reads_m_as_a_set_and_moves_m_prime_with_it(tokens: tuple[torch.Tensor, ...]) -> None:
     _, mae, queries = tokens
-    fusion = FUSIONS["dual"](**SIZES, init="normal")
+    fusion = build_fusion("dual", **SIZES, init="normal")
     order = torch.randperm(9, generator=torch.Generator().manual_seed(1))
     z, aligned = fusion.refine(queries, mae)
     z_shuffled, aligned_shuffled = fusion.refine(queries, mae[:, order])
@@ -130,7 +132,7 @@ def test_dual_reads_m_as_a_set_and_moves_m_prime_with_it(tokens: tuple[torch.Ten
 
 def test_dual_depends_on_both_streams(tokens: tuple[torch.Tensor, ...]) -> None:
     _, mae, queries = tokens
-    fusion = FUSIONS["dual"](**SIZES, init="normal")
+    fusion = build_fusion("dual", **SIZES, init="normal")
     z, aligned = fusion.refine(queries, mae)
     z_other, _ = fusion.refine(queries, mae.flip(0))
     _, aligned_other = fusion.refine(queries.flip(0), mae)
@@ -142,7 +144,7 @@ def test_gradients_reach_every_parameter_after_one_step_from_the_identity(
     tokens: tuple[torch.Tensor, ...],
 ) -> None:
     _, mae, queries = tokens
-    fusion = FUSIONS["dual"](**SIZES)
+    fusion = build_fusion("dual", **SIZES)
     optimizer = torch.optim.SGD(fusion.parameters(), lr=0.1)
     generator = torch.Generator().manual_seed(2)
     goal_z, goal_m = torch.randn(queries.shape, generator=generator), torch.randn(mae.shape, generator=generator)
@@ -198,8 +200,8 @@ def test_a_block_is_torchs_own_decoder_layer() -> None:
 def test_full_size_blocks_add_about_twenty_million() -> None:
     sizes = {"query_width": 768, "clip_width": 1408, "mae_width": 1280, "heads": 12}
     with torch.device("meta"):
-        with_self = FUSIONS["dual"](**sizes)
-        without = FUSIONS["dual"](**sizes, self_attention=False)
+        with_self = build_fusion("dual", **sizes)
+        without = build_fusion("dual", **sizes, self_attention=False)
         block = CrossAttentionBlock(width=768, context_width=768, heads=12)
 
     def count(module: torch.nn.Module) -> int:
@@ -211,3 +213,31 @@ def test_full_size_blocks_add_about_twenty_million() -> None:
     assert count(block) == 2 * attention + feed_forward + norms
     assert count(with_self) == 21_662_208
     assert count(with_self) - count(without) == 2 * (attention + 2 * 768)
+
+
+def test_what_a_fusion_does_not_know_is_refused(stage2_config: Any) -> None:
+    sizes = {"query_width": 32, "mae_width": 48, "heads": 4}
+    with pytest.raises(TypeError, match="dept"):
+        DualCrossAttention(**sizes, dept=3)
+    with pytest.raises(UserError, match="init: 'Identity'; did you mean 'identity'"):
+        DualCrossAttention(**sizes, init="Identity")
+    with pytest.raises(UserError, match=r"model\.fusion_heads is 0; it must be a whole number, 1 or more"):
+        DualCrossAttention(**{**sizes, "heads": 0})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shuffle_mae": "Flase"}, r"model\.shuffle_mae is 'Flase'; it must be True or False"),
+        ({"load_pretrained": "no!"}, r"model\.load_pretrained is 'no!'; it must be True or False"),
+        ({"fusion_heads": -2}, r"model\.fusion_heads is -2; it must be a whole number, 1 or more"),
+        ({"qformer_layers": 0}, r"model\.qformer_layers is 0; "),
+        ({"embed_dim": 64.5}, r"model\.embed_dim is 64\.5; "),
+        ({"image_size": "64"}, r"model\.image_size is '64'; "),
+        ({"mask_ratio": "0,5"}, r"model\.mask_ratio is '0,5'; it must be a finite number"),
+        ({"vqa_length_penalty": "a"}, r"model\.vqa_length_penalty is 'a'; it must be a finite number"),
+    ],
+)
+def test_values_of_a_wrong_kind_are_named(stage2_config: Any, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_names(OmegaConf.merge(stage2_config.model, changes))

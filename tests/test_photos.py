@@ -129,7 +129,9 @@ def test_photos_are_turned_as_they_were_held(tmp_path: Path, orientation: int) -
     exif[0x0112] = orientation
     picture.save(tmp_path / "a.png", exif=exif)
     expected = ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
-    assert np.array_equal(np.asarray(open_photo(tmp_path / "a.png")), np.asarray(expected))
+    upright = open_photo(tmp_path / "a.png")
+    assert np.array_equal(np.asarray(upright), np.asarray(expected))
+    assert np.array_equal(np.asarray(ImageOps.exif_transpose(upright)), np.asarray(expected)), "turned once"
     assert (expected.size == (2, 4)) == (5 <= orientation <= 8)
 
 
@@ -147,3 +149,10 @@ def test_fractions_are_scaled(tmp_path: Path) -> None:
     for name, values in (("fractions", [-0.1, 0, 0.4, 1]), ("levels", [-9, 0, 102, 255])):
         Image.fromarray(np.array([values], dtype=np.float32)).save(tmp_path / f"{name}.tif")
         assert np.asarray(open_photo(tmp_path / f"{name}.tif"))[0, :, 0].tolist() == [0, 0, 102, 255]
+
+
+def test_32_bit_grey_is_of_16_bits_only_beyond_255() -> None:
+    for levels, expected in (([0, 100, 255], [0, 100, 255]), ([0, 25700, 65535], [0, 100, 255])):
+        image = Image.fromarray(np.array([levels], dtype=np.int32))
+        assert image.mode == "I"
+        assert np.asarray(to_rgb(image))[0, :, 0].tolist() == expected

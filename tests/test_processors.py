@@ -70,6 +70,11 @@ def test_both_views_show_the_same_crop_and_flip(photo: Image.Image) -> None:
         torch.testing.assert_close(clip_to_mae(clip), mae, atol=1e-5, rtol=0)
 
 
+def test_hflip_is_true_or_false() -> None:
+    with pytest.raises(UserError, match="image processor: hflip is 'False'; it must be True or False"):
+        XFormerImageTrainProcessor(hflip="False")  # type: ignore[arg-type]
+
+
 def test_hflip_false_never_mirrors(photo: Image.Image) -> None:
     settings = {"image_size": 16, "min_scale": 1.0, "max_scale": 1.0}
     upright = [seeded(XFormerImageTrainProcessor(hflip=False, **settings), photo, s) for s in range(8)]

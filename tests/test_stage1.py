@@ -403,8 +403,10 @@ def test_wrong_images_and_weights_are_named(make_xformer: Any, batch: dict[str, 
     with pytest.raises(UserError, match=r"model\.loss_weights: 'reco'; did you mean 'rec'"):
         make_xformer("dual", loss_weights={"reco": 1})
     for weight in (None, True, -1, float("nan"), float("inf")):
-        with pytest.raises(UserError, match=r"model\.loss_weights\.rec is \S+; it must be a number, 0 or more"):
+        with pytest.raises(UserError, match=r"model\.loss_weights\.rec is \S+; it must be (a finite number|0 or more)"):
             make_xformer("dual", loss_weights={"rec": weight})
+    with pytest.raises(UserError, match=r"model\.mask_ratio is 0\.99; of 16 patches MAE would see none"):
+        make_xformer("dual", mask_ratio=0.99)
     only_rec = {"itc": 0, "itm": 0, "itg": 0}
     with pytest.raises(UserError, match=r"model\.loss_weights: .*'rec': 0}: nothing would be trained"):
         make_xformer("dual", loss_weights={**only_rec, "rec": 0})
@@ -422,7 +424,7 @@ def test_wrong_images_and_weights_are_named(make_xformer: Any, batch: dict[str, 
     for texts, said in ((3, "must be a string or a list of strings"), ([3], "must be a string"), ([], "is empty")):
         with pytest.raises(UserError, match=rf"samples\['text_input'\] {said}"):
             model.extract_features({"text_input": texts}, mode="text")
-    for name, value in (("max_length", 500), ("num_beams", 0), ("top_p", 0.0), ("min_length", -1)):
+    for name, value in (("max_length", 500), ("max_length", 1), ("num_beams", 0), ("top_p", 0.0), ("min_length", -1)):
         with pytest.raises(UserError, match=f"{name} is {value}"):
             model.generate(batch, **{name: value})
     with pytest.raises(UserError, match="min_length is 10, max_length only 5"):

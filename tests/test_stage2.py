@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from lavis.common.registry import registry
@@ -303,6 +304,10 @@ def test_ranking_takes_the_answer_of_least_loss(kind: str, make_stage2: Any, bat
         expected.append(answers[losses.index(min(losses))])
     ranked = model.predict_answers(samples, inference_method="rank", answer_list=answers)
     assert ranked == expected
+    assert model.predict_answers(samples, inference_method="rank", answer_list=np.array(answers)) == expected
+    for wrong in ("yes", [], None, ["yes", ""]):
+        with pytest.raises(UserError, match="chooses from answer_list, a list of texts"):
+            model.predict_answers(samples, inference_method="rank", answer_list=wrong)
     assert len(set(ranked)) > 1, "or the images and questions don't matter"
 
 
@@ -699,7 +704,7 @@ def test_a_min_length_beyond_reach_is_refused(kind: str, make_stage2: Any, batch
         partial(model.generate, max_length=5, min_new_tokens=6),
         partial(model.predict_answers, max_len=5, min_len=6),
     ):
-        with pytest.raises(UserError, match="min_new_tokens is 6, but at most 5 tokens count"):
+        with pytest.raises(UserError, match="min_len is 6, max_len only 5"):
             ask(batch)
 
 
@@ -795,3 +800,14 @@ def test_the_loss_of_two_processes_is_that_of_the_joined_batch(
     assert not torch.equal(tokens[1], tokens[2])
     monkeypatch.setattr("lavis_xformer.distributed.gather", lambda own: torch.cat(tokens[1:]))
     assert torch.stack([model(part)["loss_lm"] for part in parts]).mean().item() == pytest.approx(expected.item(), 1e-5)
+
+
+def test_lengths_and_penalties_that_make_no_sense_are_named(make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2("opt").eval()
+    samples = {"image": batch["image"], "text_input": "how many?"}
+    with pytest.raises(UserError, match="min_len is 11, max_len only 10"):
+        model.predict_answers(samples, min_len=11)
+    for penalty in ("1", float("nan")):
+        for ask in (model.generate, model.predict_answers):
+            with pytest.raises(UserError, match=r"length_penalty is .*; it must be a finite number"):
+                ask(samples, length_penalty=penalty)

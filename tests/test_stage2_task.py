@@ -76,14 +76,17 @@ def test_captions_and_questions_share_a_batch() -> None:
         CaptionsAndQuestions([QUESTIONS, Rows({"image_id": 7})])[2]
 
 
-def test_a_split_of_questions_without_answers_is_refused_before_training() -> None:
+def test_a_split_of_questions_without_answers_is_refused_before_training(tmp_path: Path) -> None:
     task = Stage2Task()
     with pytest.raises(UserError, match="the split 'val' has questions without answers"):
         task.check_split("val", Rows({"text_input": "where?", "question_id": 7, "answer": None}))
     for split in (CAPTIONS, QUESTIONS, Rows()):
         task.check_split("val", split)
-    late = Rows({"text_input": "where?", "answers": ["left"]}, {"text_input": "where?", "answers": []})
-    for split in (late, CaptionsAndQuestions([CAPTIONS, late])):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    rows = [{"image": "a.png", "question": "where?", "question_id": n, "instance_id": str(n)} for n in range(2)]
+    shared = {"vis_root": tmp_path, "vis_processor": lambda image: torch.zeros(3, 8, 8), "text_processor": str}
+    late = QuestionEvalDataset(annotation=[{**rows[0], "answers": ["left"]}, {**rows[1], "answers": []}], **shared)
+    for split in (late, guard(CaptionsAndQuestions([CAPTIONS, late]))):
         with pytest.raises(UserError, match="'val' has 1 questions without answers, the first at position 1"):
             task.check_split("val", split)
 

@@ -70,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
         one_of("--split", args.split, {split for splits in runner.datasets.values() for split in splits})
         model = runner.unwrap_dist_model(runner.model).eval()
         pair = two_images(args.split, runner.dataloaders[args.split].dataset) if model.fusion.needs_mae else None
+        model.shuffle_mae = False  # whatever the configuration says: first each image with its own M
         own = runner.evaluate(skip_reload=True)[args.split]
         other: Mapping[str, float] = {}
         if pair is not None:

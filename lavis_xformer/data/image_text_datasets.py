@@ -152,6 +152,11 @@ class QuestionEvalDataset(PhotoDataset):
         super().__init__(**shared)
         self.answer_list = answer_list
 
+    @property
+    def unanswered(self) -> list[int]:
+        """Positions of the questions without an answer."""
+        return [position for position, row in enumerate(self.annotation) if not row["answers"]]
+
     def __getitem__(self, index: int) -> Sample:
         """Return image, text_input, question_id, instance_id and answer (the most frequent, or None)."""
         row = self.annotation[index]

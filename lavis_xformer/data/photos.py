@@ -59,7 +59,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode in _DEEP_GREY:
-        return _grey(np.asarray(image) / 257)  # 65535 -> 255
+        levels = np.asarray(image)
+        eight_bits = image.mode == "I" and levels.max() <= 255
+        return _grey(levels if eight_bits else levels / 257)  # 65535 -> 255
     if image.mode == "F" and (shares := np.asarray(image)).max() <= 1:
         return _grey(255 * shares)
     if image.has_transparency_data:
@@ -89,7 +91,9 @@ def open_photo(path: str | Path) -> Image.Image:
         with strict_decoding(), Image.open(path) as image:
             image.load()
             turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-            return to_rgb(image if turn is None else image.transpose(turn))
+            upright = to_rgb(image if turn is None else image.transpose(turn))
+            upright.info.pop("exif", None)  # so that nobody turns it again
+            return upright
     except FileNotFoundError as error:
         raise PhotoError(f"{path}: no such image file") from error
     except Exception as error:  # whatever a broken file makes a decoder raise

@@ -126,9 +126,11 @@ class XFormerImageTrainProcessor(_TwoViewProcessor):
             views: the arguments of :class:`XFormerImageEvalProcessor`.
 
         Raises:
-            UserError: not 0 < min_scale <= max_scale <= 1.
+            UserError: not 0 < min_scale <= max_scale <= 1, or ``hflip`` is neither True nor False.
         """
         super().__init__(**views)
+        if hflip not in (True, False):
+            raise UserError(f"image processor: hflip is {hflip!r}; it must be True or False")
         if not 0 < min_scale <= max_scale <= 1:
             raise UserError(
                 f"image processor: min_scale {min_scale} and max_scale {max_scale} must satisfy "

@@ -236,10 +236,12 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         """Set the weight of each loss, and the share of the patches hidden from MAE for the reconstruction, ``rec``.
 
         Raises:
-            UserError: nothing would be trained.
+            UserError: nothing would be trained, or MAE would see nothing.
         """
         self.loss_weights = weights
         self.mask_ratio = mask_ratio
+        if self.mae is not None and int(self.mae.num_patches * (1 - mask_ratio)) < 1:
+            raise UserError(f"model.mask_ratio is {mask_ratio}; of {self.mae.num_patches} patches MAE would see none")
         self.reconstructs = self.fusion.aligns_mae and self.mae is not None and weights["rec"] > 0 and mask_ratio > 0
         if not self.reconstructs and not any(weight for name, weight in weights.items() if name != "rec"):
             without = ", and this model reconstructs nothing (no MAE, fusion or mask for it)" if weights["rec"] else ""
@@ -318,7 +320,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         Raises:
             UserError: there is no such type.
         """
-        exported = Path(model_type) / "config.yaml"
+        exported = Path(model_type).expanduser() / "config.yaml"
         if model_type not in cls.PRETRAINED_MODEL_CONFIG_DICT and exported.is_file():
             return str(exported)
         return type_path(cls, model_type)
@@ -345,6 +347,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         Raises:
             UserError: there is no such type, or a name, folder or file in its YAML is wrong.
         """
+        model_type = str(model_type)  # which may be the path of a folder
         if model_type.startswith("mini"):
             logger.warning("%s: this small model was trained on synthetic scenes only, not on photos", model_type)
         model = cls.from_config(cls.default_config(model_type).model)

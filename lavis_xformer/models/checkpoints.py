@@ -40,7 +40,8 @@ BROUGHT_CLIP = "brought_clip"  # a buffer: fingerprint of an image encoder that 
 LANGUAGE_MODEL = r"(opt|t5)_model\."  # frozen; LAVIS's files nevertheless hold its tied weights
 PROJECTION = r"(opt|t5)_proj\."  # to the language model: stage 2 has it, stage 1 doesn't
 #: keys of ``model`` that change what the weights mean without changing their shapes; the second kind only with M
-SETTINGS, SETTINGS_OF_M = ("vit_model", "token_positions"), ("mae_model", "mae_source", "clip_layer", "fusion_heads")
+SETTINGS = ("vit_model", "opt_model", "t5_model", "token_positions")
+SETTINGS_OF_M = ("mae_model", "mae_source", "clip_layer", "fusion_heads")
 
 
 class CheckpointLoading:
@@ -52,17 +53,17 @@ class CheckpointLoading:
     #: everything that has been loaded so far
     load_report: LoadReport = LoadReport()
 
-    def load_checkpoint(self, url_or_filename: str) -> LoadReport:
+    def load_checkpoint(self, url_or_filename: str | Path) -> LoadReport:
         """Load a checkpoint as ``pretrained`` does: ``load_model(..., checkpoint=FILE)`` of LAVIS ends here.
 
         Raises:
             UserError: the file can't be read, doesn't fit, or is BLIP-2's although the model has a fusion.
         """
-        report = _load_own(self, url_or_filename, key="load_checkpoint")
+        report = _load_own(self, str(url_or_filename), key="load_checkpoint")
         self.load_report += report
         return report
 
-    def load_from_pretrained(self, url_or_filename: str) -> LoadReport:
+    def load_from_pretrained(self, url_or_filename: str | Path) -> LoadReport:
         """LAVIS's other name for :meth:`load_checkpoint`."""
         return self.load_checkpoint(url_or_filename)
 
@@ -93,6 +94,8 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
     parts = cfg.get("train_only")
     if key == "finetuned" and wanted and not own:
         raise UserError("model.load_finetuned is True, but model.finetuned names no checkpoint")
+    if parts and not wanted:
+        raise UserError("model.load_pretrained is False, but model.train_only needs BLIP-2's weights; leave one out")
     if parts and not blip2:
         raise UserError(
             "model.train_only keeps everything else as in BLIP-2, and its checkpoints hold only the trained parts; set "
@@ -197,6 +200,8 @@ def _tell_other_settings(model: Any, cfg: DictConfig, trained: dict[str, Any], *
     told = []
     for name in (*SETTINGS, *(SETTINGS_OF_M if model.fusion.needs_mae else ())):
         theirs, ours = (_setting(config, name) for config in (trained, cfg))
+        if theirs is None and name.endswith("_model"):
+            continue  # a file of stage 1 names no language model, one of LAVIS perhaps no encoder
         added = name == "token_positions" and stage1 and set(theirs) <= set(ours)
         if theirs != ours and not added:
             told.append(f"{name} {theirs}, here {ours}")
@@ -245,8 +250,8 @@ def _read(source: str, *, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def is_blip2(state: dict[str, Tensor]) -> bool:
-    """Whether a file's weights are BLIP-2's, without a fusion."""
-    return not _any(FUSION, state)
+    """Whether a file's weights are BLIP-2's: queries without a fusion."""
+    return "query_tokens" in state and not _any(FUSION, state)
 
 
 def _any(pattern: str, state: dict[str, Tensor]) -> bool:

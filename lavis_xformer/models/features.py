@@ -185,7 +185,8 @@ class FeatureModel(XFormerBase):
         Raises:
             UserError: a number that makes no sense, or more tokens than the Q-Former has positions for.
         """
-        check_whole(1, num_beams=num_beams, max_length=max_length)
+        check_whole(1, num_beams=num_beams)
+        check_whole(2, max_length=max_length)  # the start token counts
         check_whole(0, min_length=min_length)
         check_positive(top_p=top_p, repetition_penalty=repetition_penalty)
         self._check_length("max_length", max_length)

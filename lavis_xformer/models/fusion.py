@@ -10,14 +10,15 @@ Nm / Dm: number and width of MAE's tokens M, L: queries of an attention, S: its 
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, one_of, whole
 
 Init = Literal["identity", "normal"]
 BERT_STD = 0.02  # standard deviation of BERT's initial weights
@@ -38,7 +39,7 @@ class Attention(nn.Module):
             UserError: ``heads`` doesn't divide ``width``.
         """
         super().__init__()
-        if width % heads:
+        if width % whole("model.fusion_heads", heads, least=1):
             raise UserError(f"model.fusion_heads: {heads} heads don't divide the attention width {width}")
         self.heads = heads
         self.query = nn.Linear(width, width)
@@ -89,8 +90,12 @@ class CrossAttentionBlock(nn.Module):
             self_attention: whether the stream attends to itself first.
             init: ``identity`` starts every output projection at zero, so that the layer returns its input.
             std: standard deviation of the initial weights.
+
+        Raises:
+            UserError: ``heads`` doesn't divide ``width``, or there is no such ``init``.
         """
         super().__init__()
+        one_of("init", init, get_args(Init))
         self.self_norm = nn.LayerNorm(width) if self_attention else None
         self.self_attention = Attention(width=width, context_width=width, heads=heads) if self_attention else None
         self.cross_norm = nn.LayerNorm(width)
@@ -139,10 +144,6 @@ class NoFusion(Fusion):
 
     needs_mae = False
 
-    def __init__(self, **sizes: object) -> None:
-        """Take the same arguments as the other fusions and ignore them."""
-        super().__init__()
-
 
 class DualCrossAttention(Fusion):
     """X-Former (arXiv 2407.13851, section 3): M' = CA1(M, Zq), then Z' = CA2(Zq, M')."""
@@ -159,7 +160,6 @@ class DualCrossAttention(Fusion):
         self_attention: bool = True,
         init: Init = "identity",
         std: float = BERT_STD,
-        **sizes: object,
     ) -> None:
         """Make the two blocks.
 
@@ -173,10 +173,11 @@ class DualCrossAttention(Fusion):
             self_attention: whether each layer begins with self-attention.
             init: ``identity``: M' = M and Z' = Zq exactly at the start; or ``normal``.
             std: standard deviation of the initial weights, as in the Q-Former.
-            sizes: arguments of other fusions, ignored.
+
+        Raises:
+            UserError: ``heads`` doesn't divide ``query_width``, or there is no such ``init``.
         """
         super().__init__()
-
         block = {"width": query_width, "heads": heads, "self_attention": self_attention, "std": std}
         self.mae_in = nn.Linear(mae_width, query_width)
         self.align_blocks = _stack(depth, context_width=query_width, init="normal", **block)
@@ -210,7 +211,7 @@ class DualCrossAttention(Fusion):
 class Concat(Fusion):
     """The paper's ablation "concatenation": the Q-Former reads C and a projection of M side by side."""
 
-    def __init__(self, *, clip_width: int, mae_width: int, std: float = BERT_STD, **sizes: object) -> None:
+    def __init__(self, *, clip_width: int, mae_width: int, std: float = BERT_STD) -> None:
         """Make the projection of M from ``mae_width`` (Dm) to ``clip_width`` (Dc); ``std`` as in DualCrossAttention."""
         super().__init__()
         self.mae_norm = nn.LayerNorm(mae_width)
@@ -235,7 +236,6 @@ class EarlyCrossAttention(Fusion):
         self_attention: bool = True,
         init: Init = "identity",
         std: float = BERT_STD,
-        **sizes: object,
     ) -> None:
         """Make ``depth`` blocks of CLIP's width; the other arguments as in DualCrossAttention."""
         super().__init__()
@@ -255,6 +255,12 @@ FUSIONS: dict[str, type[Fusion]] = {
     "concat": Concat,
     "early": EarlyCrossAttention,
 }
+
+
+def build_fusion(name: str, **offered: Any) -> Fusion:
+    """Make the fusion of this name, with those of the sizes and options offered that its constructor names."""
+    wanted = inspect.signature(FUSIONS[name]).parameters
+    return FUSIONS[name](**{key: value for key, value in offered.items() if key in wanted})
 
 
 def _stack(depth: int, **block: Any) -> nn.ModuleList:

@@ -13,7 +13,7 @@ import torch
 from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
-from lavis_xformer.errors import UserError, one_of
+from lavis_xformer.errors import UserError, number, one_of
 from lavis_xformer.models.base import XFormerBase
 from lavis_xformer.models.language import LanguageModel
 from lavis_xformer.models.samples import check_positive, check_whole, one_per_image, take
@@ -121,7 +121,7 @@ class GenerativeModel(XFormerBase):
             top_p=top_p,
             temperature=temperature,
             repetition_penalty=repetition_penalty,
-            length_penalty=length_penalty,
+            length_penalty=number("length_penalty", length_penalty),
             num_return_sequences=num_captions,
         )
 
@@ -161,6 +161,9 @@ class GenerativeModel(XFormerBase):
         """
         check_whole(1, num_beams=num_beams, max_len=max_len, num_ans_candidates=num_ans_candidates)
         check_whole(0, min_len=min_len)
+        if min_len > max_len:
+            raise UserError(f"min_len is {min_len}, max_len only {max_len}; lower one or raise the other")
+        penalty = number("length_penalty", self.vqa_length_penalty if length_penalty is None else length_penalty)
         one_of("run.inference_method", inference_method, METHODS)
         prefix, asked = self._ask(samples, prompt)
         if inference_method == "rank":
@@ -172,7 +175,7 @@ class GenerativeModel(XFormerBase):
             num_beams=num_beams,
             max_new_tokens=max_len,
             min_new_tokens=min_len,
-            length_penalty=self.vqa_length_penalty if length_penalty is None else length_penalty,
+            length_penalty=penalty,
             num_return_sequences=1,
         )
         return [lemmatize(answer) for answer in answers] if self.apply_lemmatizer else answers
@@ -191,9 +194,10 @@ class GenerativeModel(XFormerBase):
 
     def _rank(self, prefix: Tensor, asked: list[str], answers: Sequence[str] | None, candidates: int) -> list[str]:
         """Choose an answer for each of B prefixes (B, Q, L)."""
-        if not answers or not all(answers):
+        if answers is None or isinstance(answers, str) or not len(answers) or not all(answers):
             raise UserError(
-                "run.inference_method: 'rank' chooses from answer_list; it is missing or has an empty answer"
+                "run.inference_method: 'rank' chooses from answer_list, a list of texts; it is missing, a single text, "
+                "or has an empty answer"
             )
         said = [f" {answer}" for answer in answers]  # as in training
         return [text.strip() for text in self.language.rank(prefix, asked, said, candidates=candidates)]

@@ -2,7 +2,8 @@
 
 Every computation is LAVIS's. Only what keeps these classes from being trained here is replaced: LAVIS 1.0.2 downloads
 encoder and BERT by fixed names, loads released weights even if none are wanted, and needs a process group even for a
-single process. Checkpoints use the weight names of ``fusion: none``, which reads and evaluates them.
+single process. Checkpoints use the weight names of ``fusion: none``, which reads and evaluates them
+(stage 1 with ``embed_dim: 256``, LAVIS's own).
 
 With a process group, LAVIS's ITC passes no gradient to the features that it gathers, unlike ours: losses are equal,
 gradients not exactly.
@@ -10,6 +11,7 @@ gradients not exactly.
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from typing import Any, ClassVar
 
@@ -31,6 +33,8 @@ from lavis_xformer.models.checkpoints import CheckpointLoading, load_pretrained
 from lavis_xformer.models.fusion import NoFusion
 from lavis_xformer.models.stage2 import XFormerStage2
 from lavis_xformer.paths import type_path
+
+logger = logging.getLogger(__name__)
 
 Samples = dict[str, Any]
 
@@ -70,6 +74,14 @@ class OwnParts(CheckpointLoading):
         model.visual_encoder.register_forward_pre_hook(partial(_clip_view, size=cfg.image_size))
         model.fusion = NoFusion()
         model.load_report = load_pretrained(model, cfg)
+        return model
+
+    @classmethod
+    def from_pretrained(cls, model_type: str) -> Any:
+        """Build a model of one of its types, with the weights that its YAML names."""
+        model = super().from_pretrained(model_type)  # type: ignore[misc]
+        if not model.load_report.loaded:
+            logger.warning("%s: no weights are known for this type; load a checkpoint, or train it", model_type)
         return model
 
     def load_checkpoint_from_config(self, cfg: DictConfig, **unused: Any) -> None:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_xformer.errors import UserError, one_of, whole
+from lavis_xformer.errors import UserError, number, one_of, whole
 from lavis_xformer.models import towers
 from lavis_xformer.models.frozen import DTYPES
-from lavis_xformer.models.fusion import FUSIONS, Init
+from lavis_xformer.models.fusion import FUSIONS, Init, build_fusion
 from lavis_xformer.models.mae import MaskedAutoencoder
 
 ENCODERS = ("clip", "mae")
 #: whole numbers, and the smallest sensible value of each: a text has at least its start, a token and its end
-COUNTS = {"num_query_token": 1, "cross_attention_freq": 1, "fusion_depth": 1, "max_txt_len": 3}
+COUNTS = {
+    **dict.fromkeys(("num_query_token", "cross_attention_freq", "qformer_layers", "embed_dim"), 1),
+    **dict.fromkeys(("fusion_depth", "fusion_heads", "image_size", "mae_image_size"), 1),
+    "max_txt_len": 3,
+}
+SWITCHES = (
+    "freeze_vit mask_vl shuffle_mae fusion_self_attention use_grad_checkpoint mae_norm_pix_loss load_pretrained "
+    "load_finetuned prefix_lm apply_lemmatizer"
+).split()
+NUMBERS = ("mask_ratio", "drop_path_rate", "vqa_length_penalty")
 #: mae_source: M is MAE's tokens, those of an untrained MAE, or CLIP's
 CHOICES = {"fusion_init": get_args(Init), "vit_precision": tuple(DTYPES), "mae_source": ("mae", "random", "clip")}
 #: keys whose values the fusions take, and ``XFormerBase`` takes, under these names
@@ -60,7 +68,8 @@ def build_parts(cfg: DictConfig) -> dict[str, Any]:
         layers=cfg.get("qformer_layers"),
         **given(cfg, "cross_attention_freq"),
     )
-    fusion = FUSIONS[name](
+    fusion = build_fusion(
+        name,
         query_width=qformer.config.hidden_size,
         clip_width=visual_encoder.num_features,
         mae_width=visual_encoder.num_features if mae is None else mae.width,
@@ -87,8 +96,8 @@ def weights_of(weights: Mapping[str, Any] | None, defaults: Mapping[str, float])
     """
     for name, weight in (weights or {}).items():
         one_of("model.loss_weights", name, defaults)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 <= weight < math.inf:
-            raise UserError(f"model.loss_weights.{name} is {weight!r}; it must be a number, 0 or more")
+        if number(f"model.loss_weights.{name}", weight) < 0:
+            raise UserError(f"model.loss_weights.{name} is {weight!r}; it must be 0 or more")
     return {**defaults, **(weights or {})}
 
 
@@ -101,14 +110,19 @@ def check_names(cfg: DictConfig) -> None:
     """Check the names and counts in a ``model`` configuration before anything is built.
 
     Raises:
-        UserError: there is no such fusion, initialisation, precision, source of M or encoder; a count is too small; or
-            ``token_positions`` is not a list.
+        UserError: there is no such fusion, initialisation, precision, source of M or encoder; a count is too small; a
+            switch is neither True nor False; or ``token_positions`` is not a list.
     """
     one_of("model.fusion", cfg.get("fusion", "dual"), FUSIONS)
     for key, value in given(cfg, *CHOICES).items():
         one_of(f"model.{key}", value, CHOICES[key])
     for key, count in given(cfg, *COUNTS).items():
         whole(f"model.{key}", count, least=COUNTS[key])
+    for key, value in given(cfg, *SWITCHES).items():
+        if value not in (True, False):
+            raise UserError(f"model.{key} is {value!r}; it must be True or False")
+    for key, value in given(cfg, *NUMBERS).items():
+        number(f"model.{key}", value)
     if isinstance(placed := cfg.get("token_positions") or [], str):
         raise UserError(f"model.token_positions: '{placed}' is not a list; write [{placed}]")
     for encoder in placed:

@@ -16,7 +16,6 @@ from lavis.common.registry import registry
 from lavis.datasets.datasets.vqa_datasets import VQADataset
 from torch.utils.data import ConcatDataset, IterableDataset
 
-from lavis_xformer.data.packed import PackedRows
 from lavis_xformer.engine.sampling import members
 from lavis_xformer.errors import UserError
 from lavis_xformer.tasks.base import NO_CAPTIONS, NamedLossTask, Samples
@@ -89,9 +88,7 @@ class Stage2Task(NamedLossTask):
         if "question_id" in sample and not (sample.get("answer") or sample.get("answers")):
             raise UserError(f"the split '{name}' has questions without answers, which can't be scored; leave it out")
         for part in members(dataset):
-            rows = getattr(part, "annotation", None)
-            own = rows if isinstance(rows, list | PackedRows) else ()  # scenes have none without an answer
-            if lacking := [position for position, row in enumerate(own) if row.get("answers") == []]:
+            if lacking := getattr(part, "unanswered", []):
                 raise UserError(
                     f"the split '{name}' has {len(lacking)} questions without answers, the first at position "
                     f"{lacking[0]}, which can't be scored; leave them out"
