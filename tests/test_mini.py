@@ -28,6 +28,7 @@ from lavis_xformer.mini.language import Document, accuracy, encode, next_token_l
 from lavis_xformer.mini.mae import mae_config, mae_loss
 from lavis_xformer.mini.t5 import examine, pair, t5_config, t5_loss
 from lavis_xformer.mini.training import Schedule, fit, generator
+from lavis_xformer.models.opt import CachedOPT, attend_by_kernel
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +202,9 @@ def test_a_note_is_read_in_the_place_of_one_token(smoke):
     notes = ("red circle: small dotted", "three objects on a plain ground")
     asked = Document("", (Question("count", "how many circles?", "2"),), notes)
     text = encode([asked, Document("a red star")], tokenizer)
-    loss, hits, wanted = next_token_loss(model, text.take(torch.tensor([0, 1]), torch.device("cpu")))
+    trained = attend_by_kernel(CachedOPT(opt_config(len(tokenizer)))).eval()  # the class that is trained
+    trained.load_state_dict(model.state_dict())
+    loss, hits, wanted = next_token_loss(trained, text.take(torch.tensor([0, 1]), torch.device("cpu")))
 
     words = model.get_input_embeddings()
     ids = [tokenizer(f" {note}", add_special_tokens=False, return_tensors="pt").input_ids[0] for note in notes]

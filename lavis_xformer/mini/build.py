@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import BertTokenizer, OPTForCausalLM, T5ForConditionalGeneration, ViTMAEForPreTraining
+from transformers import BertTokenizer, T5ForConditionalGeneration, ViTMAEForPreTraining
 
 from lavis_xformer import __version__
 from lavis_xformer.arguments import at_least, command_parser
@@ -36,6 +36,7 @@ from lavis_xformer.mini.mae import mae_config, mae_loss, reconstruction
 from lavis_xformer.mini.t5 import examine, t5_config, t5_loss
 from lavis_xformer.mini.tokenizers import write_bert, write_opt, write_t5
 from lavis_xformer.mini.training import Schedule, StepLoss, fit
+from lavis_xformer.models.opt import CachedOPT, attend_by_kernel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +179,7 @@ def build_opt(job: Job) -> None:
     recipe = job.recipe
     documents = pool.documents(pool.TRAIN, seed=job.seed, count=recipe.documents)
     tokenizer = write_opt(job.out / "opt", _said(documents))
-    model = OPTForCausalLM(opt_config(len(tokenizer)))
+    model = attend_by_kernel(CachedOPT(opt_config(len(tokenizer))))  # as in stage 2
     prepare(model)
     model.to(job.device)
     seconds = job.fit("opt", model, language_loss(model, encode(documents, tokenizer), batch=recipe.opt.batch))

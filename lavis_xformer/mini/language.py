@@ -17,10 +17,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GPT2Tokenizer, OPTConfig, OPTForCausalLM
+from transformers import GPT2Tokenizer, OPTConfig
 
 from lavis_xformer.data.scenes import Question
 from lavis_xformer.mini.training import StepLoss, autocast
+from lavis_xformer.models.opt import CachedOPT
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def opt_config(vocabulary: int) -> OPTConfig:
 
 
 @torch.no_grad()
-def prepare(model: OPTForCausalLM) -> None:
+def prepare(model: CachedOPT) -> None:
     """Initialise the model, in place, so that it quickly learns to look things up.
 
     Position embeddings start as sinusoids (Vaswani et al. 2017), so that distances are visible from the first step.
@@ -123,7 +124,7 @@ def encode(documents: Sequence[Document], tokenizer: GPT2Tokenizer, *, length: i
 
 
 def next_token_loss(
-    model: OPTForCausalLM, text: Encoded, *, noise: float = 0.0, rng: torch.Generator | None = None
+    model: CachedOPT, text: Encoded, *, noise: float = 0.0, rng: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of each next token and whether it is the most likely one.
 
@@ -161,9 +162,7 @@ def next_token_loss(
     return loss, logits.argmax(-1) == target, spread(text.answers.long())[:, 1:] == 1
 
 
-def language_loss(
-    model: OPTForCausalLM, texts: Encoded, *, batch: int, noise: float = 0.0, first: float = 0.3
-) -> StepLoss:
+def language_loss(model: CachedOPT, texts: Encoded, *, batch: int, noise: float = 0.0, first: float = 0.3) -> StepLoss:
     """One step: mean cross-entropy in which a token to be learned weighs 21 times as much as any other.
 
     The contents of a scene and the questions can't be predicted, so their loss is noise that would drown out the
@@ -196,7 +195,7 @@ def language_loss(
 
 
 @torch.no_grad()
-def accuracy(model: OPTForCausalLM, tokenizer: GPT2Tokenizer, documents: Sequence[Document]) -> dict[str, float]:
+def accuracy(model: CachedOPT, tokenizer: GPT2Tokenizer, documents: Sequence[Document]) -> dict[str, float]:
     """Percentage of answers of each kind that greedy decoding gets completely right.
 
     Every document has one question. Greedy decoding gives the answer exactly if each of its tokens is the most likely
@@ -225,7 +224,7 @@ def percent_by_kind(documents: Sequence[Document], solved: Sequence[bool]) -> di
 
 
 @torch.no_grad()
-def perplexity(model: OPTForCausalLM, tokenizer: GPT2Tokenizer, documents: Sequence[Document]) -> float:
+def perplexity(model: CachedOPT, tokenizer: GPT2Tokenizer, documents: Sequence[Document]) -> float:
     """Perplexity per token over documents."""
     texts = encode(documents, tokenizer)
     device = next(model.parameters()).device

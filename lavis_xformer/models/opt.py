@@ -45,6 +45,14 @@ class KernelAttention(OPTAttention):
         return self.out_proj(attended.transpose(1, 2).flatten(2)), None, (key, value)
 
 
+def attend_by_kernel(model: OPTForCausalLM) -> OPTForCausalLM:
+    """Exchange the attention of all layers, in place, for :class:`KernelAttention`; return the model."""
+    for module in model.modules():
+        if isinstance(module, OPTAttention):
+            module.__class__ = KernelAttention
+    return model
+
+
 class CachedOPT(OPTForCausalLM):
     """LAVIS's OPT, keeping its key/value cache under transformers >= 4.26, which renamed the argument."""
 
@@ -66,9 +74,7 @@ class OptLanguage(LanguageModel):
     def __init__(self, **parts: Any) -> None:
         """Take what :class:`LanguageModel` takes."""
         super().__init__(**parts)
-        for module in self.model.modules():
-            if isinstance(module, OPTAttention):
-                module.__class__ = KernelAttention
+        attend_by_kernel(self.model)
         self.tokenizer.padding_side = "left"  # prompts of different lengths must all end where the answer begins
         self.end_id = self.tokenizer("\n", add_special_tokens=False).input_ids[0]
 
