@@ -399,6 +399,10 @@ def test_a_key_beside_the_sections_is_read_by_an_interpolation_or_refused(load):
     with pytest.raises(UserError, match=r"run\.yaml: 'seed:' stands beside the sections model, datasets, run"):
         load(text=f"{YAML}seed: 7\n")
     assert load(text=YAML.replace("max_epoch: 10", "max_epoch: ${long}") + "long: 7\n").run_cfg.max_epoch == 7
+    assert (
+        load(text="rates: &rates {warmup_lr: 1e-6}\n" + YAML.replace("run:", "run:\n  <<: *rates")).run_cfg.warmup_lr
+        == 1e-6
+    )
 
 
 def test_a_tilde_is_the_home_folder(load, monkeypatch, tmp_path: Path):

@@ -15,6 +15,7 @@ project's YAML, ``--options``. Beyond LAVIS's ``Config``:
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -142,10 +143,11 @@ def read_yaml(path: Path) -> DictConfig:
 
 
 def _check_top_level(path: Path, config: DictConfig) -> None:
-    """Reject a key beside the sections that nothing reads, such as one of ``run`` that has slipped out of it."""
+    """Reject a key beside the sections that nothing refers to, such as one of ``run`` that has slipped out of it."""
     text = path.read_text(encoding="utf-8")
     for key in map(str, config):
-        if key not in (*SECTIONS, "preprocess") and f"${{{key}" not in text:
+        referred = f"${{{key}" in text or re.search(rf"^{re.escape(key)}:\s*&", text, re.MULTILINE)
+        if key not in (*SECTIONS, "preprocess") and not referred:
             raise UserError(
                 f"{path}: '{key}:' stands beside the sections {', '.join(SECTIONS)}, where nothing reads it; "
                 "indent it below one of them"

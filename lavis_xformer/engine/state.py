@@ -108,16 +108,17 @@ class TrainingState:
             UserError: it is of another model, or its position falls inside a batch of this run.
         """
         config = content.get("config", self.config)
-        theirs, ours = (given.get("model", {}).get("arch") for given in (config, self.config))
-        if theirs != ours:
-            raise UserError(
-                f"{source} is of a run of {theirs}, this one trains {ours}; to start from its weights, name it as "
-                "model.pretrained, not as run.resume_ckpt_path"
-            )
         changes = jobs.differences(config, self.config)
         if changes:
             logger.warning("%s: the configuration was different: %s", source, "; ".join(changes))
-        load_trainable(self.model, content["model"], source=source)
+        try:
+            load_trainable(self.model, content["model"], source=source)
+        except UserError as error:
+            before, now = (given.get("model", {}).get("arch") for given in (config, self.config))
+            if before == now:
+                raise
+            told = f"it is of a run of {before}, this one trains {now}; is it meant as model.pretrained?"
+            raise UserError(f"{error}; {told}") from error
         self._restore_optimizer(content, source)
         self.position = self._restored_position(content, source)
         self.best = content.get("best", {})

@@ -28,6 +28,8 @@ from lavis_xformer.files import write_json
 from lavis_xformer.runners.portable import PortableRunner, size_of
 from lavis_xformer.state_dicts import load_trainable, weights_told
 
+SOURCES = {f"model.{key}" for key in "pretrained finetuned load_finetuned blip2_pretrained train_only".split()}
+
 logger = logging.getLogger(__name__)
 
 
@@ -215,9 +217,9 @@ class XFormerRunner(PortableRunner):
         path = self.resume_ckpt_path or (str(best) if best.exists() and not named else None)
         if path is None:
             return
-        trained, config = checkpoint.read(Path(path)).get("config", {}).get("model"), self.config.to_dict()
-        changes = [] if trained is None else jobs.differences(_settings(trained), _settings(config["model"]))
-        if changes:
+        config = self.config.to_dict()
+        trained = checkpoint.read(Path(path)).get("config", config)
+        if changes := jobs.differences({"model": trained["model"]}, {"model": config["model"]}, incidental=SOURCES):
             logger.warning("%s was trained with other settings of the model: %s", path, "; ".join(changes))
         self._load_weights(path)
         logger.info("evaluating the weights of %s", path)
@@ -348,9 +350,3 @@ class XFormerRunner(PortableRunner):
             self._load_weights(str(path))
         else:
             logger.info("no best checkpoint was chosen: testing the last weights")
-
-
-def _settings(model: dict[str, Any]) -> dict[str, Any]:
-    """A model's configuration without the names of the files that its weights come from."""
-    sources = ("pretrained", "finetuned", "load_finetuned", "blip2_pretrained", "train_only")
-    return {f"model.{key}": value for key, value in model.items() if key not in sources}
