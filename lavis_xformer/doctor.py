@@ -205,9 +205,9 @@ def check_imports(result: tuple[list[str], str]) -> Iterator[Finding]:
 def check_yaml(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
     """Check a run's names, keys and files, as the run itself would, and its weights as well."""
     from lavis_xformer import register
-    from lavis_xformer.config.keys import nodes
     from lavis_xformer.config.load import load_config
     from lavis_xformer.engine.options import check_lavis_keys
+    from lavis_xformer.nested import nodes
 
     register()
     try:

@@ -50,6 +50,7 @@ RULES = [
         (*rooms("models", "mini", "probe", *DATA_BUT_GUARD), "lavis.models.*"),
     ),
     # 5. a report is made of files, and so is a comparison, whose runs are processes of their own
+    (("engine.*",), (*rooms("config"), "lavis.*")),
     (("compare.*",), (*rooms("models", "data", "tasks", "runners", "engine", "config"), "lavis.*")),
     (("analysis.report",), (*rooms("models", "data", "tasks", "runners", "engine", "config"), "lavis.*")),
 ]

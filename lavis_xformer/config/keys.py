@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any
 
 from lavis.common.registry import registry
-from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.nested import nodes
 
 # Keys that LAVIS or this package reads but that need not appear in any YAML. A model, dataset builder, task,
 # runner or schedule may add its own in a class attribute CONFIG_KEYS.
@@ -104,16 +105,3 @@ def _optional_keys(classes: dict[str, Any]) -> list[str]:
         if section.startswith("datasets."):
             keys[section] = DATASET_KEYS | {f"*_processor.*.{key}" for key in PROCESSOR_KEYS} | _own(section)
     return [f"{section}.{key}{rest}" for section, names in keys.items() for key in names for rest in ("", ".*")]
-
-
-def nodes(config: Container | Mapping[Any, Any], prefix: str = "", leaves: bool = False) -> dict[str, Any]:
-    """Return every node, or every leaf, by its dotted path; interpolations stay text."""
-    values = OmegaConf.to_container(config) if isinstance(config, Container) else config
-    found: dict[str, Any] = {}
-    for key, value in cast(Mapping[Any, Any], values).items():
-        inside = isinstance(value, Mapping)
-        if not (inside and value and leaves):
-            found[f"{prefix}{key}"] = value
-        if inside:
-            found |= nodes(value, f"{prefix}{key}.", leaves)
-    return found

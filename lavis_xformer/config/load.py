@@ -27,9 +27,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis_xformer.config.files import check_data_files, check_file
-from lavis_xformer.config.keys import check_keys, nodes
+from lavis_xformer.config.keys import check_keys
 from lavis_xformer.errors import UserError, fault_in_yaml, nearest, one_of
 from lavis_xformer.models.parts import check_names
+from lavis_xformer.nested import nodes
 from lavis_xformer.paths import project_path
 
 logger = logging.getLogger(__name__)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from lavis_xformer import distributed
-from lavis_xformer.config.keys import nodes
 from lavis_xformer.distributed import is_main
 from lavis_xformer.engine import checkpoint
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import read_json
+from lavis_xformer.nested import nodes
 from lavis_xformer.versions import versions_of
 
 CONFIG_NAME, SUMMARY_NAME, LOCK_NAME = "config.json", "summary.json", ".lock"
