@@ -34,6 +34,12 @@ def test_ten_images_are_read(photos: Path) -> None:
     assert records[3] == Pair("3.png", ("number 3", "a square"), "3.png", 4)
 
 
+def test_one_image_has_one_id_however_its_path_is_written(photos: Path) -> None:
+    rows = [{"image": name, "caption": "one"} for name in ("1.png", "./1.png", ".//1.png")]
+    records = load(write(photos, rows), PairKeys(), image_root=photos)
+    assert {record.image_id for record in records if isinstance(record, Pair)} == {"1.png"}
+
+
 def test_other_keys_and_ids(photos: Path) -> None:
     rows = [{"file": "1.png", "text": "one", "n": 7}, {"file": "2.png", "text": "two", "n": 7}]
     keys = PairKeys(image="file", caption="text", image_id="n")

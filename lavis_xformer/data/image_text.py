@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -79,8 +80,9 @@ Record = Pair | Question
 
 
 def _image(row: Row, key: str) -> str:
+    """The path as every row should write it, since images are told apart by it: without ``./``."""
     value = row.get(key)
-    return value if isinstance(value, str) and value.strip() else ""
+    return os.path.normpath(value) if isinstance(value, str) and value.strip() else ""
 
 
 def _text(row: Row, key: str) -> str:
