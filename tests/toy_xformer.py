@@ -51,7 +51,7 @@ def build():
             towers.qformer_config(bert, num_queries=4, vision_width=20, cross_attention_freq=2)
         ),
         tokenizer=tokenizer,
-        fusion=DualCrossAttention(query_width=32, clip_width=20, mae_width=24, heads=4, init="normal"),
+        fusion=DualCrossAttention(query_width=32, mae_width=24, heads=4, init="normal"),
         image_size=32,
         max_txt_len=12,
         embed_dim=16,
