@@ -436,6 +436,15 @@ def test_such_steps_may_be_skipped(tmp_path):
     assert torch.isfinite(torch.tensor(runner.state.best["loss"]))
 
 
+@pytest.fixture
+def terminal():
+    """A process that a closed terminal ends, also where the tests themselves run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_saves_the_step_and_the_restart_ends_the_same(unbroken, tmp_path, sent, code):
     runner = toy_training.make_runner(tmp_path, resume="auto")
@@ -449,14 +458,12 @@ def test_a_signal_saves_the_step_and_the_restart_ends_the_same(unbroken, tmp_pat
     assert_same(weights(again), weights(unbroken))
 
 
+@pytest.mark.usefixtures("terminal")
 def test_under_nohup_a_closed_terminal_stops_nothing(tmp_path):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        runner = toy_training.make_runner(tmp_path, max_epoch=1)
-        signal_in_step(runner, 2, lambda: signal.raise_signal(signal.SIGHUP))
-        assert runner.train()["finished"]
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    runner = toy_training.make_runner(tmp_path, max_epoch=1)
+    signal_in_step(runner, 2, lambda: signal.raise_signal(signal.SIGHUP))
+    assert runner.train()["finished"]
 
 
 def test_the_same_signal_twice_at_once_still_saves_the_step(tmp_path):
