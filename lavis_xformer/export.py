@@ -55,8 +55,8 @@ def from_folder(folder: str | Path, *, is_eval: bool = True, device: str = "cpu"
         raise UserError(f"{folder} is not an exported model: it has no {CONFIG}")
     if (arch := OmegaConf.select(OmegaConf.load(path), "model.arch")) is None:
         raise UserError(f"{folder} is not an exported model: its {CONFIG} names no model.arch")
-    whole = str(path.parent.resolve())  # never the name of a type, such as mini
-    return lavis_xformer.load_model_and_preprocess(arch, whole, is_eval=is_eval, device=device)
+    absolute = str(path.parent.resolve())  # never the name of a type, such as mini
+    return lavis_xformer.load_model_and_preprocess(arch, absolute, is_eval=is_eval, device=device)
 
 
 def export(

@@ -243,7 +243,8 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         if self.mae is not None and int(self.mae.num_patches * (1 - mask_ratio)) < 1:
             raise UserError(f"model.mask_ratio is {mask_ratio}; of {self.mae.num_patches} patches MAE would see none")
         self.reconstructs = self.fusion.aligns_mae and self.mae is not None and weights["rec"] > 0 and mask_ratio > 0
-        if not self.reconstructs and not any(weight for name, weight in weights.items() if name != "rec"):
+        others = [weight for name, weight in weights.items() if name != "rec"]
+        if not (self.reconstructs or any(others)):
             without = ", and this model reconstructs nothing (no MAE, fusion or mask for it)" if weights["rec"] else ""
             raise UserError(f"model.loss_weights: {weights}{without}: nothing would be trained; raise a weight")
 

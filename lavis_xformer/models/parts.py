@@ -20,10 +20,12 @@ COUNTS = {
     **dict.fromkeys(("fusion_depth", "fusion_heads", "image_size", "mae_image_size"), 1),
     "max_txt_len": 3,
 }
+#: True or False
 SWITCHES = (
     "freeze_vit mask_vl shuffle_mae fusion_self_attention use_grad_checkpoint mae_norm_pix_loss load_pretrained "
     "load_finetuned prefix_lm apply_lemmatizer"
 ).split()
+#: finite numbers
 NUMBERS = ("mask_ratio", "drop_path_rate", "vqa_length_penalty")
 #: mae_source: M is MAE's tokens, those of an untrained MAE, or CLIP's
 CHOICES = {"fusion_init": get_args(Init), "vit_precision": tuple(DTYPES), "mae_source": ("mae", "random", "clip")}
