@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.models.base import XFormerBase
 from lavis_xformer.models.fusion import CrossAttentionBlock, Init
-from lavis_xformer.models.samples import check_positive, check_whole, take, texts_of
+from lavis_xformer.models.samples import check_order, check_positive, check_whole, take, texts_of
 
 MODES = ("multimodal", "image", "text")
 ITG_SOURCES = ("qformer", "xformer")
@@ -190,8 +190,7 @@ class FeatureModel(XFormerBase):
         check_whole(0, min_length=min_length)
         check_positive(top_p=top_p, repetition_penalty=repetition_penalty)
         self._check_length("max_length", max_length)
-        if min_length > max_length:
-            raise UserError(f"min_length is {min_length}, max_length only {max_length}; lower one or raise the other")
+        check_order(min_length=min_length, max_length=max_length)
         beams = 1 if use_nucleus_sampling else num_beams
         tokens = self.encode_image(take(samples, "image"))
         start = torch.full((len(tokens.clip), 1), self.tokenizer.bos_token_id, device=tokens.clip.device)

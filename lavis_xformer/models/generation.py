@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lavis_xformer.errors import UserError, number, one_of
 from lavis_xformer.models.base import XFormerBase
 from lavis_xformer.models.language import LanguageModel
-from lavis_xformer.models.samples import check_positive, check_whole, one_per_image, take
+from lavis_xformer.models.samples import check_order, check_positive, check_whole, one_per_image, take
 from lavis_xformer.models.texts import ask
 
 METHODS = ("generate", "rank")  # of answering
@@ -161,8 +161,7 @@ class GenerativeModel(XFormerBase):
         """
         check_whole(1, num_beams=num_beams, max_len=max_len, num_ans_candidates=num_ans_candidates)
         check_whole(0, min_len=min_len)
-        if min_len > max_len:
-            raise UserError(f"min_len is {min_len}, max_len only {max_len}; lower one or raise the other")
+        check_order(min_len=min_len, max_len=max_len)
         penalty = number("length_penalty", self.vqa_length_penalty if length_penalty is None else length_penalty)
         one_of("run.inference_method", inference_method, METHODS)
         prefix, asked = self._ask(samples, prompt)

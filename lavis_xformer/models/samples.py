@@ -57,6 +57,13 @@ def check_whole(least: int, **numbers: Any) -> None:
         whole(name, number, least=least)
 
 
+def check_order(**lengths: int) -> None:
+    """Refuse a least length, named first, above the most, named second."""
+    (low, least), (high, most) = lengths.items()
+    if least > most:
+        raise UserError(f"{low} is {least}, {high} only {most}; lower one or raise the other")
+
+
 def check_positive(**numbers: Any) -> None:
     """Refuse what is no number above 0."""
     for name, number in numbers.items():

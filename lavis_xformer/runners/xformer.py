@@ -217,11 +217,11 @@ class XFormerRunner(PortableRunner):
         path = self.resume_ckpt_path or (str(best) if best.exists() and not named else None)
         if path is None:
             return
-        config = self.config.to_dict()
-        trained = checkpoint.read(Path(path)).get("config", config)
+        content, config = checkpoint.read(Path(path)), self.config.to_dict()
+        trained = content.get("config", config)
         if changes := jobs.differences({"model": trained["model"]}, {"model": config["model"]}, incidental=SOURCES):
             logger.warning("%s was trained with other settings of the model: %s", path, "; ".join(changes))
-        self._load_weights(path)
+        load_trainable(self.unwrap_dist_model(self.model), content["model"], source=path)
         logger.info("evaluating the weights of %s", path)
 
     def log_config(self) -> None:
