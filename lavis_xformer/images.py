@@ -4,7 +4,7 @@ CLIP and MAE normalise pixels differently and may want different sizes, but must
 flip. A packed image is one tensor, so every LAVIS collater can stack it and every LAVIS model that only asks
 for its device and batch size can handle it.
 
-:func:`other_rows` picks another image for each of a batch (``shuffle_mae``).
+:class:`OtherImages` picks another image for each of a batch (``shuffle_mae``).
 
 B: batch, S: side of the packed image, Sc / Sm: side that CLIP / MAE wants, in pixels.
 """
@@ -84,15 +84,34 @@ def resize(image: Tensor, side: int) -> Tensor:
     return F.interpolate(image, (side, side), mode="bicubic", antialias=True)
 
 
-def other_rows(images: Tensor) -> list[int]:
-    """For each image of (B, ...), the row of a different one, half a batch away if possible; [] if all are equal.
+class OtherImages:
+    """Picks a different image for each: from the batch or, if its images are all equal, the latest before it."""
 
-    Half a batch away because questions about the same image are adjacent.
-    """
-    if all(torch.equal(image, images[0]) for image in images):
-        return []
-    turns = range(len(images) // 2, len(images) // 2 + len(images))
-    return [
-        next(other for other in ((row - turn) % len(images) for turn in turns) if not torch.equal(images[other], image))
-        for row, image in enumerate(images)
-    ]
+    def __init__(self) -> None:
+        self.latest: tuple[Tensor, ...] = ()  #: up to two different images, (1, ...)
+
+    def of(self, images: Tensor) -> Tensor:
+        """Images -> as many others, both (B, ...).
+
+        An image's other is half a batch away if possible, since questions about the same image are adjacent.
+
+        Raises:
+            UserError: all images, with those before, are equal.
+        """
+        last = images[-1:].clone()
+        if any(not torch.equal(image, last[0]) for image in images):
+            others = images[[_different_row(images, row) for row in range(len(images))]]
+            self.latest = (others[-1:], last)
+            return others
+        different = [image for image in self.latest if not torch.equal(image.to(last), last)][-1:]
+        self.latest = (*different, last)
+        if not different:
+            raise UserError("model.shuffle_mae needs two different images, in this batch or earlier ones; found one")
+        return different[0].to(last).expand_as(images)
+
+
+def _different_row(images: Tensor, row: int) -> int:
+    """The row of an image other than that of ``row``, tried from half a batch away on."""
+    count = len(images)
+    turned = ((row - count // 2 - turn) % count for turn in range(count))
+    return next(other for other in turned if not torch.equal(images[other], images[row]))

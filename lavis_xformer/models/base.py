@@ -26,7 +26,7 @@ from typing_extensions import Self
 from lavis_xformer import losses
 from lavis_xformer.distributed import world_size
 from lavis_xformer.errors import UserError
-from lavis_xformer.images import other_rows, unpack
+from lavis_xformer.images import OtherImages, unpack
 from lavis_xformer.models import parts, towers
 from lavis_xformer.models.checkpoints import CheckpointLoading
 from lavis_xformer.models.frozen import Precision, compact, computing, freeze, is_frozen
@@ -60,9 +60,6 @@ class XFormerBase(CheckpointLoading, Blip2Base):
     DEFAULT_MODEL_TYPE: ClassVar[str | None] = "mini"
     #: keys that ``from_config`` reads, besides LAVIS's arch, model_type, load_finetuned, finetuned and pretrained
     CONFIG_KEYS: ClassVar[frozenset[str]] = parts.KEYS | {"train_only", "blip2_pretrained"}
-
-    #: the last images, up to two different ones (1, 3 or 6, S, S), for ``shuffle_mae``
-    _images_before: tuple[Tensor, ...] = ()
 
     def __init__(
         self,
@@ -113,6 +110,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         self.token_positions = frozenset(token_positions)
         self.clip_layer = clip_layer
         self.shuffle_mae = shuffle_mae
+        self._others = OtherImages()
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode, except of frozen parts, which stay in eval mode."""
@@ -160,7 +158,8 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         if tokens.mae is None:
             return Tokens(compact(tokens.clip), mae=None, pixels=None)
         if self.shuffle_mae:
-            tokens = self._with_others(tokens, tokens.mae, image, mask_ratio, noise)
+            other = self._encode(self._others.of(image), mask_ratio, noise)
+            tokens = Tokens(tokens.clip, other.mae, other.pixels)
         clip = compact(self.fusion.visual_tokens(tokens.clip, tokens.mae_tokens))
         return Tokens(clip, tokens.mae, tokens.pixels)
 
@@ -203,22 +202,6 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         """M with its positions, if ``token_positions`` has ``mae``."""
         tokens = mae.tokens + mae.positions() if "mae" in self.token_positions else mae.tokens
         return MaeFeatures(compact(tokens), mae.mask, mae.ids_restore)
-
-    def _with_others(
-        self, own: Tokens, m: MaeFeatures, image: Tensor, mask_ratio: float, noise: Tensor | None
-    ) -> Tokens:
-        """C with another image's M and pixels: from the batch or, if its images are all equal, the latest other one."""
-        rows, last = other_rows(image), image[-1:].clone()
-        if rows:
-            self._images_before = (image[[rows[-1]]], last)
-            pixels = None if own.pixels is None else own.pixels[rows]
-            return Tokens(own.clip, MaeFeatures(*(part[rows] for part in m)), pixels)
-        others = [before for before in self._images_before if not torch.equal(before.to(last), last)]
-        self._images_before = (*others[-1:], last)
-        if not others:
-            raise UserError("model.shuffle_mae needs two different images, in this batch or earlier ones; found one")
-        other = self._encode(others[-1].to(last).expand(len(image), -1, -1, -1), mask_ratio, noise)
-        return Tokens(own.clip, other.mae, other.pixels)
 
     def _run_clip(self, pixels: Tensor) -> Tensor:
         if not is_frozen(self.visual_encoder):
