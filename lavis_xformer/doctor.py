@@ -21,6 +21,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from lavis_xformer.arguments import command_parser
+from lavis_xformer.assets import resolve
 from lavis_xformer.autoload import SWITCH, LavisFinder
 from lavis_xformer.errors import UserError
 from lavis_xformer.paths import CACHE_VARIABLE, cache_folder
@@ -227,8 +228,6 @@ def check_reference(key: str, value: str) -> Iterator[Finding]:
     is_path = value.startswith(("/", "./", "../", "~")) or (key in WEIGHTS and "://" not in value)
     is_path |= value.endswith((".pth", ".pt", ".safetensors")) and "://" not in value
     if value.startswith("assets://"):
-        from lavis_xformer.assets import resolve
-
         try:
             resolve(value)
         except (UserError, OSError) as error:

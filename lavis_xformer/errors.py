@@ -70,6 +70,28 @@ def number(key: str, value: Any) -> float:
     return float(value)
 
 
+def switch(key: str, value: Any) -> bool:
+    """Return a key's value if it is True or False (or 1 or 0).
+
+    Raises:
+        UserError: it isn't.
+    """
+    if value not in (True, False):
+        raise UserError(f"{key} is {value!r}; it must be True or False")
+    return value
+
+
+def text(key: str, value: Any) -> str:
+    """Return a key's value if it is text.
+
+    Raises:
+        UserError: it isn't.
+    """
+    if not isinstance(value, str):
+        raise UserError(f"{key} is {value!r}; it must be text: quote it")
+    return value
+
+
 def fault_in_yaml(error: Exception) -> tuple[str, str]:
     """Return where PyYAML's error lies, as ``", line 3"`` or ``""``, and what is wrong there."""
     mark = getattr(error, "problem_mark", None)

@@ -16,8 +16,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from lavis_xformer import __version__, markdown
 from lavis_xformer.arguments import command_parser
 from lavis_xformer.errors import UserError
+from lavis_xformer.files import sha256
+from lavis_xformer.run_folder import LOG, read_log
 
 CONFIG, WEIGHTS, CARD = "config.yaml", "model.safetensors", "README.md"
 
@@ -185,11 +188,8 @@ def _figures(checkpoint: Path, content: dict[str, Any]) -> dict[str, float]:
 
     The checkpoint itself was written before its evaluation.
     """
-    from lavis_xformer.analysis.report import read_log
-
-    log = checkpoint.with_name("log.jsonl")
     steps = content.get("position", {}).get("steps")
-    records = read_log(checkpoint.parent) if steps is not None and log.is_file() else []
+    records = read_log(checkpoint.parent) if steps is not None and checkpoint.with_name(LOG).is_file() else []
     measured = [record for record in records if record["kind"] == "eval" and record["step"] == steps]
     names = {"kind", "epoch", "step"}
     return {k: v for record in measured for k, v in record.items() if k not in names and isinstance(v, float)}
@@ -240,36 +240,27 @@ def _fit_processors(cfg: Any, model: Any) -> None:
 
 
 def _card(cfg: Any, target: Path, checkpoint: Path, weights: dict[str, Any], facts: dict[str, Any]) -> str:
-    from lavis_xformer import __version__
-    from lavis_xformer.files import sha256
+    told = {
+        "from": f"`{checkpoint.name}`, sha256 `{sha256(checkpoint)}`",
+        "written by": f"lavis_xformer {__version__}",
+        "weights here": f"{sum(tensor.numel() for tensor in weights.values()):,}",
+        "fusion": cfg.model.get("fusion", "dual"),
+        **{name: f"{value:.4g}" if isinstance(value, float) else value for name, value in facts.items()},
+    }
+    files = [(name, f"`{sha256(target / name)}`") for name in (CONFIG, WEIGHTS)]
+    return f"""# {cfg.model.arch} / {cfg.model.model_type}
 
-    count = sum(tensor.numel() for tensor in weights.values())
-    lines = [
-        f"# {cfg.model.arch} / {cfg.model.model_type}",
-        "",
-        "X-Former (arXiv 2407.13851), an independent implementation as a plugin for LAVIS.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| from | `{checkpoint.name}`, sha256 `{sha256(checkpoint)}` |",
-        f"| written by | lavis_xformer {__version__} |",
-        f"| weights here | {count:,} |",
-        f"| fusion | {cfg.model.get('fusion', 'dual')} |",
-        *(
-            f"| {name} | {value:.4g} |" if isinstance(value, float) else f"| {name} | {value} |"
-            for name, value in facts.items()
-        ),
-        "",
-        "| file | sha256 |",
-        "|---|---|",
-        *(f"| {name} | `{sha256(target / name)}` |" for name in (CONFIG, WEIGHTS)),
-        "",
-        "```python",
-        "import lavis_xformer",
-        "",
-        'model, vis, txt = lavis_xformer.from_folder("this folder")',
-        "```",
-        "",
-        "The frozen parts have licences of their own; MAE's public weights are CC-BY-NC 4.0.",
-    ]
-    return "\n".join(lines) + "\n"
+X-Former (arXiv 2407.13851), an independent implementation as a plugin for LAVIS.
+
+{markdown.table(["", ""], told.items())}
+
+{markdown.table(["file", "sha256"], files)}
+
+```python
+import lavis_xformer
+
+model, vis, txt = lavis_xformer.from_folder("this folder")
+```
+
+The frozen parts have licences of their own; MAE's public weights are CC-BY-NC 4.0.
+"""

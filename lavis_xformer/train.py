@@ -24,6 +24,7 @@ from lavis_xformer.engine.log import setup_logging
 from lavis_xformer.engine.options import RunOptions, check_lavis_keys
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import make_folder
+from lavis_xformer.run_folder import LOG, SUMMARY
 from lavis_xformer.tasks.benchmark import BenchmarkTask
 
 #: what tasks call to evaluate a model: LAVIS's, with ours derived from them, and our own
@@ -146,7 +147,7 @@ def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
         pass  # nothing was left to train: the log here has no step
     best = folder / checkpoint.BEST
     newest = best if best.exists() else next(iter(checkpoint.listed(folder)), None)
-    print(f"\ncheckpoint  {show(newest)}\nlog         {show(folder / 'log.jsonl')}{drawn}")
+    print(f"\ncheckpoint  {show(newest)}\nlog         {show(folder / LOG)}{drawn}")
     if runner.options.next_command:
         follows = runner.options.next_command.replace("{checkpoint}", shlex.quote(show(newest)))
         print(f"next        {as_called_here(follows)}")
@@ -155,7 +156,7 @@ def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
 def print_corrupt(names: Sequence[str], count: int, most: int = 5) -> None:
     """Say how many samples were skipped because they can't be read; ``names`` are the first of them."""
     if names:
-        more = f" and {count - most} more (see summary.json)" if count > most else ""
+        more = f" and {count - most} more (see {SUMMARY})" if count > most else ""
         print(f"\n{count} corrupt samples skipped: {', '.join(names[:most])}{more}")
 
 

@@ -48,13 +48,21 @@ def test_maps_are_the_means_over_heads_without_cls(
     assert {name: found.shape for name, found in maps.items()} == dict.fromkeys(sources, (4, 4, 4, 4))
     with torch.no_grad(), recording(model) as found:
         model.forward_image(batch["image"])
-    weights = found["Qformer.bert.encoder.layer.2.crossattention.self"].mean(dim=1)  # (B, Q, S)
+    weights = found["Qformer.bert.encoder.layer.2.crossattention.self"].mean(dim=1)  # (B, Q, K)
     assert torch.allclose(maps["C"].flatten(2), weights[..., 1:17])
     if "M" in maps:
         assert torch.allclose(maps["M"].flatten(2), weights[..., 18:])
     if "M'" in maps:
         weights = found["fusion.enrich_blocks.1.cross_attention"].mean(dim=1)
         assert torch.allclose(maps["M'"].flatten(2), weights[..., 1:])
+
+
+def test_one_text_may_be_of_all_images(make_xformer: Any, batch: dict[str, Any]) -> None:
+    model, image = make_xformer("dual", init="normal").eval(), batch["image"][:2]
+    one, each = (attention_maps(model, {"image": image, "text_input": text}) for text in ("a star", 2 * ["a star"]))
+    assert all(torch.equal(one[name], each[name]) for name in ("C", "M'"))
+    with pytest.raises(UserError, match=r"samples\['text_input'\] has 3 strings for 2 images"):
+        attention_maps(model, {"image": image, "text_input": 3 * ["a star"]})
 
 
 def log_odds(model: Any, samples: dict[str, Any]) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 import toy_training
 import toy_xformer
 
-from lavis_xformer.analysis import report
+from lavis_xformer import run_folder
 from lavis_xformer.engine import rng
 
 SCRIPT = Path(__file__).with_name("toy_training.py")
@@ -83,7 +83,7 @@ def test_two_processes_equal_one_on_the_joined_batch(two, tmp_path):
     for name, value in one.state.model.state_dict().items():
         assert torch.equal(states[0][name], states[1][name]), name
         torch.testing.assert_close(states[0][name], value, rtol=0, atol=1e-5)
-    logs = [report.read_log(folder) for folder in (two / "joined", tmp_path / "one")]
+    logs = [run_folder.read_log(folder) for folder in (two / "joined", tmp_path / "one")]
     for left, right in zip(*logs, strict=True):
         assert left["loss"] == pytest.approx(right["loss"], abs=0.5 if left["kind"] == "eval" else 1e-5)
         assert left.get("i2t_r1") == pytest.approx(right.get("i2t_r1"))
@@ -140,7 +140,7 @@ def test_a_worker_that_one_rank_loses_stops_all_after_a_save(tmp_path):
 def test_processes_that_each_evaluate_all_count_no_caption_twice(two, tmp_path):
     toy_training.make_runner(tmp_path, job_id="one", dropout=0).train()
     folders = (two / "each_all", tmp_path / "one")
-    logs = [[record for record in report.read_log(folder) if record["kind"] == "eval"] for folder in folders]
+    logs = [[record for record in run_folder.read_log(folder) if record["kind"] == "eval"] for folder in folders]
     for found, one in zip(*logs, strict=True):
         recalls = [key for key in one if key[:4] in ("i2t_", "t2i_", "chan")]
         assert {key: found[key] for key in recalls} == pytest.approx({key: one[key] for key in recalls})
@@ -162,6 +162,6 @@ def test_a_sample_that_one_rank_cannot_read_stops_all_after_a_save(tmp_path):
         f"output_dir={tmp_path}", "job_id=a", "batch_size_train=4", "length=96", f"unreadable=[{bad}]", "resume=auto"
     )
     assert done.returncode == 0, done.stderr
-    assert report.read_log(tmp_path / "a")[-1]["kind"] == "eval"
+    assert run_folder.read_log(tmp_path / "a")[-1]["kind"] == "eval"
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert summary["corrupt"] == [f"sample {bad} of ToyPairs"]

@@ -198,6 +198,14 @@ def test_the_fusion_alone_is_exported_with_what_it_stands_on(
     assert_equal(model, trained)
 
 
+def test_a_run_that_trained_no_step_can_be_exported(trained: XFormerOPT, checkpoint: Path, tmp_path: Path) -> None:
+    record = {"kind": "eval", "split": "test", "step": 4, "answers": 61.5}  # of a checkpoint trained to its end before
+    (tmp_path / "log.jsonl").write_text(json.dumps(record))
+    folder = export(checkpoint, tmp_path / "out")
+    assert_equal(lavis_xformer.from_folder(folder)[0], trained)
+    assert "| answers | 61.5 |" in (folder / "README.md").read_text()
+
+
 @pytest.mark.parametrize("base", ["blip2_pretrained", "pretrained", "finetuned"])
 def test_a_frozen_image_encoder_that_a_file_had_brought_is_exported(
     base: str, stage2_config: Any, make_stage2: Any, batch: dict[str, Any], tmp_path: Path
@@ -306,12 +314,23 @@ def test_a_folder_of_another_model_is_named_so(trained: XFormerOPT, checkpoint: 
 def test_a_folder_may_be_called_as_a_type_is(
     trained: XFormerOPT, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from lavis_xformer.config.load import load_config
+
     monkeypatch.chdir(tmp_path)
     export(checkpoint, "mini")
     assert_equal(lavis_xformer.from_folder("mini")[0], trained)
     assert_equal(XFormerOPT.from_pretrained(tmp_path / "mini"), trained)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert_equal(lavis_xformer.from_folder("~/mini")[0], trained)
+    assert_equal(lavis_xformer.load_model_and_preprocess("xformer_opt", "~/mini")[0], trained)
+    run = {
+        "model": {"arch": "xformer_opt", "model_type": "mini", "pretrained": None},
+        "datasets": {"xformer_scenes_vqa": {}},
+        "run": {"task": "xformer_stage2", "output_dir": str(tmp_path)},
+    }
+    OmegaConf.save(run, tmp_path / "run.yaml")
+    config = load_config(str(tmp_path / "run.yaml"), ["model.model_type=~/mini"])
+    assert_equal(XFormerOPT.from_config(config.model_cfg), trained)
 
 
 def test_a_model_of_lavis_is_not_exported(checkpoint: Path, tmp_path: Path) -> None:

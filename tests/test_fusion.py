@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from lavis_xformer.errors import UserError
 from lavis_xformer.models.fusion import Attention, CrossAttentionBlock, DualCrossAttention, build_fusion
-from lavis_xformer.models.parts import check_names
+from lavis_xformer.models.parts import check_values
 from lavis_xformer.models.stage1 import XFormer
 
 SIZES = {"query_width": 32, "clip_width": 20, "mae_width": 24, "heads": 4}
@@ -234,10 +234,17 @@ def test_what_a_fusion_does_not_know_is_refused(stage2_config: Any) -> None:
         ({"qformer_layers": 0}, r"model\.qformer_layers is 0; "),
         ({"embed_dim": 64.5}, r"model\.embed_dim is 64\.5; "),
         ({"image_size": "64"}, r"model\.image_size is '64'; "),
+        ({"image_size": None}, r"model\.image_size is None; it must be a whole number, 1 or more"),
+        ({"clip_layer": 5.5}, r"model\.clip_layer is 5\.5; it must be a whole number, 1 or more"),
+        ({"token_positions": 3}, r"model\.token_positions: 3 is not a list; write \[3\]"),
+        ({"vit_model": 3}, r"model\.vit_model is 3; it must be text: quote it"),
+        ({"bert": None}, r"model\.bert is None; it must be text"),
+        ({"opt_model": 3}, r"model\.opt_model is 3; it must be text"),
+        ({"pretrained": 3}, r"model\.pretrained is 3; it must be text"),
         ({"mask_ratio": "0,5"}, r"model\.mask_ratio is '0,5'; it must be a finite number"),
         ({"vqa_length_penalty": "a"}, r"model\.vqa_length_penalty is 'a'; it must be a finite number"),
     ],
 )
 def test_values_of_a_wrong_kind_are_named(stage2_config: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_names(OmegaConf.merge(stage2_config.model, changes))
+        check_values(OmegaConf.merge(stage2_config.model, changes))

@@ -16,7 +16,7 @@ import torch
 import toy_training
 from PIL import Image
 
-from lavis_xformer import train
+from lavis_xformer import run_folder, train
 from lavis_xformer.analysis import report
 from lavis_xformer.engine import checkpoint, jobs, loop, rng, state
 from lavis_xformer.engine.log import Averages
@@ -158,7 +158,7 @@ def test_muon_resumes_too_and_refuses_the_state_of_adamw(unbroken, tmp_path):
 def test_auto_resume_passes_over_a_torn_checkpoint(unbroken, tmp_path, caplog):
     first = toy_training.make_runner(tmp_path, resume="auto")
     first.train()
-    (first.output_dir / jobs.SUMMARY_NAME).unlink()
+    (first.output_dir / run_folder.SUMMARY).unlink()
     last = first.output_dir / "checkpoint_2.pth"
     last.write_bytes(last.read_bytes()[:-500])
     again = toy_training.make_runner(tmp_path, resume="auto")
@@ -182,8 +182,8 @@ def test_the_newest_run_of_the_same_configuration_is_resumed(tmp_path):
     for age, name in enumerate(("new", "old"), start=1):
         (tmp_path / name).mkdir()
         checkpoint.write(tmp_path / name / checkpoint.name_of(0), {})
-        (tmp_path / name / jobs.CONFIG_NAME).write_text(json.dumps(config))
-        os.utime(tmp_path / name / jobs.CONFIG_NAME, (100 - age, 100 - age))
+        (tmp_path / name / run_folder.CONFIG).write_text(json.dumps(config))
+        os.utime(tmp_path / name / run_folder.CONFIG, (100 - age, 100 - age))
     elsewhere = {**config, "run": {**config["run"], "num_workers": 4}}
     assert jobs.newest_matching(tmp_path, elsewhere) == "new"
     for section, changes in (("run", {"seed": 2}), ("run", {"batch_size_train": 4}), ("model", {"fusion": "none"})):
@@ -709,8 +709,9 @@ def test_a_folder_without_a_log_has_no_report(tmp_path):
 
 def test_lines_of_a_log_that_are_no_records_are_skipped(tmp_path):
     (tmp_path / "log.jsonl").write_bytes(b'\xff\x00\n[1]\n"x"\n{"step": 1}\n{"kind": "st')
+    assert run_folder.read_log(tmp_path) == []
     with pytest.raises(UserError, match=r"log\.jsonl has no training step yet"):
-        report.read_log(tmp_path)
+        report.write_report(tmp_path)
 
 
 def test_a_report_that_cannot_be_made_is_one_line(tmp_path):

@@ -41,7 +41,7 @@ def test_every_sample_comes_once_an_epoch_in_another_order():
     assert [i for _, i in flat(first)] != [i for _, i in flat(second)]
 
 
-@pytest.mark.parametrize("mixture", [None, Mixture(lengths=[5, 25], ratios=[1, 2])])
+@pytest.mark.parametrize("mixture", [None, Mixture(lengths=[5, 25], ratios=[1, 2], samples=30)])
 def test_processes_and_restarts_share_one_order(mixture):
     whole = epochs(3, mixture=mixture, length=32)
     assert epochs(3, world_size=2, mixture=mixture, length=32) == whole
@@ -50,7 +50,7 @@ def test_processes_and_restarts_share_one_order(mixture):
 
 
 def test_shares_are_exact_and_no_sample_comes_again_before_the_others():
-    mixture = Mixture(lengths=[5, 25], ratios=[1, 2])
+    mixture = Mixture(lengths=[5, 25], ratios=[1, 2], samples=30)
     assert mixture.counts() == [10, 20]
     seen = []
     for batches in epochs(5, mixture=mixture):
@@ -66,18 +66,18 @@ def test_shares_are_exact_and_no_sample_comes_again_before_the_others():
 
 @pytest.mark.parametrize("ratios", [[0.3, 0.3, 0.4], [1, 1e-9, 1], [7, 5, 3]])
 def test_shares_add_up_to_an_epoch(ratios):
-    counts = Mixture(lengths=[11, 13, 17], ratios=ratios).counts()
+    counts = Mixture(lengths=[11, 13, 17], ratios=ratios, samples=41).counts()
     assert sum(counts) == 41
     assert all(abs(n - 41 * r / sum(ratios)) < 1 for n, r in zip(counts, ratios, strict=True))
-    assert len(Mixture(lengths=[11, 13, 17], ratios=ratios).keys(seed=0, epoch=4)) == 41
+    assert len(Mixture(lengths=[11, 13, 17], ratios=ratios, samples=41).keys(seed=0, epoch=4)) == 41
 
 
 def test_ratios_have_to_fit_the_datasets():
     joined = ConcatDataset([toy_training.ToyPairs(4), toy_training.ToyPairs(6)])
-    assert Mixture.of(joined, [1, 3]).lengths == [4, 6]
+    assert Mixture.of(joined, [1, 3], samples=10).lengths == [4, 6]
     for wrong in ([1], [1, 0], [1, "2"]):
         with pytest.raises(UserError, match=r"one positive number for each of the 2 .* 4 samples, 6 samples"):
-            Mixture.of(joined, wrong)
+            Mixture.of(joined, wrong, samples=10)
 
 
 def test_the_runs_seed_decides_the_order_and_every_augmentation(tmp_path):
@@ -116,8 +116,18 @@ def test_a_run_with_ratios_resumes_to_the_bit(tmp_path):
 
 def test_captions_and_questions_joined_into_one_have_shares_of_their_own():
     joined = ConcatDataset([ConcatDataset([toy_training.ToyPairs(16), toy_training.ToyPairs(8)])])
-    assert Mixture.of(joined, [1, 3]).counts() == [6, 18]
-    assert Mixture.of(joined, None).counts() == [24]
+    assert Mixture.of(joined, [1, 3], samples=24).counts() == [6, 18]
+    assert Mixture.of(joined, None, samples=24).counts() == [24]
+
+
+def test_what_fills_no_batch_is_not_drawn_from_the_shares():
+    joined = ConcatDataset([toy_training.ToyPairs(5), toy_training.ToyPairs(5)])
+    loader = sampling.train_loader(joined, batch_size=4, seed=1, ratios=[1, 1], num_workers=0)
+    drawn: Counter[int] = Counter()
+    for epoch in range(5):
+        loader.start(epoch=epoch)
+        drawn.update(index for batch in loader.batch_sampler for _, index in batch)
+    assert drawn == dict.fromkeys(range(10), 4), "each as often as the others, though batches of 4 leave 2 of 10 out"
 
 
 def test_a_share_too_small_for_a_sample_is_refused():

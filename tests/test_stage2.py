@@ -212,6 +212,13 @@ def test_prompt_and_target_are_two_words(before: str, after: str, make_stage2: A
     assert before + continuation(before, after) == "a photo of a star"
 
 
+def test_a_caption_that_begins_within_a_word_as_the_prompt_does_is_a_whole_caption() -> None:
+    assert continuation("a photo", "a photograph of a star") == " a photograph of a star"
+    assert continuation("a", "an elephant") == " an elephant"
+    assert continuation("a photo of", "a photo of a star") == " a star"
+    assert continuation("photo:", "photo:a star") == "a star"
+
+
 WAYS = {
     "greedy": {"num_beams": 1},
     "beams": {"num_beams": 3, "length_penalty": -1.0, "repetition_penalty": 1.5, "min_length": 6},
@@ -331,7 +338,7 @@ def test_what_is_told_reaches_the_language_model(
     monkeypatch.setattr(generation, "lemmatize", lambda answer: f"lemmas of {answer}")
     assert model.predict_answers(batch, num_beams=3, max_len=7, min_len=2) == ["lemmas of two cats"] * 4
     lengths = {"max_new_tokens": 7, "min_new_tokens": 2, "length_penalty": -2.0}
-    assert told.pop() == {"queries": 4, "do_sample": False, "num_beams": 3, "num_return_sequences": 1, **lengths}
+    assert told.pop() == {"queries": 4, "num_beams": 3, **lengths}
     model.predict_answers({"text_input": "how many ?"})
     assert told.pop()["queries"] == 0, "without an image there is no prefix, not one of nothing"
     model.predict_answers(batch, length_penalty=0.5)
@@ -663,6 +670,8 @@ def test_bad_input_is_one_clear_line(make_stage2: Any, batch: dict[str, Any]) ->
         make_stage2("opt", loss_weights={"itc": 1})
     with pytest.raises(UserError, match="mask_ratio is 1"):
         make_stage2("opt", mask_ratio=1)
+    with pytest.raises(UserError, match=r"model\.vqa_prompt: 'Answer:' has no \{\}"):
+        make_stage2("opt", vqa_prompt="Answer:")
     for name, text in (("prompt", 5), ("vqa_prompt", ["{}"])):
         with pytest.raises(UserError, match=rf"model\.{name} is .*; it must be text: quote it"):
             make_stage2("opt", **{name: text})
@@ -679,6 +688,7 @@ def test_bad_input_is_one_clear_line(make_stage2: Any, batch: dict[str, Any]) ->
         ("generate", "min_length", -1, "whole number, 0 or more"),
         ("generate", "min_new_tokens", -1, "whole number, 0 or more"),
         ("generate", "top_p", 0.0, "number above 0"),
+        ("generate", "top_p", 1.5, "probability, at most 1"),
         ("generate", "temperature", "1", "number above 0"),
         ("generate", "repetition_penalty", float("nan"), "number above 0"),
         ("predict_answers", "num_beams", None, "whole number, 1 or more"),

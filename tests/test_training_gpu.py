@@ -10,7 +10,7 @@ import pytest
 import torch
 import toy_training
 
-from lavis_xformer.analysis.report import read_log
+from lavis_xformer.run_folder import read_log
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,10 +19,12 @@ from torchvision.transforms.functional import to_tensor
 
 from lavis_xformer import train
 from lavis_xformer.compare.results import tasks
+from lavis_xformer.data.scene_question_datasets import SceneQuestionDataset
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import read_json
 from lavis_xformer.tasks.protocols import write_result
 from lavis_xformer.tasks.vqa import XFormerGQATask, XFormerVQATask, gqa_figures, vqa_guesses, vqa_majority
+from lavis_xformer.tasks.vqa_files import check_vqa
 
 
 class Model:
@@ -350,6 +352,11 @@ def test_files_that_vqas_scoring_cannot_read_are_refused_before_training(
         with pytest.raises(UserError, match=rf"damaged\.json: {message}"):
             check()
     task.check_split("test", SimpleNamespace(coco_fmt_qust_file=None, coco_fmt_anno_file=None))
+
+
+def test_scenes_have_no_files_in_vqas_format() -> None:
+    with pytest.raises(UserError, match=r"xformer_vqa needs question and annotation files .* use xformer_gqa"):
+        check_vqa(object.__new__(SceneQuestionDataset))
 
 
 def test_gqa_needs_samples_with_a_true_answer(tmp_path: Path) -> None:

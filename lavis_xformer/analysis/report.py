@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,8 +13,7 @@ from typing import Any
 from lavis_xformer.arguments import command_parser
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import read_json
-
-Record = dict[str, Any]
+from lavis_xformer.run_folder import CONFIG, LOG, SUMMARY, Record, read_log, series
 
 TITLES = {
     "lr": "learning rate",
@@ -37,26 +35,6 @@ pre { background: #f5f5f5; padding: 1em; overflow: auto }
 """
 
 
-def read_log(folder: Path) -> list[Record]:
-    """Read the records of a run's ``log.jsonl``; lines truncated by a kill, or otherwise no records, are skipped.
-
-    Raises:
-        UserError: the folder holds no log, or one without a training step.
-    """
-    path = folder / "log.jsonl"
-    if not path.is_file():
-        raise UserError(f"{folder} is not a run folder: it has no log.jsonl")
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            record = json.loads(line)
-            if isinstance(record, dict) and {"kind", "step"} <= record.keys():
-                records.append(record)
-    if not any(record["kind"] == "step" for record in records):
-        raise UserError(f"{path} has no training step yet")
-    return records
-
-
 def write_report(folder: Path) -> tuple[Path, Path]:
     """Write ``report.html`` and ``curves.png`` into a run folder; return both paths.
 
@@ -64,6 +42,8 @@ def write_report(folder: Path) -> tuple[Path, Path]:
         UserError: the folder holds no log of a training.
     """
     records = read_log(folder)
+    if not any(record["kind"] == "step" for record in records):
+        raise UserError(f"{folder / LOG} has no training step yet")
     picture, page = folder / "curves.png", folder / "report.html"
     draw_curves(records, picture)
     page.write_text(render(folder, records, picture.read_bytes()), encoding="utf-8")
@@ -136,8 +116,8 @@ def smooth(values: Sequence[float], *, share: float = 0.05) -> list[float]:
 
 def render(folder: Path, records: Sequence[Record], picture: bytes) -> str:
     """Return the page, which needs no other file and no network."""
-    summary = _read_json(folder / "summary.json")
-    config = _read_json(folder / "config.json")
+    summary = _read_json(folder / SUMMARY)
+    config = _read_json(folder / CONFIG)
     last = [record for record in records if record["kind"] == "step"][-1]
     state = "finished" if summary.get("finished") else "not finished"
     image = base64.b64encode(picture).decode()
@@ -171,12 +151,6 @@ def _panels(steps: Sequence[Record], evals: Sequence[Record]) -> list[tuple[str,
 
 def _names(records: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(chain.from_iterable(records)))
-
-
-def series(records: Iterable[Record], name: str) -> tuple[list[int], list[float]]:
-    """Return steps and values of the records in which ``name`` is a number."""
-    pairs = [(r["step"], r[name]) for r in records if isinstance(r.get(name), (int, float))]
-    return [step for step, _ in pairs], [value for _, value in pairs]
 
 
 def _table(columns: Mapping[str, Mapping[str, Any]]) -> str:

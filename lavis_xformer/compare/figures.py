@@ -8,8 +8,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from lavis_xformer.analysis.report import read_log, series
 from lavis_xformer.compare.plan import Cell, Plan
+from lavis_xformer.run_folder import read_log, series
 
 Json = dict[str, Any]
 Series = tuple[Sequence[float], Sequence[float]]  # steps and values
@@ -28,7 +28,7 @@ def draw(plan: Plan, found: Mapping[str, Any], folder: Path) -> list[Path]:
         pictures.append(draw_bars(variants, found["tasks"], folder / "bars.png"))
     if any(of["by_count"] for of in variants.values()):
         pictures.append(draw_counts(variants, folder / "counts.png"))
-    if any(curves := learning(plan)):
+    if curves := learning(plan):
         pictures.append(draw_curves(curves, folder / "curves.png"))
     return pictures
 

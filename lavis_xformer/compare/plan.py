@@ -27,7 +27,7 @@ STAGE_KEYS = ("config", "evaluate", "options")
 #: of a variant, besides options of single stages: options of every stage, stages to skip, seeds of its own
 VARIANT_KEYS = ("every", "skip", "seeds")
 BEST = "checkpoint_best.pth"
-INPUTS = "inputs.json"
+INPUTS, CELL = "inputs.json", "cell.json"
 
 Options = dict[str, Any]
 
@@ -66,7 +66,7 @@ class Cell:
     @property
     def finished(self) -> bool:
         """Whether it ran to its end and nothing that its result depends on has changed."""
-        return (self.folder / "cell.json").is_file() and not self.stale()
+        return (self.folder / CELL).is_file() and not self.stale()
 
     def inputs(self) -> dict[str, str]:
         """Return everything its result depends on, as it is now."""

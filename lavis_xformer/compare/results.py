@@ -14,8 +14,9 @@ from typing import Any
 
 from lavis_xformer.compare.bootstrap import paired_bootstrap
 from lavis_xformer.compare.inputs import code
-from lavis_xformer.compare.plan import Cell, Plan
+from lavis_xformer.compare.plan import CELL, Cell, Plan
 from lavis_xformer.files import read_json
+from lavis_xformer.run_folder import SUMMARY
 
 Json = dict[str, Any]
 Key = tuple[Any, ...]
@@ -72,7 +73,7 @@ def of_variant(cells: Sequence[Cell]) -> Json:
     answers: list[Json] = []
     runs, blind = [], False
     for cell in cells:
-        note = read_json(cell.folder / "cell.json")
+        note = read_json(cell.folder / CELL)
         runs.append({"folder": str(cell.folder)} | {key: note.get(key) for key in ("commit", "code", "machine")})
         for key in ("seconds", "peak_memory_mb", "trainable"):
             if note.get(key) is not None:
@@ -126,7 +127,7 @@ def _figures(cell: Cell, results: Iterable[Json]) -> Iterable[tuple[str, float]]
     if not cell.stage.evaluate:
         paired = {answer["group"] for result in results for answer in _scored(cell, result)}
         told = [name for name in SHOWN if name.removeprefix("chance_") not in paired]
-        summary = read_json(cell.folder / "summary.json")
+        summary = read_json(cell.folder / SUMMARY)
         for figures in summary["test"].values():
             yield from ((name, value) for name, value in (figures or {}).items() if name in told)
         best = summary.get("best") or {}

@@ -26,11 +26,12 @@ from pathlib import Path
 from lavis_xformer.arguments import at_least, command_parser
 from lavis_xformer.compare import inputs
 from lavis_xformer.compare.figures import draw
-from lavis_xformer.compare.plan import BEST, INPUTS, Cell, Plan, read_plan
+from lavis_xformer.compare.plan import BEST, CELL, INPUTS, Cell, Plan, read_plan
 from lavis_xformer.compare.results import collect
 from lavis_xformer.compare.tables import markdown
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import make_folder, read_json, write_json, write_text
+from lavis_xformer.run_folder import SUMMARY
 
 SAID = "console.txt"
 EARLIER = "spent.json"  # time and memory of a run so far, over all restarts
@@ -140,7 +141,7 @@ def state(cell: Cell) -> str:
     """Say whether a cell is finished, to do, or to be rerun and why."""
     if reasons := cell.stale():
         return f"to be rerun: {reason(reasons)}"
-    return "finished" if (cell.folder / "cell.json").is_file() else "to do"
+    return "finished" if (cell.folder / CELL).is_file() else "to do"
 
 
 def reason(changed: Sequence[str], most: int = 2) -> str:
@@ -224,7 +225,7 @@ def run_cell(cell: Cell) -> None:
         "commit": inputs.commit(),
         "machine": machine(),
     }
-    write_json(cell.folder / "cell.json", note)
+    write_json(cell.folder / CELL, note)
 
 
 def with_earlier(folder: Path, seconds: float, memory: float) -> dict[str, float]:
@@ -241,7 +242,7 @@ def with_earlier(folder: Path, seconds: float, memory: float) -> dict[str, float
 
 def gpu_memory(folder: Path) -> float | None:
     """Peak GPU memory of a training in MiB; None without a GPU, or if nothing was trained."""
-    path = folder / "summary.json"
+    path = folder / SUMMARY
     summary = read_json(path) if path.is_file() else {}
     return summary["peak_memory_mb"] if summary.get("device") == "cuda" else None
 

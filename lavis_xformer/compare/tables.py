@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lavis_xformer.markdown import table
+
 Json = dict[str, Any]
 
 
@@ -26,7 +28,7 @@ def markdown(found: Json) -> str:
         ):
             rows = [[name, *(_gap(of.get(group)) for group in names)] for name, of in gaps.items() if of]
             if rows:
-                parts += [f"### {stage}: {title}, percentage points", _table(["", *_short(names)], rows)]
+                parts += [f"### {stage}: {title}, percentage points", table(["", *_short(names)], rows)]
     for stage in dict.fromkeys(stage for of in variants.values() for stage in of["by_count"]):
         parts += [f"## {stage}: accuracy of counting (all objects, or a named group) by true count"]
         parts += [asked(found["asked"][stage]), counting(variants, stage)]
@@ -40,7 +42,7 @@ def markdown(found: Json) -> str:
     parts += [
         "## Costs",
         "Trained weights; mean wall time of a run in s; mean peak memory in MiB, of its GPU or process.",
-        _table(["", "seeds", *stages], costs),
+        table(["", "seeds", *stages], costs),
         provenance(variants, found["code"]),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -72,7 +74,7 @@ def accuracy(found: Json, variants: Mapping[str, Json], names: Sequence[str]) ->
     rows.append(["most frequent answer, or chance", "", *(f"{found['tasks'][name]['majority']:.1f}" for name in names)])
     asked = (f"{found['tasks'][name]['n']} ({found['tasks'][name]['images']})" for name in names)
     rows.append(["questions (images)", "", *asked])
-    return _table(["", "seeds", *_short(names)], rows)
+    return table(["", "seeds", *_short(names)], rows)
 
 
 def counting(variants: Mapping[str, Json], stage: str) -> str:
@@ -81,7 +83,7 @@ def counting(variants: Mapping[str, Json], stage: str) -> str:
     numbers = {count: value["n"] for of in found.values() for count, value in of.items()}
     counts = sorted(numbers, key=int)
     rows = [[name, *(_cell(of.get(count)) for count in counts)] for name, of in found.items()]
-    return _table(["", *counts], [*rows, ["questions", *(str(numbers[count]) for count in counts)]])
+    return table(["", *counts], [*rows, ["questions", *(str(numbers[count]) for count in counts)]])
 
 
 def figures(variants: Mapping[str, Json], stage: str) -> str:
@@ -89,7 +91,7 @@ def figures(variants: Mapping[str, Json], stage: str) -> str:
     own = {name: {k: v for k, v in of["figures"].items() if k.split(".")[0] == stage} for name, of in variants.items()}
     names = list(dict.fromkeys(name for given in own.values() for name in given))
     rows = [[name, *(_cell(given.get(key), digits=3) for key in names)] for name, given in own.items() if given]
-    return _table(["", *_short(names)], rows)
+    return table(["", *_short(names)], rows)
 
 
 def provenance(variants: Mapping[str, Json], now: str) -> str:
@@ -125,8 +127,3 @@ def _cost(cost: Mapping[str, float] | None) -> str:
         return ""
     trained = f"{cost['trainable'] / 1e6:.2f} M; " if "trainable" in cost else ""
     return f"{trained}{cost['seconds']:.0f}; {cost['peak_memory_mb']:.0f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -29,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lavis_xformer.config.files import check_data_files, check_file
 from lavis_xformer.config.keys import check_keys
 from lavis_xformer.errors import UserError, fault_in_yaml, nearest, one_of
-from lavis_xformer.models.parts import check_names
+from lavis_xformer.models.parts import check_values
 from lavis_xformer.nested import nodes
 from lavis_xformer.paths import project_path
 
@@ -75,7 +75,7 @@ class RunConfig(Config):
         self.config.run.output_dir = str(Path(output).expanduser().absolute())
         _expand_home(self.config)
         if classes["model"].__module__.startswith("lavis_xformer."):
-            check_names(self.config.model)
+            check_values(self.config.model)
         _check_processors(self.config)
         check_data_files(self.config.datasets, user.datasets)
         check_file("run.resume_ckpt_path", self.config.run.get("resume_ckpt_path"))
@@ -87,7 +87,7 @@ class RunConfig(Config):
 
 
 def choose_model_type(arch: str, model_type: str | None) -> str:
-    """Return ``model_type`` if ``arch`` has it; if it is None, the documented default of ``arch``.
+    """Return ``model_type`` if ``arch`` has it, or it is a folder; if it is None, the documented default of ``arch``.
 
     Raises:
         UserError: LAVIS knows no such model or type, or there is no default.
@@ -99,9 +99,12 @@ def choose_model_type(arch: str, model_type: str | None) -> str:
         if model_type is None:
             raise UserError(f"{arch} has no default model type: name one of {', '.join(types)}")
         logger.info("%s: no model type given, using '%s'", arch, model_type)
-    if model_type not in types and not (Path(model_type) / "config.yaml").is_file():  # an exported folder
+    if model_type in types:
+        return model_type
+    folder = Path(model_type).expanduser()
+    if not (folder / "config.yaml").is_file():  # as an exported folder has
         raise UserError(f"{arch} has no model type '{model_type}': {nearest(model_type, types)}")
-    return model_type
+    return str(folder)
 
 
 def find(kind: str, name: Any, key: str) -> Any:
@@ -244,7 +247,7 @@ def _load_from_folder(chosen: DictConfig, user: DictConfig, cls: Any) -> None:
     """Load the weights of an exported folder in ``--options``, whatever ``pretrained`` the YAML has, null included."""
     model: Any = chosen.get("model", {})
     if model.get("model_type") not in (None, *cls.PRETRAINED_MODEL_CONFIG_DICT) and "pretrained" not in model:
-        user.model.pretrained = model.model_type
+        user.model.pretrained = user.model.model_type
 
 
 def _drop_null(section: Any) -> None:

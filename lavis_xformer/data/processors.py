@@ -27,7 +27,7 @@ from torchvision.transforms import functional as tv
 from torchvision.transforms.functional import InterpolationMode
 
 from lavis_xformer.data.photos import to_rgb
-from lavis_xformer.errors import UserError, one_of, whole
+from lavis_xformer.errors import UserError, one_of, switch, whole
 from lavis_xformer.images import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, pack
 
 _CROP_RATIO = (3 / 4, 4 / 3)  # torchvision's own default
@@ -129,8 +129,7 @@ class XFormerImageTrainProcessor(_TwoViewProcessor):
             UserError: not 0 < min_scale <= max_scale <= 1, or ``hflip`` is neither True nor False.
         """
         super().__init__(**views)
-        if hflip not in (True, False):
-            raise UserError(f"image processor: hflip is {hflip!r}; it must be True or False")
+        switch("image processor: hflip", hflip)
         if not 0 < min_scale <= max_scale <= 1:
             raise UserError(
                 f"image processor: min_scale {min_scale} and max_scale {max_scale} must satisfy "

@@ -34,7 +34,6 @@ class SceneQuestionDataset(SceneDataset):
     """
 
     answer_list = ANSWERS
-    coco_fmt_qust_file = coco_fmt_anno_file = None  # LAVIS's VQA task reads these
 
     def __init__(self, *, kinds: Sequence[str], questions_per_image: int, **shared: Any) -> None:
         """Prepare the questions.

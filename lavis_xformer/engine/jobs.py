@@ -11,7 +11,7 @@ from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import IO, Any
 
-from lavis_xformer import distributed
+from lavis_xformer import distributed, run_folder
 from lavis_xformer.distributed import is_main
 from lavis_xformer.engine import checkpoint
 from lavis_xformer.errors import UserError
@@ -19,7 +19,7 @@ from lavis_xformer.files import read_json
 from lavis_xformer.nested import nodes
 from lavis_xformer.versions import versions_of
 
-CONFIG_NAME, SUMMARY_NAME, LOCK_NAME = "config.json", "summary.json", ".lock"
+LOCK_NAME = ".lock"
 
 # What may differ between a run and its restart: where and how it runs, not what it computes.
 _INCIDENTAL = (
@@ -84,7 +84,7 @@ def newest_matching(output_dir: Path, config: Mapping[str, Any]) -> str | None:
     Such a run has the same configuration (where it runs and how often it saves may differ), began at the same
     checkpoint, if at any, and has one itself.
     """
-    folders = sorted(output_dir.glob(f"*/{CONFIG_NAME}"), key=lambda path: path.stat().st_mtime_ns)
+    folders = sorted(output_dir.glob(f"*/{run_folder.CONFIG}"), key=lambda path: path.stat().st_mtime_ns)
     for path in reversed(folders):
         try:
             changes = differences(read_json(path), config, incidental=INCIDENTAL - {"run.resume_ckpt_path"})
@@ -150,5 +150,5 @@ def _locked(folder: Path) -> IO[str] | None:
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """Return a finished run's summary, ``None`` for a run that has not finished."""
-    path = folder / SUMMARY_NAME
+    path = folder / run_folder.SUMMARY
     return read_json(path) if path.exists() else None

@@ -17,8 +17,7 @@ from tqdm import tqdm
 
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import write_text
-
-LOG_NAME = "log.jsonl"
+from lavis_xformer.run_folder import LOG
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +56,7 @@ class MetricsLog:
     def __init__(self, folder: Path, *, from_step: int = 0, tensorboard: bool = True, wandb: bool = False) -> None:
         """Open a run folder's log, dropping the records that a run resumed at ``from_step`` will write again."""
         self._wandb = start_wandb(folder) if wandb else None
-        self.path = folder / LOG_NAME
+        self.path = folder / LOG
         _keep_until(self.path, from_step)
         self._file: TextIO = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         self._failing = False
@@ -74,8 +73,9 @@ class MetricsLog:
         try:
             self._file.write(json.dumps({"kind": kind, **about, "step": step, **values}) + "\n")
             self._file.flush()
-            for name, value in numbers.items() if self._events is not None else ():
-                self._events.add_scalar(name, value, step)
+            if self._events is not None:
+                for name, value in numbers.items():
+                    self._events.add_scalar(name, value, step)
             self._failing = False
         except OSError as error:
             if not self._failing:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, switch, text
 
 AMP_MODES = {"False": "no", "no": "no", "True": "fp16", "fp16": "fp16", "bf16": "bf16", "auto": "auto"}
 RESUME_MODES = {"False": "no", "no": "no", "auto": "auto"}
@@ -95,8 +95,7 @@ def check_lavis_keys(run_cfg: Mapping[str, Any]) -> None:
     if float(run_cfg.get("beta2") or 0) >= 1:
         raise UserError(f"run.beta2 is {run_cfg['beta2']!r}; it must be less than 1")
     for name in SWITCHES:
-        if not isinstance(run_cfg.get(name, False), int):
-            raise UserError(f"run.{name} is {run_cfg[name]!r}; it must be True or False")
+        switch(f"run.{name}", run_cfg.get(name, False))
     for name in LISTS:
         if isinstance(run_cfg.get(name), (str, int, float)):
             raise UserError(f"run.{name} is {run_cfg[name]!r}; it must be a list: [{run_cfg[name]}]")
@@ -108,10 +107,10 @@ def _checked(name: str, value: object, kind: type) -> object:
         if str(value) not in choices:
             raise UserError(f"run.{name} is {value!r}; it must be one of {', '.join(filter(None, choices))}")
         return choices[str(value)]
-    if kind is str and not isinstance(value, str):
-        raise UserError(f"run.{name} is {value!r}; it must be text: quote it")
-    if kind is bool and not isinstance(value, int):
-        raise UserError(f"run.{name} is {value!r}; it must be True or False")
+    if kind is str:
+        return text(f"run.{name}", value)
+    if kind is bool:
+        return bool(switch(f"run.{name}", value))
     converted = _number(name, value, kind)
     if kind in (int, float) and converted < 0:
         raise UserError(f"run.{name} is {value!r}; it can't be negative")

@@ -39,15 +39,15 @@ class Mixture:
     Attributes:
         lengths: number of samples in each dataset.
         ratios: their shares of an epoch; need not sum to 1.
-        samples: samples per epoch; 0: as many as all datasets together.
+        samples: samples per epoch.
     """
 
     lengths: Sequence[int]
     ratios: Sequence[float]
-    samples: int = 0
+    samples: int
 
     @classmethod
-    def of(cls, dataset: Any, ratios: Sequence[Any] | None, *, samples: int = 0) -> Mixture:
+    def of(cls, dataset: Any, ratios: Sequence[Any] | None, *, samples: int) -> Mixture:
         """Make the mixture of a ``ConcatDataset``, or of a wrapper that exposes its ``datasets``.
 
         Without ``ratios`` the concatenated datasets count as one.
@@ -69,7 +69,7 @@ class Mixture:
 
     def counts(self) -> list[int]:
         """Return how many samples an epoch takes from each dataset."""
-        return split_by(self.ratios, self.samples or sum(self.lengths))
+        return split_by(self.ratios, self.samples)
 
     def keys(self, *, seed: int, epoch: int) -> Tensor:
         """Return (samples per epoch, 2): visits and indices into the concatenated datasets, in order."""
@@ -226,20 +226,21 @@ def train_loader(
         UserError: one batch on every process takes more samples than the data has.
     """
     length = len(dataset)  # type: ignore[arg-type]
-    samples = batches * batch_size * world_size()
+    joined = batch_size * world_size()  # samples of a step's batches
+    if length < joined:
+        raise UserError(
+            f"run.batch_size_train is {batch_size} for each of {world_size()} process(es), but the "
+            f"training data has only {length} samples; use a smaller batch"
+        )
+    samples = (batches or length // joined) * joined
     sampler = EpochBatchSampler(
         length=length,
         batch_size=batch_size,
         seed=seed,
         rank=rank(),
         world_size=world_size(),
-        mixture=Mixture.of(dataset, ratios, samples=samples) if samples or ratios is not None else None,
+        mixture=Mixture.of(dataset, ratios, samples=samples) if batches or ratios is not None else None,
     )
-    if length < batch_size * world_size():
-        raise UserError(
-            f"run.batch_size_train is {batch_size} for each of {world_size()} process(es), but the "
-            f"training data has only {length} samples; use a smaller batch"
-        )
     return ReplayLoader(
         ReplayDataset(dataset, seed=seed),
         batch_sampler=sampler,

@@ -23,7 +23,7 @@ from lavis_xformer.engine.sampling import permutation, shielded
 from lavis_xformer.errors import UserError
 
 
-class StreamGuard(Protocol):
+class FaultHandler(Protocol):
     """Decides what happens to samples that can't be read."""
 
     def shard_fault(self, error: Exception) -> bool:
@@ -45,7 +45,7 @@ class ShardStream(IterableDataset[Any]):
     Its shard source, ``split_by_*`` stages, shuffling seeds and error handlers are replaced; its other stages stay.
     """
 
-    def __init__(self, pipeline: Any, *, seed: int, guard: StreamGuard, lanes: int = 1) -> None:
+    def __init__(self, pipeline: Any, *, seed: int, guard: FaultHandler, lanes: int = 1) -> None:
         """Take a ``webdataset.DataPipeline`` apart; ``lanes`` counts the lanes of all processes.
 
         Raises:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lavis_xformer.files import sha256
+from lavis_xformer.markdown import table
 
 INTENT = {
     "clip": "Frozen image encoder: LAVIS's EVA ViT, trained contrastively on captions that mostly say what is there, "
@@ -19,12 +20,10 @@ INTENT = {
 
 def write_card(folder: Path, facts: Mapping[str, object], figures: Mapping[str, float]) -> None:
     """Write README.md beside the files of a part, with the facts of the build, its figures and each file's checksum."""
-    lines = [f"# Mini {folder.name}", "", INTENT[folder.name], "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in facts.items()]
-    if figures:
-        lines += ["", "| figure on held-out scenes | |", "|---|---|"]
-        lines += [f"| {name} | {value:.4g} |" for name, value in figures.items()]
-    lines += ["", "| file | sha256 |", "|---|---|"]
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md")
-    lines += [f"| {path.name} | `{sha256(path)}` |" for path in files]
-    (folder / "README.md").write_text("\n".join(lines) + "\n")
+    parts = [f"# Mini {folder.name}", INTENT[folder.name], table(["", ""], facts.items())]
+    if figures:
+        measured = ((name, f"{value:.4g}") for name, value in figures.items())
+        parts.append(table(["figure on held-out scenes", ""], measured))
+    parts.append(table(["file", "sha256"], ((path.name, f"`{sha256(path)}`") for path in files)))
+    (folder / "README.md").write_text("\n\n".join(parts) + "\n")

@@ -1,6 +1,7 @@
 """Attention maps of the Q-Former's and the fusion's cross-attentions, and which of their regions support a text.
 
-B: images, Q: queries, D: width of the Q-Former, L: queries of an attention, S: its keys or an image's side, N: patches.
+B: images, Q: queries, D: width of the Q-Former, N: patches, S: side of the image, L: queries of an attention, K: its
+keys.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.models.base import XFormerBase
 from lavis_xformer.models.features import FeatureModel
 from lavis_xformer.models.fusion import Attention, Concat
-from lavis_xformer.models.samples import take
+from lavis_xformer.models.samples import take, texts_of
 
 
 def attention_maps(model: XFormerBase, samples: dict[str, Any], *, layer: int = -1) -> dict[str, Tensor]:
@@ -54,7 +55,7 @@ def attention_maps(model: XFormerBase, samples: dict[str, Any], *, layer: int = 
         gradients = torch.autograd.grad(score, list(wanted.values()))
         pairs = zip(wanted.items(), gradients, strict=True)
         wanted = {name: (weights * gradient).clamp_min(0) for (name, weights), gradient in pairs}
-    means = {name: weights.detach().mean(dim=1) for name, weights in wanted.items()}  # (B, Q, S)
+    means = {name: weights.detach().mean(dim=1) for name, weights in wanted.items()}  # (B, Q, K)
     if isinstance(model.fusion, Concat):
         means["C"], means["M"] = model.split_tokens(means["C"], dim=-1)
     return {name: _square(weights) for name, weights in means.items()}
@@ -62,7 +63,7 @@ def attention_maps(model: XFormerBase, samples: dict[str, Any], *, layer: int = 
 
 @contextlib.contextmanager
 def recording(model: XFormerBase) -> Iterator[dict[str, Tensor]]:
-    """Keep the maps (B, heads, L, S) of each cross-attention's first pass in this context, with their graph."""
+    """Keep the maps (B, heads, L, K) of each cross-attention's first pass in this context, with their graph."""
     found: dict[str, Tensor] = {}
 
     def _ours(name: str, module: Attention, inputs: tuple[Tensor, Tensor], output: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def _score(model: Any, samples: dict[str, Any]) -> Tensor:
     """The model's score of the texts, over all images, which don't affect each other."""
     if not isinstance(model, FeatureModel):
         return -model(samples)["loss_lm"]
-    text = model.tokenize(samples["text_input"])
+    text = model.tokenize(texts_of(samples, len(samples["image"])))
     tokens = model.encode_image(samples["image"])
     return model.match(tokens.clip, tokens.mae_tokens, text.input_ids, text.attention_mask).diff(dim=1).sum()
 

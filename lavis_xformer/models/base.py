@@ -44,7 +44,7 @@ class Tokens(NamedTuple):
     """
 
     clip: Tensor  #: C (B, Nc, Dc), or the fusion of C and M that the Q-Former reads
-    mae: MaeFeatures | None  #: M and its mask; None where the fusion needs no MAE
+    mae: MaeFeatures | None  #: M and its mask; None unless the fusion aligns M
     pixels: Tensor | None  #: (B, 3, S, S) as MAE saw them, the reconstruction target
 
     @property
@@ -143,7 +143,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
     # ---------------------------------------------------------------- images
 
     def encode_image(self, image: Tensor, *, mask_ratio: float = 0.0, noise: Tensor | None = None) -> Tokens:
-        """Run both encoders: image -> C and M.
+        """Run both encoders: image -> C and, where the fusion aligns it, M.
 
         Args:
             image: (B, 3, S, S) normalised for CLIP, or (B, 6, S, S) from our image processors.
@@ -155,19 +155,17 @@ class XFormerBase(CheckpointLoading, Blip2Base):
                 ``shuffle_mae`` needs another image, and there is none.
         """
         tokens = self._encode(image, mask_ratio, noise)
-        if tokens.mae is None:
-            return Tokens(compact(tokens.clip), mae=None, pixels=None)
-        if self.shuffle_mae:
+        if self.shuffle_mae and tokens.mae is not None:
             other = self._encode(self._others.of(image), mask_ratio, noise)
             tokens = Tokens(tokens.clip, other.mae, other.pixels)
         clip = compact(self.fusion.visual_tokens(tokens.clip, tokens.mae_tokens))
-        return Tokens(clip, tokens.mae, tokens.pixels)
+        return Tokens(clip, tokens.mae, tokens.pixels) if self.fusion.aligns_mae else Tokens(clip, None, None)
 
-    def mask_again(self, tokens: Tokens, image: Tensor, *, mask_ratio: float, noise: Tensor | None = None) -> Tokens:
+    def mask_again(self, tokens: Tokens, *, mask_ratio: float, noise: Tensor | None = None) -> Tokens:
         """The same C with the M of a masked image, running only MAE; arguments as in :meth:`encode_image`."""
-        pixels = tokens.pixels if self.shuffle_mae else self._views(image)[1]  # still the other images'
-        assert pixels is not None
-        return Tokens(tokens.clip, self._placed(self._run_mae(pixels, mask_ratio, noise)), pixels)
+        assert tokens.pixels is not None
+        m = self._run_mae(tokens.pixels, mask_ratio, noise)
+        return Tokens(tokens.clip, self._placed(m), tokens.pixels)
 
     def split_tokens(self, joined: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
         """Split C's and M's tokens, which are concatenated along ``dim`` (Nc + Nm)."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.models.base import XFormerBase
 from lavis_xformer.models.fusion import CrossAttentionBlock, Init
-from lavis_xformer.models.samples import check_order, check_positive, check_whole, take, texts_of
+from lavis_xformer.models.samples import check_order, check_sampling, check_whole, take, texts_of
 
 MODES = ("multimodal", "image", "text")
 ITG_SOURCES = ("qformer", "xformer")
@@ -134,8 +134,8 @@ class FeatureModel(XFormerBase):
     def forward_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Image (B, 3 or 6, S, S) -> Z' (B, Q, D), and the image tokens that :meth:`compute_itm` takes.
 
-        The image tokens are C (B, Nc, Dc) alone where the fusion needs no MAE, otherwise C and M in one tensor
-        (B, Nc + Nm, max(Dc, Dm)), so that LAVIS's retrieval code can store and repeat them.
+        The image tokens are what the Q-Former reads (B, Nc, Dc), C or a fusion of C and M. A fusion that aligns M gets
+        C and M in one tensor (B, Nc + Nm, max(Dc, Dm)), so that LAVIS's retrieval code can store and repeat them.
         """
         tokens = self.encode_image(image)
         return self.refined(tokens), self._join(tokens.clip, tokens.mae_tokens)
@@ -188,9 +188,9 @@ class FeatureModel(XFormerBase):
         check_whole(1, num_beams=num_beams)
         check_whole(2, max_length=max_length)  # the start token counts
         check_whole(0, min_length=min_length)
-        check_positive(top_p=top_p, repetition_penalty=repetition_penalty)
+        check_sampling(top_p=top_p, repetition_penalty=repetition_penalty)
         self._check_length("max_length", max_length)
-        check_order(min_length=min_length, max_length=max_length)
+        check_order("min_length", min_length, "max_length", max_length)
         beams = 1 if use_nucleus_sampling else num_beams
         tokens = self.encode_image(take(samples, "image"))
         start = torch.full((len(tokens.clip), 1), self.tokenizer.bos_token_id, device=tokens.clip.device)
@@ -225,7 +225,7 @@ class FeatureModel(XFormerBase):
 
     def _split(self, joined: Tensor) -> tuple[Tensor, Tensor | None]:
         """Undo :meth:`_join`."""
-        if not self.fusion.needs_mae:
+        if not self.fusion.aligns_mae:
             return joined, None
         clip, mae = self.split_tokens(joined, dim=1)
         if self.mae is None:  # M is CLIP's too, so both have one width

@@ -123,7 +123,8 @@ class Fusion(nn.Module):
     """Interface of every fusion; the base class is the identity."""
 
     needs_mae: bool = True
-    #: whether ``align`` changes M; only then does reconstructing the masked patches train anything
+    #: whether ``align`` changes M: only then is M of use beyond ``visual_tokens``, and its reconstruction trains
+    #: something
     aligns_mae: bool = False
 
     def visual_tokens(self, clip: Tensor, mae: Tensor | None) -> Tensor:

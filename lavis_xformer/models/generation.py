@@ -13,10 +13,10 @@ import torch
 from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
-from lavis_xformer.errors import UserError, number, one_of
+from lavis_xformer.errors import UserError, number, one_of, text
 from lavis_xformer.models.base import XFormerBase
 from lavis_xformer.models.language import LanguageModel
-from lavis_xformer.models.samples import check_order, check_positive, check_whole, one_per_image, take
+from lavis_xformer.models.samples import check_order, check_sampling, check_whole, one_per_image, take
 from lavis_xformer.models.texts import ask
 
 METHODS = ("generate", "rank")  # of answering
@@ -49,12 +49,11 @@ class GenerativeModel(XFormerBase):
             parts: of :class:`XFormerBase`.
 
         Raises:
-            UserError: a prompt is not text.
+            UserError: a prompt is not text, or has no place for the question.
         """
         super().__init__(**parts)
-        for name, text in {"prompt": prompt, "vqa_prompt": vqa_prompt}.items():
-            if not isinstance(text, str):
-                raise UserError(f"model.{name} is {text!r}; it must be text: quote it")
+        text("model.prompt", prompt)
+        ask(text("model.vqa_prompt", vqa_prompt), "", key="model.vqa_prompt")
         self.drop_text_branch()
         self.language = language
         self.add_module(f"{language.kind}_model", language.model)
@@ -105,8 +104,8 @@ class GenerativeModel(XFormerBase):
             UserError: prompts that don't fit the images, more captions than beams, or a number that makes no sense.
         """
         check_whole(1, num_beams=num_beams, max_length=max_length, num_captions=num_captions)
-        check_whole(0, min_length=min_length, min_new_tokens=0 if min_new_tokens is None else min_new_tokens)
-        check_positive(top_p=top_p, repetition_penalty=repetition_penalty, temperature=temperature)
+        check_whole(0, min_length=min_length, min_new_tokens=min_new_tokens or 0)
+        check_sampling(top_p=top_p, repetition_penalty=repetition_penalty, temperature=temperature)
         if not use_nucleus_sampling and num_captions > num_beams:
             raise UserError(f"num_captions is {num_captions}, num_beams {num_beams}; take more beams, or sample")
         prefix = self.projection(self.encode_queries(take(samples, "image")))  # (B, Q, L)
@@ -161,7 +160,7 @@ class GenerativeModel(XFormerBase):
         """
         check_whole(1, num_beams=num_beams, max_len=max_len, num_ans_candidates=num_ans_candidates)
         check_whole(0, min_len=min_len)
-        check_order(min_len=min_len, max_len=max_len)
+        check_order("min_len", min_len, "max_len", max_len)
         penalty = number("length_penalty", self.vqa_length_penalty if length_penalty is None else length_penalty)
         one_of("run.inference_method", inference_method, METHODS)
         prefix, asked = self._ask(samples, prompt)
@@ -170,12 +169,10 @@ class GenerativeModel(XFormerBase):
         answers = self.language.answer(
             prefix,
             asked,
-            do_sample=False,
             num_beams=num_beams,
             max_new_tokens=max_len,
             min_new_tokens=min_len,
             length_penalty=penalty,
-            num_return_sequences=1,
         )
         return [lemmatize(answer) for answer in answers] if self.apply_lemmatizer else answers
 

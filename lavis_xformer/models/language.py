@@ -142,8 +142,8 @@ class LanguageModel(ABC):
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def answer(self, visual: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
-        """Continue as :meth:`generate` does, but never counting the prompt, for any model."""
-        return self.generate(visual, prompts, **options)
+        """Continue as :meth:`generate` does, by beam search, but never counting the prompt, for any model."""
+        return self.generate(visual, prompts, do_sample=False, num_return_sequences=1, **options)
 
     def loss(self, visual: Tensor, dialogues: Sequence[Dialogue], weights: Tensor | None = None) -> Tensor:
         """Mean loss of the targets' tokens after image and prompt.

@@ -133,7 +133,7 @@ class OptLanguage(LanguageModel):
 
     def answer(self, visual: Tensor, prompts: Sequence[str], **options: Any) -> list[str]:
         """See :class:`LanguageModel`; only the prompt's last token counts, as in LAVIS's main branch."""
-        return super().generate(visual, prompts, counted=1, **options)
+        return super().generate(visual, prompts, do_sample=False, num_return_sequences=1, counted=1, **options)
 
     def continue_(self, visual: Tensor, prompts: Sequence[str], *, counted: int = 1, **options: Any) -> Tensor:
         """See :class:`LanguageModel`.

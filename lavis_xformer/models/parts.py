@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 
-from lavis_xformer.errors import UserError, number, one_of, whole
+from lavis_xformer.errors import UserError, number, one_of, switch, text, whole
 from lavis_xformer.models import towers
 from lavis_xformer.models.frozen import DTYPES
 from lavis_xformer.models.fusion import FUSIONS, Init, build_fusion
 from lavis_xformer.models.mae import MaskedAutoencoder
 
 ENCODERS = ("clip", "mae")
-#: whole numbers, and the smallest sensible value of each: a text has at least its start, a token and its end
-COUNTS = {
-    **dict.fromkeys(("num_query_token", "cross_attention_freq", "qformer_layers", "embed_dim"), 1),
-    **dict.fromkeys(("fusion_depth", "fusion_heads", "image_size", "mae_image_size"), 1),
-    "max_txt_len": 3,
-}
-#: True or False
-SWITCHES = (
-    "freeze_vit mask_vl shuffle_mae fusion_self_attention use_grad_checkpoint mae_norm_pix_loss load_pretrained "
-    "load_finetuned prefix_lm apply_lemmatizer"
-).split()
-#: finite numbers
-NUMBERS = ("mask_ratio", "drop_path_rate", "vqa_length_penalty")
-#: mae_source: M is MAE's tokens, those of an untrained MAE, or CLIP's
-CHOICES = {"fusion_init": get_args(Init), "vit_precision": tuple(DTYPES), "mae_source": ("mae", "random", "clip")}
+SOURCES = ("mae", "random", "clip")  # of M: MAE, an untrained MAE, or CLIP
 #: keys whose values the fusions take, and ``XFormerBase`` takes, under these names
 FUSION_OPTIONS = ("fusion_depth", "fusion_self_attention", "fusion_init")
 OPTIONS = ("freeze_vit", "vit_precision", "max_txt_len", "token_positions", "clip_layer", "shuffle_mae")
@@ -40,6 +27,47 @@ KEYS = frozenset(
         *("fusion", "fusion_heads", *FUSION_OPTIONS, *OPTIONS),
     }
 )
+
+
+def _check_positions(key: str, value: Any) -> None:
+    """Check that a value is a list of encoders."""
+    if not isinstance(value, list):
+        raise UserError(f"{key}: {value!r} is not a list; write [{value}]")
+    for encoder in value:
+        one_of(key, encoder, ENCODERS)
+
+
+#: what the values of keys must be, of either stage's model
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    **dict.fromkeys("vit_model vit_weights bert mae_model opt_model t5_model prompt vqa_prompt".split(), text),
+    **dict.fromkeys("pretrained finetuned blip2_pretrained".split(), text),
+    **dict.fromkeys("num_query_token cross_attention_freq qformer_layers embed_dim".split(), partial(whole, least=1)),
+    **dict.fromkeys("fusion_depth fusion_heads image_size mae_image_size clip_layer".split(), partial(whole, least=1)),
+    "max_txt_len": partial(whole, least=3),  # a text's start, one token and its end
+    **dict.fromkeys("freeze_vit mask_vl shuffle_mae fusion_self_attention use_grad_checkpoint".split(), switch),
+    **dict.fromkeys("mae_norm_pix_loss load_pretrained load_finetuned prefix_lm apply_lemmatizer".split(), switch),
+    **dict.fromkeys("mask_ratio drop_path_rate vqa_length_penalty".split(), number),
+    "fusion": partial(one_of, options=FUSIONS),
+    "fusion_init": partial(one_of, options=get_args(Init)),
+    "vit_precision": partial(one_of, options=DTYPES),
+    "mae_source": partial(one_of, options=SOURCES),
+    "token_positions": _check_positions,
+}
+#: those without which no model can be built
+REQUIRED = ("vit_model", "bert", "image_size", "num_query_token", "fusion")
+
+
+def check_values(cfg: DictConfig) -> None:
+    """Check the values in a ``model`` configuration before anything is built.
+
+    Raises:
+        UserError: one is not of its kind, such as a count that is too small or a fusion that doesn't exist.
+    """
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    values.setdefault("fusion", "dual")
+    for key, check in CHECKS.items():
+        if values.get(key) is not None or key in REQUIRED:
+            check(f"model.{key}", values.get(key))
 
 
 def given(cfg: DictConfig, *keys: str) -> dict[str, Any]:
@@ -54,7 +82,7 @@ def build_parts(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: a name, folder or file in the configuration is wrong.
     """
-    check_names(cfg)
+    check_values(cfg)
     name = cfg.get("fusion", "dual")
     visual_encoder = towers.build_clip(
         cfg.vit_model,
@@ -106,29 +134,6 @@ def weights_of(weights: Mapping[str, Any] | None, defaults: Mapping[str, float])
 def _heads(fusion: str, visual_encoder: Any, qformer: Any) -> int:
     """Number of heads of the attending module: CLIP in early cross-attention, otherwise the Q-Former."""
     return towers.heads_of(visual_encoder) if fusion == "early" else qformer.config.num_attention_heads
-
-
-def check_names(cfg: DictConfig) -> None:
-    """Check the names and counts in a ``model`` configuration before anything is built.
-
-    Raises:
-        UserError: there is no such fusion, initialisation, precision, source of M or encoder; a count is too small; a
-            switch is neither True nor False; or ``token_positions`` is not a list.
-    """
-    one_of("model.fusion", cfg.get("fusion", "dual"), FUSIONS)
-    for key, value in given(cfg, *CHOICES).items():
-        one_of(f"model.{key}", value, CHOICES[key])
-    for key, count in given(cfg, *COUNTS).items():
-        whole(f"model.{key}", count, least=COUNTS[key])
-    for key, value in given(cfg, *SWITCHES).items():
-        if value not in (True, False):
-            raise UserError(f"model.{key} is {value!r}; it must be True or False")
-    for key, value in given(cfg, *NUMBERS).items():
-        number(f"model.{key}", value)
-    if isinstance(placed := cfg.get("token_positions") or [], str):
-        raise UserError(f"model.token_positions: '{placed}' is not a list; write [{placed}]")
-    for encoder in placed:
-        one_of("model.token_positions", encoder, ENCODERS)
 
 
 def _build_mae(cfg: DictConfig, visual_encoder: Any, *, fusion: str) -> MaskedAutoencoder | None:

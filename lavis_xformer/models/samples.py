@@ -57,15 +57,16 @@ def check_whole(least: int, **numbers: Any) -> None:
         whole(name, number, least=least)
 
 
-def check_order(**lengths: int) -> None:
-    """Refuse a least length, named first, above the most, named second."""
-    (low, least), (high, most) = lengths.items()
+def check_order(low: str, least: int, high: str, most: int) -> None:
+    """Refuse a least length above the most."""
     if least > most:
         raise UserError(f"{low} is {least}, {high} only {most}; lower one or raise the other")
 
 
-def check_positive(**numbers: Any) -> None:
-    """Refuse what is no number above 0."""
+def check_sampling(**numbers: Any) -> None:
+    """Refuse what is no number above 0, and a probability ``top_p`` above 1."""
     for name, number in numbers.items():
         if not isinstance(number, Real) or not float(number) > 0:
             raise UserError(f"{name} is {number!r}; it must be a number above 0")
+    if numbers["top_p"] > 1:
+        raise UserError(f"top_p is {numbers['top_p']}; it must be a probability, at most 1")

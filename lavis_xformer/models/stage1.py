@@ -118,7 +118,7 @@ class XFormer(FeatureModel):
         whole = self.encode_image(image)
         if not self.reconstructs:
             return whole, whole
-        return self.mask_again(whole, image, mask_ratio=self.mask_ratio, noise=noise), whole
+        return self.mask_again(whole, mask_ratio=self.mask_ratio, noise=noise), whole
 
     def _itc(self, z: Tensor, text: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Z' (B, Q, D) against text, over all processes; also returns both similarities (B, G)."""

@@ -105,7 +105,7 @@ class XFormerStage2(GenerativeModel):
         weights = None if texts.weights is None else texts.weights.to(prefix.device)
         terms = {"lm": self.language.loss(prefix, texts.dialogues, weights)}
         if self.reconstructs:
-            seen = self.mask_again(tokens, image, mask_ratio=self.mask_ratio, noise=noise)
+            seen = self.mask_again(tokens, mask_ratio=self.mask_ratio, noise=noise)
             terms["rec"] = self.reconstruction_loss(self.fusion.align(seen.mae_tokens, zq), seen)  # of M'
         return losses.weighted(terms, self.loss_weights)
 

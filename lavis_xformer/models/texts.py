@@ -97,20 +97,22 @@ def _dialogue(
     ]
 
 
-def ask(template: str, question: str) -> str:
+def ask(template: str, question: str, *, key: str = "prompt") -> str:
     """Put the question where the template says ``{}``; an empty template is the bare question.
 
     Raises:
-        UserError: the template has no place for the question.
+        UserError: the template, which ``key`` names, has no place for the question.
     """
     if template and "{}" not in template:
-        raise UserError(f"prompt: '{template}' has no {{}}, where the question goes; '' asks the bare question")
+        raise UserError(f"{key}: '{template}' has no {{}}, where the question goes; '' asks the bare question")
     return template.replace("{}", question) if template else question
 
 
 def continuation(prompt: str, caption: str) -> str:
-    """The caption as it follows the prompt, which the text processor may already have prepended."""
-    return caption[len(prompt) :] if caption.startswith(prompt) else spaced(prompt, caption)
+    """The caption as it follows the prompt, which the text processor may already have prepended, as whole words."""
+    rest = caption.removeprefix(prompt)
+    prepended = caption.startswith(prompt) and not (prompt[-1:].isalnum() and rest[:1].isalnum())
+    return rest if prepended else spaced(prompt, caption)
 
 
 def spaced(before: str, after: str) -> str:

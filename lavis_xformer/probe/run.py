@@ -14,6 +14,7 @@ import torch
 from scipy.stats import t as student
 from tqdm import tqdm
 
+from lavis_xformer import markdown
 from lavis_xformer.arguments import at_least, command_parser
 from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError, one_of
@@ -48,21 +49,21 @@ def table(results: dict[str, dict[str, list[float]]], chance: dict[str, float]) 
             both = results["C+M"], results[other]
             gaps = {k: [a - b for a, b in zip(both[0][k], both[1][k], strict=True)] for k in TASKS}
             rows[f"C+M minus {other}"] = {task: interval(values) for task, values in gaps.items()}
-    lines = ["| tokens | " + " | ".join(TASKS) + " |", "|---" * (len(TASKS) + 1) + "|"]
-    lines.append("| most frequent answer | " + " | ".join(f"{chance[task]:.1f}" for task in TASKS) + " |")
-    for name, cells in rows.items():
-        lines.append(f"| {name} | " + " | ".join(cell(*cells[task]) for task in TASKS) + " |")
-    return "\n".join(lines)
+    guesses = ["most frequent answer", *(f"{chance[task]:.1f}" for task in TASKS)]
+    read = [[name, *(cell(*cells[task]) for task in TASKS)] for name, cells in rows.items()]
+    return markdown.table(["tokens", *TASKS], [guesses, *read])
 
 
 def frequencies(curves: dict[str, dict[str, list[float]]]) -> str:
     """Markdown: similarity of the filtered image's tokens to those of the whole image, by cut-off."""
     cutoffs = [f"{cycles:g}" for cycles in curves["cutoffs"]["cycles"]]
-    lines = ["| cosine, cut-off in cycles per side | " + " | ".join(cutoffs) + " |", "|---" * (len(cutoffs) + 1) + "|"]
-    for name, by in curves.items():
-        for kept in ("low", "high") if name != "cutoffs" else ():
-            lines.append(f"| {name}, {kept}-passed | " + " | ".join(f"{value:.2f}" for value in by[kept]) + " |")
-    return "\n".join(lines)
+    rows = [
+        [f"{name}, {kept}-passed", *(f"{value:.2f}" for value in by[kept])]
+        for name, by in curves.items()
+        if name != "cutoffs"
+        for kept in ("low", "high")
+    ]
+    return markdown.table(["cosine, cut-off in cycles per side", *cutoffs], rows)
 
 
 def said_of(placed: dict[str, float]) -> str:
@@ -80,12 +81,12 @@ def majority(exam: Exam) -> dict[str, float]:
 
 def chosen(models: str, names: str | None) -> dict[str, Encoder]:
     """Return a model set's sources of tokens: those in a comma-separated list, or all."""
-    folder, _ = (resolve(f"{models}/{part}").parent for part in ("clip", "mae"))
-    for part in ("clip", "mae"):
-        if not (folder / part / "config.json").is_file():
+    parts = [resolve(f"{models}/{part}") for part in ("clip", "mae")]
+    for part in parts:
+        if not (part / "config.json").is_file():
             made = "lavis-xformer build-mini --only clip --only mae --out FOLDER makes such a set"
-            raise UserError(f"--set {models}: {folder / part} does not exist; {made}")
-    sources = encoders(folder)
+            raise UserError(f"--set {models}: {part} does not exist; {made}")
+    sources = encoders(parts[0].parent)
     wanted = [name.strip() for name in names.split(",")] if names else list(sources)
     return {name: sources[one_of("--sources", name, sources)] for name in wanted}
 

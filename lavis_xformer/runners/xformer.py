@@ -15,7 +15,7 @@ import torch
 from lavis.common.registry import registry
 from torch import nn
 
-from lavis_xformer import distributed
+from lavis_xformer import distributed, run_folder
 from lavis_xformer.distributed import is_main, rank, world_size
 from lavis_xformer.engine import checkpoint, jobs, rng
 from lavis_xformer.engine.interruption import Interruption
@@ -195,7 +195,7 @@ class XFormerRunner(PortableRunner):
             "versions": jobs.versions(),
         }
         if is_main():
-            write_json(self.output_dir / jobs.SUMMARY_NAME, summary)
+            write_json(self.output_dir / run_folder.SUMMARY, summary)
         if self.metrics_log is not None:
             self.metrics_log.close()
         return summary
@@ -229,8 +229,8 @@ class XFormerRunner(PortableRunner):
         super().log_config()
         if not is_main():
             return
-        (self.output_dir / jobs.SUMMARY_NAME).unlink(missing_ok=True)  # of a finished run, now trained for longer
-        write_json(self.output_dir / jobs.CONFIG_NAME, self.config.to_dict())
+        (self.output_dir / run_folder.SUMMARY).unlink(missing_ok=True)  # of a finished run, now trained for longer
+        write_json(self.output_dir / run_folder.CONFIG, self.config.to_dict())
         self.metrics_log = MetricsLog(
             self.output_dir,
             from_step=self.state.position.steps,
@@ -339,14 +339,10 @@ class XFormerRunner(PortableRunner):
         if self._trained:
             logger.info("its training has finished; run.max_epoch is %d", self.max_epoch)
 
-    def _load_weights(self, path: str) -> None:
-        """Load only the trained weights of a checkpoint."""
-        load_trainable(self.unwrap_dist_model(self.model), checkpoint.read(Path(path))["model"], source=path)
-
     def _load_best(self) -> None:
         """Load the weights of the best checkpoint; without one, keep the last and say so."""
         path = self.output_dir / checkpoint.BEST
         if path.exists():
-            self._load_weights(str(path))
+            load_trainable(self.unwrap_dist_model(self.model), checkpoint.read(path)["model"], source=str(path))
         else:
             logger.info("no best checkpoint was chosen: testing the last weights")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -85,20 +86,22 @@ class NamedLossTask(BaseTask):
         """Return the metrics of what ``observe`` collected, over all ranks."""
         return {}
 
+    @abstractmethod
+    def goal(self, figures: Mapping[str, float]) -> float:
+        """Return what the best checkpoint has most of, from the metrics of a split."""
+
     def after_evaluation(
         self, val_result: dict[str, float], split_name: str, epoch: int | str, **unused: object
     ) -> dict[str, float]:
-        """Add ``agg_metrics``, by which the best checkpoint is chosen: here the negative loss."""
-        return {"agg_metrics": -val_result["loss"], **val_result}
-
-    def write_scores(self, split: str, epoch: int | str, figures: Mapping[str, float]) -> None:
-        """Write the per-item scores to ``result/<split>_scores.json``, in the final evaluation only."""
+        """Add ``agg_metrics``, the goal; after the final evaluation, write ``result/<split>_scores.json``."""
+        figures = {"agg_metrics": self.goal(val_result), **val_result}
         if epoch == "best" and is_main():
-            path = Path(registry.get_path("result_dir")) / f"{split}_scores.json"
+            path = Path(registry.get_path("result_dir")) / f"{split_name}_scores.json"
             try:
-                write_json(path, {"split": split, "figures": figures, "answers": self.scores})
+                write_json(path, {"split": split_name, "figures": figures, "answers": self.scores})
             except OSError as error:
                 logger.warning("the per-item scores can't be written: %s; continuing", error)
+        return figures
 
     def table(self, figures: Mapping[str, float]) -> list[tuple[str, str, str]]:
         """Return rows (name, value, value to compare it with) of ``figures`` for display."""

@@ -36,11 +36,11 @@ def recalls(found: Mapping[str, Tensor]) -> dict[str, float]:
     return {f"{way}_r{k}": 100.0 * (of < k).double().mean().item() for way, of in found.items() for k in KS}
 
 
-def hits(ranks: Mapping[str, Tensor], owners: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
+def hits(better: Mapping[str, Tensor], owners: Tensor, names: Sequence[str]) -> list[dict[str, Any]]:
     """Return a row per image and per caption: whether a correct candidate ranks first, and the chance level.
 
     Args:
-        ranks: how many wrong candidates rank above, or whether any does: ``i2t`` (I,) and ``t2i`` (T,).
+        better: how many wrong candidates rank above, or whether any does: ``i2t`` (I,) and ``t2i`` (T,).
         owners: (T,) row of the image that each caption belongs to.
         names: (I,) the images' names.
     """
@@ -57,7 +57,7 @@ def hits(ranks: Mapping[str, Tensor], owners: Tensor, names: Sequence[str]) -> l
             guess=guess,
         )
         for way, (images, guesses) in asked.items()
-        for number, (image, guess, rank) in enumerate(zip(images, guesses, ranks[way].tolist(), strict=True))
+        for number, (image, guess, rank) in enumerate(zip(images, guesses, better[way].tolist(), strict=True))
     ]
 
 

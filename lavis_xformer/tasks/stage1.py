@@ -1,6 +1,6 @@
 """``xformer_stage1``: pre-training, evaluated by its losses, matching and retrieval.
 
-B: samples of a batch, I: images, T: captions, N: queries, E: width of the contrastive space.
+B: samples of a batch, I: images, T: captions, Q: queries, E: width of the contrastive space.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Stage1Task(NamedLossTask):
         new = [i for i, name in enumerate(ids) if name not in self._images and ids.index(name) == i]
         if new:
             images = model.extract_features(select(samples, new), mode="image").image_embeds_proj.float().cpu()
-            self._images |= {ids[i]: image.clone() for i, image in zip(new, images, strict=True)}  # (N, E) each
+            self._images |= {ids[i]: image.clone() for i, image in zip(new, images, strict=True)}  # (Q, E) each
 
     def figures(self) -> dict[str, float]:
         """Return R@1/5/10 both ways and their chance levels, in percent."""
@@ -65,14 +65,9 @@ class Stage1Task(NamedLossTask):
         chance = {f"chance_{n}": v for n, v in metrics.chance_recalls(owners).items()}
         return {**metrics.recalls(ranks), **chance}
 
-    def after_evaluation(
-        self, val_result: dict[str, float], split_name: str, epoch: int | str, **unused: object
-    ) -> dict[str, float]:
-        """Add ``agg_metrics``: the mean of both R@1, in percent; write the per-item scores."""
-        agg = (val_result["i2t_r1"] + val_result["t2i_r1"]) / 2
-        figures = {"agg_metrics": agg, **val_result}
-        self.write_scores(split_name, epoch, figures)
-        return figures
+    def goal(self, figures: Mapping[str, float]) -> float:
+        """Return the mean of both R@1, in percent."""
+        return (figures["i2t_r1"] + figures["t2i_r1"]) / 2
 
     def table(self, figures: Mapping[str, float]) -> list[tuple[str, str, str]]:
         """Return losses (``loss_rec`` beside the frozen MAE's), ITM accuracy and R@k beside their baselines."""

@@ -140,14 +140,9 @@ class Stage2Task(NamedLossTask):
             figures["chance_caption_f1"] = 100 * fmean(row["guess"] for row in captions)
         return figures
 
-    def after_evaluation(
-        self, val_result: dict[str, float], split_name: str, epoch: int | str, **unused: object
-    ) -> dict[str, float]:
-        """Add ``agg_metrics``: the mean of the captions' F1 and the answers' accuracy, in percent; write every text."""
-        agg = fmean(val_result[name] for name in ("caption_f1", "answers") if name in val_result)
-        figures = {"agg_metrics": agg, **val_result}
-        self.write_scores(split_name, epoch, figures)
-        return figures
+    def goal(self, figures: Mapping[str, float]) -> float:
+        """Return the mean of the captions' F1 and the answers' accuracy, in percent."""
+        return fmean(figures[name] for name in ("caption_f1", "answers") if name in figures)
 
     def table(self, figures: Mapping[str, float]) -> list[tuple[str, str, str]]:
         """Return the loss, and each score beside its baseline."""
