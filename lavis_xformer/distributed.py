@@ -5,6 +5,8 @@ B: samples of this process, W: processes.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+_alone = False  # see :func:`alone`
 
 
 def is_distributed() -> bool:
@@ -35,7 +39,7 @@ def is_main() -> bool:
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Join a tensor over all processes, (B, ...) -> (W * B, ...), in the order of the ranks.
+    """Join a tensor over all processes, (B, ...) -> (W * B, ...), in the order of the ranks; not where :func:`alone`.
 
     Gradients flow back to every process: the backward pass *sums* what the processes' losses say about each
     sample. Each process then holds W times its share of the gradient of the mean over processes, and
@@ -44,7 +48,7 @@ def gather(tensor: Tensor) -> Tensor:
     Args:
         tensor: (B, ...), of the same shape on every process.
     """
-    if world_size() == 1:
+    if world_size() == 1 or _alone:
         return tensor
     return _Gather.apply(tensor)
 
@@ -84,7 +88,18 @@ class _Gather(torch.autograd.Function):
 
 def own_rows(batch_size: int, device: torch.device) -> Tensor:
     """Return this process's rows of a gathered batch: (B,) indices."""
-    return torch.arange(batch_size, device=device) + rank() * batch_size
+    return torch.arange(batch_size, device=device) + (0 if _alone else rank() * batch_size)
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Gather nothing in this context, in which every process has the same samples."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def share(value: T) -> T:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import gc
 import os
 import re
 import threading
@@ -81,6 +82,9 @@ def process_group(device: str) -> Iterator[Placement]:
 
     A successful block ends with a barrier and an orderly shutdown. One that fails does not wait for
     the others: the launcher stops them. With ``cuda``, this process's GPU becomes the current one.
+
+    No DistributedDataParallel may be in use after the block: it would be the group's last owner, and freeing gloo's
+    threads with it may wait for ever (torch 2.11).
     """
     place = placement()
     if device == "cuda":
@@ -97,6 +101,7 @@ def process_group(device: str) -> Iterator[Placement]:
     )
     try:
         yield place
+        gc.collect()  # what is left of DistributedDataParallel
         dist.barrier()
     except BaseException:
         _leave_group()

@@ -63,11 +63,16 @@ def read_config(argv: Sequence[str], doc: str | None) -> Any:
 def execute(config: Any) -> int:
     """Train, or evaluate if ``run.evaluate`` says so, and print the results; return the exit status."""
     with launch.process_group(launch.device_of(str(config.run_cfg.get("device", "auto")))):
-        runner = build_runner(config)
-        summary = runner.train()
-        if is_main():
-            conclude(runner, summary)
+        _run(config)
     return 0
+
+
+def _run(config: Any) -> None:
+    """Train or evaluate, and print the results; the runner does not outlive this call."""
+    runner = build_runner(config)
+    summary = runner.train()
+    if is_main():
+        conclude(runner, summary)
 
 
 def build_runner(config: Any) -> Any:

@@ -142,8 +142,8 @@ def test_processes_that_each_evaluate_all_count_no_caption_twice(two, tmp_path):
     folders = (two / "each_all", tmp_path / "one")
     logs = [[record for record in run_folder.read_log(folder) if record["kind"] == "eval"] for folder in folders]
     for found, one in zip(*logs, strict=True):
-        recalls = [key for key in one if key[:4] in ("i2t_", "t2i_", "chan")]
-        assert {key: found[key] for key in recalls} == pytest.approx({key: one[key] for key in recalls})
+        assert {"loss", "loss_itc", "i2t_r1", "chance_t2i_r1"} <= found.keys()
+        assert found == pytest.approx(one, abs=1e-4), "nor contrast a sample with itself"
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lavis_xformer.data import image_text_datasets  # noqa: F401  (registers the builders)
 from lavis_xformer.data.guard import DataFault, guard
-from lavis_xformer.engine.loop import image_ids
+from lavis_xformer.engine.batches import image_ids
 from lavis_xformer.errors import UserError
 
 

@@ -26,7 +26,7 @@ from lavis_xformer import launch, register
 from lavis_xformer.arguments import at_least, command_parser
 from lavis_xformer.config.load import DEFAULT_RUNNER, load_config
 from lavis_xformer.engine import jobs
-from lavis_xformer.engine.loop import to_device
+from lavis_xformer.engine.batches import to_device
 from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.files import write_json
 from lavis_xformer.models.attention_maps import recording

@@ -3,7 +3,7 @@
 That is: its configuration (the default YAMLs of model and datasets, its own YAML, its options), the sha256 of every
 shipped asset and every file that the configuration names (weights, question files; not the images of a folder), the
 code of this package and the versions of its numerical libraries. Comments, formatting and docstrings don't count, nor
-does code that no run executes (:data:`APART`).
+does code that doesn't change a result (:data:`APART`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from lavis_xformer.paths import project_path, shipped_folder
 from lavis_xformer.versions import versions_of
 
 PACKAGE = Path(assets.__file__).parent
-#: modules that compare, report, check or build, but take no part in a run
-APART = frozenset({"analysis", "arguments", "compare", "mini", "probe", "cli", "__main__", "doctor", "export"})
+#: modules that compare, report, check or build, but don't change a result
+APART = frozenset("analysis arguments compare mini probe cli __main__ doctor export markdown".split())
 LIBRARIES = ("salesforce-lavis", "torch", "torchvision", "transformers", "timm", "numpy", "pillow")
 SOFTWARE = ("code", "python", *LIBRARIES)
 PLACES = ("run.output_dir", "run.job_id", "run.resume")  # where a run is stored, not what it computes

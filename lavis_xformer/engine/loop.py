@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from lavis_xformer import distributed
 from lavis_xformer.distributed import is_main, rank, world_size
 from lavis_xformer.engine import rng
+from lavis_xformer.engine.batches import count_samples, image_ids, to_device
 from lavis_xformer.engine.interruption import Interruption, leave_lost_workers_to_next
 from lavis_xformer.engine.log import Averages, Progress, peak_memory_mb
 from lavis_xformer.engine.options import RunOptions
@@ -258,26 +259,3 @@ class EpochLoop:
             every=self.log_every,
             shown=is_main(),
         )
-
-
-def to_device(samples: Any, device: torch.device) -> Any:
-    """Move every tensor in nested dicts and lists to ``device``."""
-    if isinstance(samples, torch.Tensor):
-        return samples.to(device, non_blocking=True)
-    if isinstance(samples, Mapping):
-        return {key: to_device(value, device) for key, value in samples.items()}
-    if isinstance(samples, list):
-        return [to_device(value, device) for value in samples]
-    return samples
-
-
-def count_samples(samples: Mapping[str, Any]) -> int:
-    """Return the batch size of samples: the length of the images, or else of the first entry."""
-    first = samples["image"] if "image" in samples else next(iter(samples.values()))
-    return len(first)
-
-
-def image_ids(samples: Mapping[str, Any]) -> list[Any]:
-    """Return the ids of a batch's images as plain values; empty where there are none."""
-    ids = samples.get("image_id", samples.get("instance_id", []))
-    return ids.tolist() if isinstance(ids, torch.Tensor) else list(ids)

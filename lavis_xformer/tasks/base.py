@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from lavis_xformer import distributed
 from lavis_xformer.distributed import is_main
-from lavis_xformer.engine.loop import count_samples, to_device
+from lavis_xformer.engine.batches import count_samples, to_device
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import write_json
 
@@ -68,7 +69,7 @@ class NamedLossTask(BaseTask):
         self._divided = hasattr(data_loader.sampler, "num_replicas")
         device = next(model.parameters()).device
         sums = TermSums()
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.nullcontext() if self._divided else distributed.alone():
             for samples, fresh in own_batches(data_loader, device):
                 sums.add(model(samples), weight=sum(fresh))
                 self.observe(model, samples, fresh)
@@ -154,15 +155,3 @@ def own_batches(loader: DataLoader[Any], device: torch.device) -> Iterator[tuple
         fresh = [(done + i) * world + own_rank < length for i in range(size)]
         done += size
         yield to_device(samples, device), fresh
-
-
-def select(samples: Samples, rows: Sequence[int]) -> Samples:
-    """Select rows of a batch in its tensors and lists of batch length; other values are kept as they are."""
-    size = count_samples(samples)
-
-    def _pick(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() and len(value) == size:
-            return value[list(rows)]
-        return [value[i] for i in rows] if isinstance(value, list) and len(value) == size else value
-
-    return {name: _pick(value) for name, value in samples.items()}

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lavis_xformer import losses
 from lavis_xformer.distributed import rank
-from lavis_xformer.engine.loop import image_ids
+from lavis_xformer.engine.batches import image_ids, select
 from lavis_xformer.tasks import metrics
-from lavis_xformer.tasks.base import NamedLossTask, Samples, select
+from lavis_xformer.tasks.base import NamedLossTask, Samples
 
 
 @registry.register_task("xformer_stage1")
