@@ -148,7 +148,7 @@ def test_a_subset_is_a_group_and_its_bins_are_of_objects() -> None:
 
 
 def test_an_unanswered_question_is_wrong() -> None:
-    assert [item.answer for item in items(SCENES, {1: "yes"})] == ["", "yes", "", ""]
+    assert [item.answer for item in items(SCENES, {1: "yes"})] == [None, "yes", None, None]
     with pytest.raises(UserError, match="no questions"):
         benchmark.score([], "strict")
 

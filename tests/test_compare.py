@@ -360,6 +360,7 @@ def test_mistakes_are_named(tmp_path: Path, change: dict[str, Any], message: str
     ("text", "message"),
     [
         (b"seeds: [1\nbaseline: a\n", r"plan\.yaml is not valid YAML, line 2: "),
+        (b"variants:\n  a: {skip: [q]}\n  b:\n  a:\n", r"plan\.yaml is not valid YAML, line 4: 'a' is given twice"),
         (b"\xff\xfe", r"plan\.yaml is not UTF-8 text"),
         (b"model: {arch: xformer}", r"plan\.yaml: 'model' is no key of a comparison; there is: baseline"),
     ],

@@ -161,6 +161,8 @@ def test_the_command_on_the_shipped_model(
     found = json.loads((tmp_path / "d" / "diagnosis.json").read_text())
     assert found["with_own_m"]["loss_itc"] != found["with_anothers_m"]["loss_itc"]
     assert found["with_own_m"]["loss_rec"] == pytest.approx(found["with_anothers_m"]["loss_rec"], rel=0.2)
+    kept = json.loads((tmp_path / "d" / "result" / "val_scores.json").read_text())
+    assert kept["figures"]["loss_itc"] == found["with_own_m"]["loss_itc"], "the result file is that of the own M"
     said = capsys.readouterr().out
     wanted = (
         "own M",

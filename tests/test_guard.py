@@ -88,7 +88,7 @@ def test_half_a_photo_is_bad_even_when_pil_was_told_to_be_lenient(tmp_path: Path
 
 def test_what_a_guard_inside_refuses_is_not_skipped_outside(tmp_path: Path) -> None:
     inside = GuardedDataset(stock(tmp_path, bad=(1,)), on_corrupt="raise")
-    with pytest.raises(DataFault, match=r"1\.png \(sample 1\): .*\(on_corrupt: skip would leave it out\)$"):
+    with pytest.raises(DataFault, match=r"1\.png \(sample 1\): .*\(run\.on_corrupt=skip goes on without it\)$"):
         GuardedDataset(Subset(inside, range(6)))[1]
 
 

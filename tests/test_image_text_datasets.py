@@ -115,6 +115,15 @@ def test_questions_to_train_on_need_answers(photos: Path) -> None:
         build("image_question_json", image_root=str(photos), splits={"train": {"annotations": str(path)}})
 
 
+def test_a_misspelt_key_of_the_answers_is_refused(photos: Path) -> None:
+    path = photos.parent / "rows.json"
+    path.write_text(json.dumps([{"image": "0.png", "question": "q", "reply": "a"}]))
+    options = {"image_root": str(photos), "splits": {"test": {"annotations": str(path)}}}
+    assert build("image_question_json", answer_key="reply", **options)["test"][0]["answer"] == "a"
+    with pytest.raises(UserError, match=r"answer_key: no row of '?test'? has an answer under 'replay'"):
+        build("image_question_json", answer_key="replay", **options)
+
+
 def test_several_files_are_joined(photos: Path, captions: Path) -> None:
     splits = {"train": {"annotations": [str(captions), str(captions)]}}
     assert len(build("image_text_json", image_root=str(photos), splits=splits)["train"]) == 40

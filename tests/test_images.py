@@ -34,6 +34,13 @@ def test_packing_can_be_undone(clip_size: int, mae_size: int) -> None:
     assert torch.equal(views[1][1], mae)
 
 
+@pytest.mark.parametrize(("clip_size", "mae_size"), [(12, 8), (8, 12)])
+def test_views_of_other_sizes_than_the_models_are_refused(clip_size: int, mae_size: int) -> None:
+    batch = torch.stack([pack(torch.rand(3, 12, 12), torch.rand(3, 12, 12))] * 2)
+    with pytest.raises(UserError, match=rf"image_size .* to {clip_size} pixels .* mae_image_size to {mae_size}"):
+        unpack(batch, clip_size=clip_size, mae_size=mae_size)
+
+
 def test_three_channels_serve_a_mae_of_another_size() -> None:
     clip, mae = unpack(torch.rand(2, 3, 16, 16), clip_size=16, mae_size=8)
     assert (clip.shape, mae.shape) == ((2, 3, 16, 16), (2, 3, 8, 8))

@@ -56,6 +56,19 @@ def test_official_presence_accepts_yes_or_no_anywhere() -> None:
     assert score.unread == 0.2
 
 
+def test_what_was_not_asked_is_wrong_and_unread_by_every_scorer() -> None:
+    for scorer in ("gvt_official", "pope_official", "strict"):
+        score = score_presence([None, "yes"], ["yes", "yes"], scorer=scorer)
+        assert (score.correct, score.unread, score.yes_ratio) == ((False, True), 0.5, 0.5)
+    for scorer in ("gvt_official", "strict"):
+        counted = score_counts([None, "0"], [0, 0], scorer=scorer)
+        assert (counted.correct, counted.unread) == ((False, True), 0.5)
+    paired = score_pairs([None, "(a)"], ["(a)", "(a)"], options=["(a) Open (b) Closed"] * 2, pairs=[0, 0])
+    assert (paired.correct, paired.unread) == ((False, True), 0.5)
+    exact = score_exact([None, "red"], ["red", "red"])
+    assert (exact.correct, exact.unread) == ((False, True), 0.5)
+
+
 def test_presence_by_hand() -> None:
     answers = ["yes", "yes", "no", "no", "yes", "no"]
     truths = ["yes", "no", "yes", "no", "yes", "no"]

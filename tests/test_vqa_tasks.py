@@ -341,7 +341,8 @@ def test_files_that_vqas_scoring_cannot_read_are_refused_before_training(
     task, folder = setup(XFormerVQATask, tmp_path), tmp_path
     ask_vqa(folder, {1: ["2"] * 10}, {1: "number"}, task, {1: "2"})
     files = {name: str(folder / f"{name}.json") for name in "qa"}
-    data = SimpleNamespace(coco_fmt_qust_file=files["q"], coco_fmt_anno_file=files["a"])
+    rows = [{"question_id": 1}]
+    data = SimpleNamespace(coco_fmt_qust_file=files["q"], coco_fmt_anno_file=files["a"], annotation=rows)
     task.check_split("val", data)
     content = read_json(Path(files[file]))
     for holder in (content, *content.get("annotations", [])):
@@ -352,6 +353,39 @@ def test_files_that_vqas_scoring_cannot_read_are_refused_before_training(
         with pytest.raises(UserError, match=rf"damaged\.json: {message}"):
             check()
     task.check_split("test", SimpleNamespace(coco_fmt_qust_file=None, coco_fmt_anno_file=None))
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([1], r"q\.json: its questions are not those of the split: 1 are in one only, such as 2"),
+        ([1, 2, 7], r"1 are in one only, such as 7"),
+        ([1, 2, 2], r"two questions of the split have the question_id 2"),
+    ],
+)
+def test_other_questions_than_those_of_the_files_are_refused_before_training(
+    tmp_path: Path, ids: list[int], message: str
+) -> None:
+    task, kinds = setup(XFormerVQATask, tmp_path), {1: "number", 2: "number"}
+    ask_vqa(tmp_path, {1: ["2"] * 10, 2: ["3"] * 10}, kinds, task, {1: "2", 2: "3"})
+    data = SimpleNamespace(
+        coco_fmt_qust_file=str(tmp_path / "q.json"),
+        coco_fmt_anno_file=str(tmp_path / "a.json"),
+        annotation=[{"question_id": number} for number in (1, 2)],
+    )
+    task.check_split("val", data)
+    data.annotation = [{"question_id": number} for number in ids]
+    with pytest.raises(UserError, match=message):
+        task.check_split("val", data)
+
+
+def test_a_question_of_vqas_that_was_not_asked_counts_as_wrong(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    task, kinds = setup(XFormerVQATask, tmp_path), {1: "number", 2: "number"}
+    figures = ask_vqa(tmp_path, {1: ["2"] * 10, 2: ["3"] * 10}, kinds, task, {1: "2"})
+    assert figures["accuracy"] == 50
+    assert "1 questions were not asked, as their images can't be read: they count as wrong" in caplog.text
 
 
 def test_scenes_have_no_files_in_vqas_format() -> None:
@@ -367,6 +401,21 @@ def test_gqa_needs_samples_with_a_true_answer(tmp_path: Path) -> None:
             check()
     for sample in ({"answer": None}, {"answers": ["yes"]}):
         task.check_split("val", [{**asked, **sample}])
+
+
+def test_gqas_questions_have_ids_of_their_own(tmp_path: Path) -> None:
+    task = setup(XFormerGQATask, tmp_path)
+    with pytest.raises(UserError, match="two questions of the split have the question_id n7"):
+        task.check_split("val", Rows("n7", "n8", "n7"))
+    task.check_split("val", Rows("n7", "n8"))
+
+
+class Rows(list[dict[str, Any]]):
+    """Samples that are their own annotations."""
+
+    def __init__(self, *ids: str) -> None:
+        super().__init__({"question_id": number, "answer": "yes"} for number in ids)
+        self.annotation = [*self]
 
 
 def lavis_config(task: str, arch: str = "xformer", **run: Any) -> Any:

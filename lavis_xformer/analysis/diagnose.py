@@ -70,15 +70,14 @@ def main(argv: Sequence[str]) -> int:
         one_of("--split", args.split, {split for splits in runner.datasets.values() for split in splits})
         model = runner.unwrap_dist_model(runner.model).eval()
         pair = two_images(args.split, runner.dataloaders[args.split].dataset) if model.fusion.needs_mae else None
-        model.shuffle_mae = False  # whatever the configuration says: first each image with its own M
-        own = runner.evaluate(skip_reload=True)[args.split]
         other: Mapping[str, float] = {}
         if pair is not None:
             model.shuffle_mae = True
             with torch.no_grad():
                 model.encode_image(pair.to(model.device))  # what a first batch of one image takes M from
             other = runner.evaluate(skip_reload=True)[args.split]
-            model.shuffle_mae = False
+        model.shuffle_mae = False  # whatever the configuration says; the second, so that the result files are its
+        own = runner.evaluate(skip_reload=True)[args.split]
         batches = [to_device(samples, model.device) for samples in islice(runner.dataloaders[args.split], args.batches)]
         found = {"with_own_m": dict(own), "with_anothers_m": dict(other), **look(model, batches)}
     path = runner.output_dir / "diagnosis.json"

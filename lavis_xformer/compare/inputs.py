@@ -91,15 +91,28 @@ def read_yaml(path: Path) -> Any:
     """Read a YAML file.
 
     Raises:
-        UserError: it is not YAML, or not UTF-8 text.
+        UserError: it is not YAML, not UTF-8 text, or has a key twice.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except yaml.YAMLError as error:
         where, problem = fault_in_yaml(error)
         raise UserError(f"{path} is not valid YAML{where}: {problem}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text: {error}") from error
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuses a key given twice, of which PyYAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a dict."""
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if key.value in keys and key.value != "<<":
+                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
+            keys.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 def merge(first: Any, second: Any) -> Any:

@@ -104,7 +104,7 @@ class GuardedDataset(Dataset):
             except Exception as error:  # whatever a broken file or row makes a decoder raise
                 fault = _tell(sample_name(self.dataset, position), error)
                 if self.on_corrupt == "raise":
-                    raise DataFault(f"{fault} (on_corrupt: skip would leave it out)") from error
+                    raise DataFault(f"{fault} (run.on_corrupt=skip goes on without it)") from error
                 self._note(position, fault)
         raise DataFault(f"{tries} bad samples in a row, the last one {fault}")
 

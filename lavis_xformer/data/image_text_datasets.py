@@ -260,7 +260,11 @@ class ImageQuestionBuilder(LocalFilesBuilder):
     DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": config_path("datasets/image_question_json.yaml")}
 
     def build_split(self, split: str) -> BaseDataset:
-        """Build questions; only those for training must have answers."""
+        """Build questions; only those for training must have answers.
+
+        Raises:
+            UserError: an ``answer_key`` of the user's own is in no row.
+        """
         config = self.config
         keys = QuestionKeys(
             image=config.image_key,
@@ -270,6 +274,8 @@ class ImageQuestionBuilder(LocalFilesBuilder):
             answers_needed=split == "train",
         )
         questions = [record for record in self.load(split, keys) if isinstance(record, Question)]
+        if keys.answer != QuestionKeys.answer and not any(question.answers for question in questions):
+            raise UserError(f"datasets.{self.name}.answer_key: no row of {split} has an answer under '{keys.answer}'")
         shared = {"annotation": self.annotate(questions), **self.shared(split)}
         if split == "train":
             return QuestionDataset(**shared)

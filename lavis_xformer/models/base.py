@@ -176,9 +176,9 @@ class XFormerBase(CheckpointLoading, Blip2Base):
     def _views(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """CLIP's and MAE's views of images, each (B, 3, S, S)."""
         if not isinstance(image, Tensor) or not image.is_floating_point():
+            found = image.dtype if isinstance(image, Tensor) else type(image).__name__
             raise UserError(
-                f"samples['image'] is a {getattr(image, 'dtype', type(image).__name__)}, not a float tensor "
-                "such as vis_processors['eval'](image).unsqueeze(0)"
+                f"samples['image'] is a {found}, not a float tensor such as vis_processors['eval'](image).unsqueeze(0)"
             )
         mae_size = self.image_size if self.mae is None else self.mae.image_size
         return unpack(image.float(), clip_size=self.image_size, mae_size=mae_size)

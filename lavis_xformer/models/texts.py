@@ -74,10 +74,13 @@ def _answers(samples: Mapping[str, Any], prompts: Prompts, generator: torch.Gene
             f"samples['answer'] has {len(answers)} answers to {len(questions)} questions about {count} images; "
             "samples['n_answers'] must say how many belong to each"
         )
+    weights = samples.get("weight")
+    if weights is not None and len(weights) != len(answers):
+        raise UserError(f"samples['weight'] has {len(weights)} entries for {len(answers)} answers; give one for each")
     images = torch.arange(len(questions)).repeat_interleave(each)  # (A,)
     asked = [questions[i] for i in images.tolist()]
     dialogues = [_dialogue(*turns, prompts, generator) for turns in zip(asked, answers, strict=True)]
-    return Texts(dialogues, weights=samples.get("weight"), images=images)
+    return Texts(dialogues, weights=weights, images=images)
 
 
 def _dialogue(

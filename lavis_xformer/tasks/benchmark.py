@@ -48,7 +48,7 @@ class Item(NamedTuple):
     group: str  #: what is scored separately: the benchmark's subset if there is one, otherwise the kind
     question: str
     truth: str  #: the annotators' most frequent answer; "" if they gave none
-    answer: str
+    answer: str | None  #: None: not asked, as its image could not be read
     row: Mapping[str, Any]  #: the annotation
 
 
@@ -108,9 +108,9 @@ class BenchmarkTask(BaseTask):
     ) -> dict[str, float] | None:
         """Score the answers, write ``result/<split>_<dataset>.json`` and return the figures in percent.
 
-        A question that the model didn't answer, e.g. because its image could not be read, counts as answered with "".
-        Questions without a true answer are not scored; None if none has one. The answers are written before they are
-        scored, so that they are kept even if scoring fails.
+        A question that was not asked, because its image could not be read, counts as wrong and unread. Questions
+        without a true answer are not scored; None if none has one. The answers are written before they are scored, so
+        that they are kept even if scoring fails.
         """
         found = items(self._dataset, val_result)
         self.write(split_name, found, {})
@@ -166,7 +166,7 @@ def items(dataset: Any, answers: Mapping[int, str]) -> list[Item]:
     found = []
     for row in dataset.annotation:
         kind, number = kind_of(dataset, row), int(row["question_id"])
-        group, said = row.get("subset") or kind, answers.get(number, "")
+        group, said = row.get("subset") or kind, answers.get(number)
         found.append(Item(number, str(row["image"]), kind, group, row["question"], truth_of(row), said, row))
     return found
 

@@ -1,6 +1,7 @@
 """Scores of answers: counting, yes or no, pairs, exact match.
 
-Pure functions of predictions (the model's answers) and truths; lists that are empty or differ in length raise a
+Pure functions of predictions (the model's answers; None where it was not asked, which is wrong and unread whatever the
+scorer makes of silence) and truths; lists that are empty or differ in length raise a
 :class:`UserError`. Report every number with its scorer's name; :mod:`lavis_xformer.tasks.answers` explains the names.
 Accuracies, ratios and shares are between 0 and 1.
 """
@@ -106,11 +107,13 @@ class PairScore(Score):
     pair_accuracy: float
 
 
-def score_counts(predictions: Sequence[str], truths: Sequence[str | int], *, scorer: str = "strict") -> CountScore:
+def score_counts(
+    predictions: Sequence[str | None], truths: Sequence[str | int], *, scorer: str = "strict"
+) -> CountScore:
     """Score answers to "how many" by ``gvt_official`` or ``strict``, binned by the true number."""
     _check(predictions, truths)
     true = np.array([int(truth) for truth in truths])
-    read = [read_count(answer, scorer) for answer in predictions]
+    read = [None if answer is None else read_count(answer, scorer) for answer in predictions]
     correct = np.array([number == truth for number, truth in zip(read, true, strict=True)])
     error = np.abs(np.array([float(number or 0) for number in read]) - true)  # a float: an answer may be any number
     return CountScore(
@@ -122,7 +125,11 @@ def score_counts(predictions: Sequence[str], truths: Sequence[str | int], *, sco
 
 
 def score_presence(
-    predictions: Sequence[str], truths: Sequence[str], *, scorer: str = "strict", sizes: Sequence[int] | None = None
+    predictions: Sequence[str | None],
+    truths: Sequence[str],
+    *,
+    scorer: str = "strict",
+    sizes: Sequence[int] | None = None,
 ) -> PresenceScore:
     """Score answers to yes-or-no questions.
 
@@ -135,10 +142,11 @@ def score_presence(
     """
     _check(predictions, truths, sizes)
     true = [_truth(truth) for truth in truths]
-    if scorer == "gvt_official":
-        read = [read_gvt_presence(answer, truth) for answer, truth in zip(predictions, true, strict=True)]
-    else:
-        read = [read_presence(answer, scorer) for answer in predictions]
+    gvt = scorer == "gvt_official"
+    read = [
+        None if answer is None else read_gvt_presence(answer, truth) if gvt else read_presence(answer, scorer)
+        for answer, truth in zip(predictions, true, strict=True)
+    ]
     correct = np.array([answer is truth for answer, truth in zip(read, true, strict=True)])
     hits = sum(answer is truth is True for answer, truth in zip(read, true, strict=True))
     precision, recall = hits / max(1, read.count(True)), hits / max(1, true.count(True))
@@ -153,7 +161,7 @@ def score_presence(
 
 
 def score_pairs(
-    predictions: Sequence[str], truths: Sequence[str], *, options: Sequence[str], pairs: Sequence[Hashable]
+    predictions: Sequence[str | None], truths: Sequence[str], *, options: Sequence[str], pairs: Sequence[Hashable]
 ) -> PairScore:
     """Score choices in pairs, both of which must be right.
 
@@ -164,7 +172,8 @@ def score_pairs(
         pairs: which pair every item belongs to.
     """
     _check(predictions, truths, options, pairs)
-    read = [read_choice(answer, choice) for answer, choice in zip(predictions, options, strict=True)]
+    asked = zip(predictions, options, strict=True)
+    read = [None if answer is None else read_choice(answer, choice) for answer, choice in asked]
     true = [truth.strip(" ().").lower() for truth in truths]
     correct = np.array([letter == truth for letter, truth in zip(read, true, strict=True)])
     whole: dict[Hashable, bool] = {}
@@ -177,16 +186,21 @@ def score_pairs(
     )
 
 
-def score_exact(predictions: Sequence[str], truths: Sequence[str]) -> Score:
+def score_exact(predictions: Sequence[str | None], truths: Sequence[str]) -> Score:
     """Score answers of a word or two by exact match, ignoring case and full stops at the end."""
     _check(predictions, truths)
-    said, true = ([text.strip().rstrip(".").lower() for text in texts] for texts in (predictions, truths))
+    said = [None if text is None else _plain(text) for text in predictions]
+    true = [_plain(text) for text in truths]
     correct = np.array([answer == truth for answer, truth in zip(said, true, strict=True)])
     return Score(**_common("exact", correct, true, said))
 
 
+def _plain(text: str) -> str:
+    return text.strip().rstrip(".").lower()
+
+
 def _truth(truth: str) -> bool:
-    word = truth.strip().rstrip(".").lower()
+    word = _plain(truth)
     if word not in ("yes", "no"):
         raise UserError(f"truth '{truth}': expected yes or no")
     return word == "yes"

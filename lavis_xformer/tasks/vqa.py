@@ -26,7 +26,7 @@ from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.files import read_json
 from lavis_xformer.tasks.protocols import Row, WithProtocol, tell_unanswered
 from lavis_xformer.tasks.rows import answer_row
-from lavis_xformer.tasks.vqa_files import check_vqa
+from lavis_xformer.tasks.vqa_files import answer_all, check_unique, check_vqa
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +153,7 @@ class XFormerVQATask(AsksByProtocol, VQATask):
         if split not in self.ques_files:
             logger.info("%s has no true answers; what was answered is in %s", split, result_file)
             return None
+        answer_all(result_file, self.ques_files[split])
         questions = VQA(self.anno_files[split], self.ques_files[split])
         said = questions.loadRes(resFile=result_file, quesFile=self.ques_files[split])
         scorer = SCORERS[self.scorer](questions, said, n=2)
@@ -192,11 +193,13 @@ class XFormerGQATask(AsksByProtocol, GQATask):
     CONFIG_KEYS = AsksByProtocol.CONFIG_KEYS | {"question_types"}
 
     def check_split(self, name: str, dataset: Any) -> None:
-        """Check the first sample of a split before training.
+        """Check the first sample of a split, and all ids, before training.
 
         Raises:
-            UserError: it has no true answer, not even None.
+            UserError: it has no true answer, not even None, or two questions have the same id.
         """
+        if isinstance(rows := getattr(dataset, "annotation", None), list):
+            check_unique(row["question_id"] for row in rows)
         if len(dataset) and {"answer", "answers"}.isdisjoint(dataset[0]):
             raise UserError(NO_TRUTHS)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from lavis_xformer.errors import UserError, first_line
-from lavis_xformer.files import read_json
+from lavis_xformer.files import read_json, write_text
+
+logger = logging.getLogger(__name__)
 
 #: keys that VQA's scoring reads in a file of questions or annotations, the last one that of its rows, and in every row
 QUESTIONS = (("info", "task_type", "data_type", "data_subtype", "license", "questions"), ("question_id", "question"))
@@ -19,20 +24,44 @@ def check_vqa(dataset: Any) -> None:
     """Check that a dataset has files in VQA's format; those of a split without true answers may be None.
 
     Raises:
-        UserError: it has none, or they lack a key that the scoring needs.
+        UserError: it has none, they lack a key that the scoring needs, or they are about other questions.
     """
     if not hasattr(dataset, "coco_fmt_qust_file"):
         raise UserError(
             "run.task: xformer_vqa needs question and annotation files in VQA's format; else use xformer_gqa"
         )
     if dataset.coco_fmt_qust_file is not None:
-        check_vqa_file(dataset.coco_fmt_qust_file, *QUESTIONS)
-        check_vqa_file(dataset.coco_fmt_anno_file, *ANNOTATIONS)
+        asked = [int(row["question_id"]) for row in dataset.annotation]
+        check_unique(asked)
+        for file, keys in ((dataset.coco_fmt_qust_file, QUESTIONS), (dataset.coco_fmt_anno_file, ANNOTATIONS)):
+            if differing := check_vqa_file(file, *keys) ^ set(asked):
+                raise UserError(
+                    f"{file}: its questions are not those of the split: {len(differing)} are in one only, such as "
+                    f"{min(differing)}; VQA's scoring needs the same in both"
+                )
+
+
+def check_unique(ids: Iterable[object]) -> None:
+    """Raise a UserError if two questions have the same id, of which the scoring would keep one."""
+    again = next((number for number, count in Counter(ids).items() if count > 1), None)
+    if again is not None:
+        raise UserError(f"two questions of the split have the question_id {again}; give each its own")
+
+
+def answer_all(result_file: str, question_file: str) -> None:
+    """Add "" as the answer to questions that were not asked, as their images can't be read: VQA's tools want all."""
+    said = read_json(Path(result_file))
+    answered = {row["question_id"] for row in said}
+    every = [row["question_id"] for row in read_json(Path(question_file))["questions"]]
+    added = [{"question_id": number, "answer": ""} for number in every if number not in answered]
+    if added:
+        logger.warning("%d questions were not asked, as their images can't be read: they count as wrong", len(added))
+        write_text(Path(result_file), json.dumps([*said, *added]))
 
 
 @cache
-def check_vqa_file(file: str, keys: Sequence[str], row_keys: Sequence[str]) -> None:
-    """Check that a file has ``keys``, the last of which holds rows with ``row_keys``.
+def check_vqa_file(file: str, keys: Sequence[str], row_keys: Sequence[str]) -> frozenset[int]:
+    """Check that a file has ``keys``, the last of which holds rows with ``row_keys``; return the ids of its questions.
 
     Raises:
         UserError: it has not, or can't be read.
@@ -47,3 +76,4 @@ def check_vqa_file(file: str, keys: Sequence[str], row_keys: Sequence[str]) -> N
     for number, row in enumerate(content[keys[-1]], start=1):
         if lacks := [key for key in row_keys if key not in row]:
             raise UserError(f"{file}: {keys[-1]}: row {number} has no {', '.join(lacks)}, which VQA's scoring needs")
+    return frozenset(row["question_id"] for row in content[keys[-1]])
