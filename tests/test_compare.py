@@ -176,6 +176,32 @@ def test_what_makes_a_run_anew_is_said(
     assert not first.folder.exists()
 
 
+def test_a_result_outlives_the_weights_that_it_was_computed_with(plan: Plan) -> None:
+    _, second, asked = plan.cells(["a"], [1])
+    weights = second.folder / "checkpoint_best.pth"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"weights")
+    finish(asked)
+    assert asked.finished
+    weights.unlink()
+    assert asked.finished, "nothing could be asked again"
+    weights.write_bytes(b"others")
+    assert not asked.finished
+
+
+def test_files_of_lavis_datasets_in_the_cache_are_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAVIS_XFORMER_CACHE", str(tmp_path))
+    truths = tmp_path / "coco" / "annotations" / "v2_mscoco_val2014_annotations.json"
+    truths.parent.mkdir(parents=True)
+    truths.write_text("{}")
+    key = "datasets.coco_vqa.build_info.annotations.val.storage.3 (sha256)"
+    before = inputs.inputs_of("projects/xformer/eval/vqav2_opt2.7b.yaml", {})
+    truths.write_text('{"annotations": []}')
+    after = inputs.inputs_of("projects/xformer/eval/vqav2_opt2.7b.yaml", {})
+    (changed,) = inputs.changes(before, after)
+    assert changed.startswith(f"{key}: {before[key]} -> ")
+
+
 def test_inputs_are_the_whole_configuration_assets_code_and_versions(tmp_path: Path) -> None:
     questions = tmp_path / "questions.json"
     questions.write_text("[]")
@@ -692,6 +718,20 @@ def test_a_wrong_key_of_any_run_stops_before_the_first(tmp_path: Path, monkeypat
     make(tmp_path, given, "wrong")
     with pytest.raises(UserError, match=r"^typo, stage2: --options model\.fusoin: .* did you mean 'model\.fusion'\?"):
         run.main([str(tmp_path / "wrong.yaml")])
+    variants = {"blip2": None, "gone": {"stage2": {"model.pretrained": "gone.pth"}}}
+    make(tmp_path, {**given, "variants": variants}, "gone")
+    with pytest.raises(UserError, match=r"^gone, stage2: model\.pretrained: there is no file gone\.pth"):
+        run.main([str(tmp_path / "gone.yaml")])
+    counting = {"config": "projects/xformer/eval/gvt_coco_oc.yaml", "evaluate": True}
+    alone = {"output": str(tmp_path), "seeds": [1], "baseline": "a", "variants": {"a": {}}}
+    alone["common"] = {"counting": counting}
+    make(tmp_path, alone, "unset")
+    with pytest.raises(UserError, match=r"^a, counting: gvt_coco_oc: no annotation file: set datasets\.gvt_coco_oc"):
+        run.main([str(tmp_path / "unset.yaml")])
+    counting["options"] = {"datasets.gvt_coco_oc.splits.test.annotations": "gone.json"}
+    make(tmp_path, alone, "nofile")
+    with pytest.raises(UserError, match=r"^a, counting: datasets\.gvt_coco_oc\.splits.*gone\.json: no such annotation"):
+        run.main([str(tmp_path / "nofile.yaml")])
     begun: list[Cell] = []
     monkeypatch.setattr(run, "run_cell", begun.append)
     assert run.main([str(tmp_path / "wrong.yaml"), "--only", "blip2", "--seeds", "1"]) == 0

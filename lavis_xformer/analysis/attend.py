@@ -98,6 +98,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="where to run (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("attention.png"), help="output file (default: %(default)s)")
     args = parser.parse_args(argv)
+    if "" in (args.text, args.question, args.answer):
+        parser.error("--text, --question and --answer can't be empty; leave them out")
     if args.text and args.question:
         parser.error("--text or --question, not both")
     if args.answer and not args.question:

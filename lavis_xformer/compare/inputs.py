@@ -12,6 +12,7 @@ import ast
 import copy
 import functools
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -26,7 +27,7 @@ import yaml
 from lavis_xformer import assets
 from lavis_xformer.errors import UserError, fault_in_yaml
 from lavis_xformer.files import read_json, sha256
-from lavis_xformer.paths import project_path, shipped_folder
+from lavis_xformer.paths import cache_folder, project_path, shipped_folder
 from lavis_xformer.versions import versions_of
 
 PACKAGE = Path(assets.__file__).parent
@@ -81,10 +82,21 @@ def resolved(config: str, options: Mapping[str, Any]) -> Json:
         own = _mapping(file)["model"]
         if own["arch"] == model.get("arch") and model.get("model_type") in (None, own["model_type"]):
             merged = merge(merged, {"model": own})
-    for file in sorted(shipped_folder("configs").glob("datasets/*.yaml")):
-        own = {name: given for name, given in _mapping(file)["datasets"].items() if name in user["datasets"]}
-        merged = merge(merged, {"datasets": own})
+    for file in _dataset_defaults():
+        found = _mapping(file).get("datasets") or {}
+        merged = merge(merged, {"datasets": {name: found[name] for name in found.keys() & user["datasets"].keys()}})
     return merge(merged, user)
+
+
+@functools.cache
+def _dataset_defaults() -> list[Path]:
+    """The default YAMLs of datasets: LAVIS's, found without importing it, and this package's."""
+    spec = importlib.util.find_spec("lavis")
+    lavis = Path(spec.origin).parent if spec is not None and spec.origin is not None else PACKAGE
+    return [
+        *sorted(lavis.glob("configs/datasets/**/*.yaml")),
+        *sorted(shipped_folder("configs").glob("datasets/*.yaml")),
+    ]
 
 
 def read_yaml(path: Path) -> Any:
@@ -139,6 +151,8 @@ def content(value: str, *, folders: bool = False) -> str | None:
         sums = read_json(file) if file.is_file() else {}
         return _digest({name: of for name, of in sums.items() if name.startswith(f"{part}/")})
     path = Path(os.path.expandvars(value)).expanduser()
+    if not os.path.exists(path):
+        path = cache_folder() / path  # where LAVIS's datasets are, by default
     if os.path.isfile(path):  # unlike pathlib's, False for a text too long for a path
         return _file(path, path.stat().st_size, path.stat().st_mtime_ns)
     if folders and "/" in value and os.path.isdir(path):  # a name such as "mini" means no folder, even if one is here

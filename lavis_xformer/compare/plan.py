@@ -28,6 +28,7 @@ STAGE_KEYS = ("config", "evaluate", "options")
 VARIANT_KEYS = ("every", "skip", "seeds")
 BEST = "checkpoint_best.pth"
 INPUTS, CELL = "inputs.json", "cell.json"
+WEIGHTS = "model.pretrained (sha256)"  # among the inputs
 
 Options = dict[str, Any]
 
@@ -73,11 +74,17 @@ class Cell:
         return inputs_of(self.stage.config, self.options)
 
     def stale(self) -> list[str]:
-        """Return what has changed since it was run, completely or partly: ``name: before -> after``."""
+        """Return what has changed since it was run, completely or partly: ``name: before -> after``.
+
+        Weights that it started from and that are gone have not changed; nothing could be run again from them.
+        """
         note = self.folder / INPUTS
         if not note.is_file():
             return []
-        differing = changes(read_json(note), self.inputs())
+        before, now = read_json(note), self.inputs()
+        if WEIGHTS not in now and WEIGHTS in before:
+            now[WEIGHTS] = before[WEIGHTS]
+        differing = changes(before, now)
         return [line for line in differing if not (self.lenient and line.split(":")[0] in SOFTWARE)]
 
     def arguments(self) -> list[str]:

@@ -10,18 +10,36 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from lavis_xformer.config.load import load_config
+from lavis.common.registry import registry
+
+from lavis_xformer.assets import SCHEME
+from lavis_xformer.config.files import check_file
+from lavis_xformer.config.load import WEIGHT_PATHS, load_config
+from lavis_xformer.data.image_text_datasets import LocalFilesBuilder
 from lavis_xformer.errors import UserError
 
 
 def check(runs: Sequence[tuple[str, str, Sequence[str]]]) -> str:
-    """Load the configurations of runs (name, YAML, options); return what is wrong with the first that has a fault."""
+    """Load the configurations of runs (name, YAML, options); return what is wrong with the first that has a fault.
+
+    Files of weights and of own data must be there, unless an earlier run of the list is to write them.
+    """
+    made: set[Path] = set()
     for name, path, options in runs:
         try:
-            load_config(path, options)
+            config = load_config(path, options).config
+            for dataset, given in config.datasets.items():
+                if issubclass(builder := registry.get_builder_class(dataset), LocalFilesBuilder):
+                    builder(given).given_splits()
+            for key in WEIGHT_PATHS["model"]:
+                weights = str(config.model.get(key) or "")
+                if Path(weights).parent not in made and not weights.startswith(SCHEME):
+                    check_file(f"model.{key}", weights)
         except UserError as error:
             return f"{name}: {error}"
+        made.add(Path(config.run.output_dir) / str(config.run.get("job_id")))
     return ""
 
 

@@ -194,6 +194,14 @@ class LocalFilesBuilder(BaseDatasetBuilder, ABC):
             UserError: no split is given, or a path, a key or a row is wrong.
         """
         self.build_processors()
+        return {split: self.build_split(split) for split in self.given_splits()}
+
+    def given_splits(self) -> list[str]:
+        """The splits whose annotations the YAML names.
+
+        Raises:
+            UserError: there is none, or one of their files or folders is missing.
+        """
         splits = self.config.get("splits") or {}
         for split in splits:
             one_of(f"datasets.{self.name}.splits", split, SPLITS)
@@ -201,7 +209,14 @@ class LocalFilesBuilder(BaseDatasetBuilder, ABC):
         if not given:
             split = next(iter(splits), "train")
             raise UserError(f"{self.name}: no annotation file: set datasets.{self.name}.splits.{split}.annotations")
-        return {split: self.build_split(split) for split in given}
+        for split in given:
+            where = f"datasets.{self.name}.splits.{split}"
+            for file in map(expand, self.files(split)):
+                if not file.exists():
+                    raise UserError(f"{where}.annotations: {file.absolute()}: no such annotation file")
+            if not (root := self.image_root(split)).is_dir():
+                raise UserError(f"{where}.image_root: {root.absolute()}: no such image folder")
+        return given
 
     @abstractmethod
     def build_split(self, split: str) -> BaseDataset:
