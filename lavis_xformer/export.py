@@ -3,7 +3,7 @@
 The folder has ``model.safetensors`` (trained weights, and frozen ones from the checkpoint), ``config.yaml`` (the
 configuration of the model and its processors) and ``README.md`` (the model card). It can be moved, and is loaded bit
 for bit by :func:`from_folder`, or by giving its path as the model type; the frozen encoders and the language model are
-loaded from where ``config.yaml`` says.
+loaded from where ``config.yaml`` says, by absolute path if they are local.
 """
 
 from __future__ import annotations
@@ -103,6 +103,7 @@ def export(
     facts = {"frozen parts, not here": _elsewhere(cfg.model, model, weights), **facts}
     cfg.model |= {"pretrained": None, "finetuned": None, "load_finetuned": False}
     cfg.model |= {"blip2_pretrained": None, "train_only": None}
+    _anchor(cfg.model)
     _fit_processors(cfg, model)
 
     with _staging(target) as written:
@@ -229,6 +230,13 @@ def _elsewhere(cfg: Any, model: Any, weights: Mapping[str, Any]) -> str:
         if getattr(model, name, None) is not None and not any(weight.startswith(f"{name}.") for weight in weights)
     }
     return ", ".join(f"{key}: `{cfg[key]}`" for key in absent) or "none"
+
+
+def _anchor(model_cfg: Any) -> None:
+    """Make the paths of local frozen parts absolute, since the folder is read from anywhere."""
+    for key in ("vit_model", "vit_weights", "bert", "mae_model", "opt_model", "t5_model"):
+        if (named := model_cfg.get(key)) and (path := Path(named).expanduser()).exists():
+            model_cfg[key] = str(path.absolute())
 
 
 def _fit_processors(cfg: Any, model: Any) -> None:

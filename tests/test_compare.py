@@ -760,6 +760,14 @@ def test_an_output_that_is_no_folder_is_named(tmp_path: Path, monkeypatch: pytes
         run.folder_of(make(tmp_path, given))
 
 
+def test_a_stage_whose_yaml_is_missing_is_told_before_the_list(tmp_path: Path) -> None:
+    given = content(tmp_path)
+    given["common"]["asked"]["config"] = "projects/xformer/eval/scene_vqa.yaml"
+    make(tmp_path, given, "missing")
+    with pytest.raises(UserError, match=r"scene_vqa\.yaml': there is no such file here .*scenes_vqa\.yaml"):
+        run.main([str(tmp_path / "missing.yaml"), "--list"])
+
+
 def test_the_list_runs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main([SHIPPED, "--list", "--only", "blip2"]) == 0
     said = capsys.readouterr().out

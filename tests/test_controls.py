@@ -270,6 +270,8 @@ def test_images_of_any_floats_are_read(configured: Any, toy: Any, batch: dict[st
     assert torch.equal(tokens.mae_tokens, expected.mae_tokens)
     with pytest.raises(UserError, match=r"samples\['image'\] is a torch\.uint8, not a float tensor"):
         model.encode_image(batch["image"].byte())
+    with pytest.raises(UserError, match=r"samples\['image'\] is a ndarray, not a float tensor"):
+        model.encode_image(batch["image"].numpy())
 
 
 def test_an_untrained_mae_is_the_same_one_every_time(configured: Any, toy: Any, batch: dict[str, Any]) -> None:

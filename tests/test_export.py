@@ -116,6 +116,19 @@ def test_a_run_whose_type_is_a_folder_loads_its_weights(trained: XFormerOPT, che
     assert own.model_cfg.pretrained == "mine.pth"
 
 
+def test_frozen_parts_named_by_a_relative_path_are_found_from_anywhere(
+    stage2_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Path(stage2_config.model.opt_model)
+    monkeypatch.chdir(own.parent)
+    stage2_config.model.opt_model = own.name
+    trained = perturb(XFormerOPT.from_config(stage2_config.model))
+    torch.save({"model": runner_state(trained), "config": OmegaConf.to_container(stage2_config)}, tmp_path / "run.pth")
+    folder = export(tmp_path / "run.pth", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    assert_equal(lavis_xformer.from_folder(folder)[0], trained)
+
+
 def test_half_of_the_size_rounds_the_weights(trained: XFormerOPT, checkpoint: Path, tmp_path: Path) -> None:
     sizes = []
     for options in ([], ["--half"]):

@@ -534,6 +534,14 @@ def test_the_question_bears_no_loss_and_the_answer_does(make_stage2: Any, batch:
     assert model(one)["loss"] != model(other)["loss"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_answer_has_a_weight(kind: str, make_stage2: Any, batch: dict[str, Any]) -> None:
+    asked = {"image": batch["image"][:2], "text_input": ["how many ?"] * 2, "answer": ["two", "2", "star"]}
+    asked |= {"n_answers": torch.tensor([2, 1]), "weight": torch.tensor([1.0, 0.5])}
+    with pytest.raises(UserError, match=r"samples\['weight'\] has 2 entries for 3 answers"):
+        make_stage2(kind)(asked)
+
+
 def test_answers_of_lavis_vqa_datasets_are_weighted(make_stage2: Any, batch: dict[str, Any]) -> None:
     model = make_stage2("opt").eval()
     samples = {

@@ -31,6 +31,7 @@ from lavis_xformer.compare.results import collect
 from lavis_xformer.compare.tables import markdown
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import make_folder, read_json, write_json, write_text
+from lavis_xformer.paths import project_path
 from lavis_xformer.run_folder import SUMMARY
 
 SAID = "console.txt"
@@ -52,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--list", action="store_true", help="list the runs and which are finished; run nothing")
     args = parser.parse_args(argv)
     plan = replace(read_plan(args.plan), lenient=args.lenient)
+    for stage in plan.stages:
+        project_path(stage.config)  # raises if there is no such file
     cells = plan.cells(args.only, args.seeds)
     if args.list:
         print(listing(cells))
