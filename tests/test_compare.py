@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -720,7 +721,7 @@ def test_a_wrong_key_of_any_run_stops_before_the_first(tmp_path: Path, monkeypat
         run.main([str(tmp_path / "wrong.yaml")])
     variants = {"blip2": None, "gone": {"stage2": {"model.pretrained": "gone.pth"}}}
     make(tmp_path, {**given, "variants": variants}, "gone")
-    with pytest.raises(UserError, match=r"^gone, stage2: model\.pretrained: there is no file gone\.pth"):
+    with pytest.raises(UserError, match=r"^gone, stage2: model\.pretrained: there is no gone\.pth"):
         run.main([str(tmp_path / "gone.yaml")])
     counting = {"config": "projects/xformer/eval/gvt_coco_oc.yaml", "evaluate": True}
     alone = {"output": str(tmp_path), "seeds": [1], "baseline": "a", "variants": {"a": {}}}
@@ -736,6 +737,28 @@ def test_a_wrong_key_of_any_run_stops_before_the_first(tmp_path: Path, monkeypat
     monkeypatch.setattr(run, "run_cell", begun.append)
     assert run.main([str(tmp_path / "wrong.yaml"), "--only", "blip2", "--seeds", "1"]) == 0
     assert [cell.stage.name for cell in begun] == ["stage1", "stage2", "questions"], "right ones are started"
+
+
+@pytest.mark.parametrize(
+    ("weights", "fault"),
+    [
+        *((there, "") for there in ("https://host/x.pth", "assets://mini/stage1", "{folder}", "null")),
+        ("{folder}/cells/a/x.pth", ""),
+        ("{folder}/cells/b/x.pth", r"second: model\.pretrained: there is no .*/cells/b/x\.pth"),
+    ],
+)
+def test_weights_that_a_run_needs_are_there_or_to_be_made_by_an_earlier_run(
+    weights: str, fault: str, tmp_path: Path
+) -> None:
+    from lavis_xformer.config.check import check
+
+    first = ["run.job_id=a", f"run.output_dir={tmp_path}/cells"]
+    second = [f"model.pretrained={weights.format(folder=tmp_path)}", "run.job_id=c"]
+    runs = [
+        ("first", "projects/xformer/pretrain.yaml", first),
+        ("second", "projects/xformer/pretrain_stage2.yaml", second),
+    ]
+    assert re.fullmatch(fault, check(runs))
 
 
 def test_what_was_finished_before_a_failure_is_reported(

@@ -14,9 +14,7 @@ from pathlib import Path
 
 from lavis.common.registry import registry
 
-from lavis_xformer.assets import SCHEME
-from lavis_xformer.config.files import check_file
-from lavis_xformer.config.load import WEIGHT_PATHS, load_config
+from lavis_xformer.config.load import load_config
 from lavis_xformer.data.image_text_datasets import LocalFilesBuilder
 from lavis_xformer.errors import UserError
 
@@ -33,10 +31,10 @@ def check(runs: Sequence[tuple[str, str, Sequence[str]]]) -> str:
             for dataset, given in config.datasets.items():
                 if issubclass(builder := registry.get_builder_class(dataset), LocalFilesBuilder):
                     builder(given).given_splits()
-            for key in WEIGHT_PATHS["model"]:
-                weights = str(config.model.get(key) or "")
-                if Path(weights).parent not in made and not weights.startswith(SCHEME):
-                    check_file(f"model.{key}", weights)
+            for key in ("pretrained", "blip2_pretrained"):
+                named = config.model.get(key)
+                if named and "://" not in named and not Path(named).exists() and Path(named).parent not in made:
+                    return f"{name}: model.{key}: there is no {named}"
         except UserError as error:
             return f"{name}: {error}"
         made.add(Path(config.run.output_dir) / str(config.run.get("job_id")))
