@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 _SHOWN = 8  # names shown if there are more than 1.5 times as many
@@ -82,14 +83,14 @@ def switch(key: str, value: Any) -> bool:
 
 
 def text(key: str, value: Any) -> str:
-    """Return a key's value if it is text.
+    """Return a key's value if it is text, or a path.
 
     Raises:
         UserError: it isn't.
     """
-    if not isinstance(value, str):
+    if not isinstance(value, str | Path):
         raise UserError(f"{key} is {value!r}; it must be text: quote it")
-    return value
+    return str(value)
 
 
 def fault_in_yaml(error: Exception) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -100,10 +101,10 @@ def export(
     if new := sorted({name.partition(".")[0] for name in model.load_report.missing_new}):
         facts["newly initialised"] = f"{', '.join(new)} (not in the checkpoint)"
         logger.warning("%s has no %s: exported as initialised before training", checkpoint, ", ".join(new))
+    _anchor(cfg.model)
     facts = {"frozen parts, not here": _elsewhere(cfg.model, model, weights), **facts}
     cfg.model |= {"pretrained": None, "finetuned": None, "load_finetuned": False}
     cfg.model |= {"blip2_pretrained": None, "train_only": None}
-    _anchor(cfg.model)
     _fit_processors(cfg, model)
 
     with _staging(target) as written:
@@ -235,8 +236,9 @@ def _elsewhere(cfg: Any, model: Any, weights: Mapping[str, Any]) -> str:
 def _anchor(model_cfg: Any) -> None:
     """Make the paths of local frozen parts absolute, since the folder is read from anywhere."""
     for key in ("vit_model", "vit_weights", "bert", "mae_model", "opt_model", "t5_model"):
-        if (named := model_cfg.get(key)) and (path := Path(named).expanduser()).exists():
-            model_cfg[key] = str(path.absolute())
+        named = os.path.expanduser(model_cfg.get(key) or "")
+        if os.path.isdir(named) or ("/" in named and os.path.exists(named)):
+            model_cfg[key] = os.path.abspath(named)
 
 
 def _fit_processors(cfg: Any, model: Any) -> None:

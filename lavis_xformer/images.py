@@ -50,7 +50,8 @@ def unpack(image: Tensor, *, clip_size: int, mae_size: int) -> tuple[Tensor, Ten
         CLIP's view (B, 3, Sc, Sc) and MAE's view (B, 3, Sm, Sm), each in its own normalisation.
 
     Raises:
-        UserError: the image has neither 3 nor 6 channels, is empty, or does not have the model's sizes.
+        UserError: the image has neither 3 nor 6 channels, is empty, does not have the model's size, or holds a larger
+            view than CLIP or MAE wants (a smaller one is not noticed).
     """
     if image.ndim != 4 or image.shape[1] not in (3, 6):
         raise UserError(
@@ -66,9 +67,9 @@ def unpack(image: Tensor, *, clip_size: int, mae_size: int) -> tuple[Tensor, Ten
         )
     if packed:
         views = ((clip_size, image[:, :3]), (mae_size, image[:, 3:]))
-        if any(size < side and view[..., -1, -1].any() for size, view in views):  # where pack leaves zeros
+        if any(size < side and view[..., size, size].any() for size, view in views):  # where pack leaves zeros
             raise UserError(
-                f"the image packs views of other sizes than this model wants: set image_size of the vis_processor to "
+                f"the image packs a larger view than this model wants: set image_size of the vis_processor to "
                 f"{clip_size} pixels (CLIP's) and mae_image_size to {mae_size} (MAE's)"
             )
         return image[:, :3, :clip_size, :clip_size], image[:, 3:, :mae_size, :mae_size]

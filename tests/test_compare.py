@@ -195,6 +195,10 @@ def test_files_of_lavis_datasets_in_the_cache_are_inputs(tmp_path: Path, monkeyp
     truths = tmp_path / "coco" / "annotations" / "v2_mscoco_val2014_annotations.json"
     truths.parent.mkdir(parents=True)
     truths.write_text("{}")
+    gqa = "projects/xformer/eval/gqa_opt2.7b.yaml"
+    assert inputs.inputs_of(gqa, {})["datasets.gqa.build_info.annotations.val.storage.0"].endswith(
+        'testdev_balanced_questions.json"'
+    ), "of its own type, not of the default one"
     key = "datasets.coco_vqa.build_info.annotations.val.storage.3 (sha256)"
     before = inputs.inputs_of("projects/xformer/eval/vqav2_opt2.7b.yaml", {})
     truths.write_text('{"annotations": []}')
@@ -739,11 +743,25 @@ def test_a_wrong_key_of_any_run_stops_before_the_first(tmp_path: Path, monkeypat
     assert [cell.stage.name for cell in begun] == ["stage1", "stage2", "questions"], "right ones are started"
 
 
+def test_what_a_run_has_downloaded_does_not_make_it_stale(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = replace(plan.cells()[0], options=plan.cells()[0].options | {"x": str(tmp_path / "later.json")})
+    brings = f"open({str(tmp_path / 'later.json')!r}, 'a').write('x')"
+    monkeypatch.setattr(Cell, "arguments", lambda cell: ["-c", brings])
+    run.run_cell(cell)
+    assert cell.finished
+    (tmp_path / "later.json").write_text("other")
+    assert not cell.finished
+
+
 @pytest.mark.parametrize(
     ("weights", "fault"),
     [
         *((there, "") for there in ("https://host/x.pth", "assets://mini/stage1", "{folder}", "null")),
         ("{folder}/cells/a/x.pth", ""),
+        ("gone.pth model.load_pretrained=False", ""),
+        ("null model.load_finetuned=True model.finetuned=gone.pth", r"second: model\.finetuned: there is no gone\.pth"),
         ("{folder}/cells/b/x.pth", r"second: model\.pretrained: there is no .*/cells/b/x\.pth"),
     ],
 )
@@ -753,7 +771,7 @@ def test_weights_that_a_run_needs_are_there_or_to_be_made_by_an_earlier_run(
     from lavis_xformer.config.check import check
 
     first = ["run.job_id=a", f"run.output_dir={tmp_path}/cells"]
-    second = [f"model.pretrained={weights.format(folder=tmp_path)}", "run.job_id=c"]
+    second = [*f"model.pretrained={weights.format(folder=tmp_path)}".split(), "run.job_id=c"]
     runs = [
         ("first", "projects/xformer/pretrain.yaml", first),
         ("second", "projects/xformer/pretrain_stage2.yaml", second),

@@ -187,9 +187,12 @@ def test_each_image_may_get_anothers_m(
     configured: Any, toy: Any, batch: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     model = configured(toy, **changes)
-    own = model.encode_image(batch["image"])
+    own, passes = model.encode_image(batch["image"]), []
+    for part in (model.visual_encoder, *([model.mae.model.vit.encoder] if model.mae else [])):
+        part.register_forward_hook(lambda part, _, out: passes.append(type(part).__name__))
     model.shuffle_mae = True
     other = model.encode_image(batch["image"])
+    assert len(passes) == 2, "one of each encoder, or two of CLIP where M is its own"
     assert torch.equal(other.clip, own.clip)
     assert torch.equal(other.mae_tokens, own.mae_tokens[[2, 3, 0, 1]])
     if model.mae is not None:  # what is reconstructed is what MAE saw

@@ -335,7 +335,10 @@ def test_a_folder_may_be_called_as_a_type_is(
     assert_equal(XFormerOPT.from_pretrained(tmp_path / "mini"), trained)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert_equal(lavis_xformer.from_folder("~/mini")[0], trained)
-    assert_equal(lavis_xformer.load_model_and_preprocess("xformer_opt", "~/mini")[0], trained)
+    for name in ("~/mini", "./mini", "mini/"):
+        assert_equal(lavis_xformer.load_model_and_preprocess("xformer_opt", name)[0], trained)
+    with pytest.raises(UserError, match="xformer_opt has no model type '~nobody_of_this_name'"):
+        lavis_xformer.load_model_and_preprocess("xformer_opt", "~nobody_of_this_name")
     run = {
         "model": {"arch": "xformer_opt", "model_type": "mini", "pretrained": None},
         "datasets": {"xformer_scenes_vqa": {}},

@@ -34,9 +34,11 @@ def test_packing_can_be_undone(clip_size: int, mae_size: int) -> None:
     assert torch.equal(views[1][1], mae)
 
 
-@pytest.mark.parametrize(("clip_size", "mae_size"), [(12, 8), (8, 12)])
-def test_views_of_other_sizes_than_the_models_are_refused(clip_size: int, mae_size: int) -> None:
-    batch = torch.stack([pack(torch.rand(3, 12, 12), torch.rand(3, 12, 12))] * 2)
+@pytest.mark.parametrize(
+    ("clip_size", "mae_size", "packed"), [(12, 8, (12, 12)), (8, 12, (12, 12)), (12, 8, (12, 10)), (8, 12, (9, 12))]
+)
+def test_larger_views_than_the_models_are_refused(clip_size: int, mae_size: int, packed: tuple[int, int]) -> None:
+    batch = torch.stack([pack(*(torch.rand(3, side, side) for side in packed))] * 2)
     with pytest.raises(UserError, match=rf"image_size .* to {clip_size} pixels .* mae_image_size to {mae_size}"):
         unpack(batch, clip_size=clip_size, mae_size=mae_size)
 

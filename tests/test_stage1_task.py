@@ -7,6 +7,7 @@ import torch
 import toy_training
 
 from lavis_xformer.tasks import stage1
+from lavis_xformer.tasks.base import NamedLossTask
 
 
 def test_images_without_ids_are_one_each_on_every_rank(monkeypatch):
@@ -31,3 +32,7 @@ def test_what_pads_a_rank_is_no_caption():
     task.observe(toy_training.ToyModel(), pairs, [True, False])
     assert task.figures()["chance_i2t_r1"] == 100
     assert [(row["question"], row["image"]) for row in task.scores] == [("i2t", "i0"), ("t2i", "i0")]
+
+
+def test_a_task_with_no_figures_of_its_own_is_judged_by_its_loss():
+    assert NamedLossTask().after_evaluation({"loss": 2.0, "loss_itc": 1.5}, "val", 0)["agg_metrics"] == -2

@@ -217,6 +217,7 @@ def test_a_caption_that_begins_within_a_word_as_the_prompt_does_is_a_whole_capti
     assert continuation("a", "an elephant") == " an elephant"
     assert continuation("a photo of", "a photo of a star") == " a star"
     assert continuation("photo:", "photo:a star") == "a star"
+    assert continuation("一张照片", "一张照片猫") == "猫", "words are not separated everywhere"
 
 
 WAYS = {

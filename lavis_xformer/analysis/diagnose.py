@@ -66,25 +66,31 @@ def main(argv: Sequence[str]) -> int:
     config = load_config(args.cfg_path, [*args.options, *changes])
     config.run_cfg.runner = DEFAULT_RUNNER
     with launch.process_group(launch.device_of(str(config.run_cfg.get("device", "auto")))):
-        runner = build_runner(config)
-        one_of("--split", args.split, {split for splits in runner.datasets.values() for split in splits})
-        model = runner.unwrap_dist_model(runner.model).eval()
-        pair = two_images(args.split, runner.dataloaders[args.split].dataset) if model.fusion.needs_mae else None
-        other: Mapping[str, float] = {}
-        if pair is not None:
-            model.shuffle_mae = True
-            with torch.no_grad():
-                model.encode_image(pair.to(model.device))  # what a first batch of one image takes M from
-            other = runner.evaluate(skip_reload=True)[args.split]
-        model.shuffle_mae = False  # whatever the configuration says; the second, so that the result files are its
-        own = runner.evaluate(skip_reload=True)[args.split]
-        batches = [to_device(samples, model.device) for samples in islice(runner.dataloaders[args.split], args.batches)]
-        found = {"with_own_m": dict(own), "with_anothers_m": dict(other), **look(model, batches)}
+        said = run(config, args.split, batches=args.batches)
+    print(said)
+    return 0
+
+
+def run(config: Any, split: str, *, batches: int) -> str:
+    """Make all checks, write ``diagnosis.json`` and return what to print; the runner does not outlive this call."""
+    runner = build_runner(config)
+    one_of("--split", split, {name for splits in runner.datasets.values() for name in splits})
+    model = runner.unwrap_dist_model(runner.model).eval()
+    pair = two_images(split, runner.dataloaders[split].dataset) if model.fusion.needs_mae else None
+    other: Mapping[str, float] = {}
+    if pair is not None:
+        model.shuffle_mae = True
+        with torch.no_grad():
+            model.encode_image(pair.to(model.device))  # what a first batch of one image takes M from
+        other = runner.evaluate(skip_reload=True)[split]
+    model.shuffle_mae = False  # whatever the configuration says; the second, so that the result files are its
+    own = runner.evaluate(skip_reload=True)[split]
+    looked_at = [to_device(samples, model.device) for samples in islice(runner.dataloaders[split], batches)]
+    found = {"with_own_m": dict(own), "with_anothers_m": dict(other), **look(model, looked_at)}
     path = runner.output_dir / "diagnosis.json"
     write_json(path, {**found, "config": config.to_dict(), "versions": jobs.versions()})
     compared = [rows_of(runner.task, figures) for figures in (own, other) if figures]
-    print(f"{text(found, compared)}\n\nall of it  {show(path)}")
-    return 0
+    return f"{text(found, compared)}\n\nall of it  {show(path)}"
 
 
 def two_images(split: str, dataset: Any) -> Tensor:

@@ -82,9 +82,11 @@ def resolved(config: str, options: Mapping[str, Any]) -> Json:
         own = _mapping(file)["model"]
         if own["arch"] == model.get("arch") and model.get("model_type") in (None, own["model_type"]):
             merged = merge(merged, {"model": own})
-    for file in _dataset_defaults():
-        found = _mapping(file).get("datasets") or {}
-        merged = merge(merged, {"datasets": {name: found[name] for name in found.keys() & user["datasets"].keys()}})
+    for name, given in user["datasets"].items():
+        kind = given.get("type", "default")
+        for file in sorted(_dataset_defaults(), key=lambda file: (file.stem.startswith(kind), file)):  # its type's last
+            own = (_mapping(file).get("datasets") or {}).get(name)
+            merged = merge(merged, {"datasets": {name: own}} if own else {})
     return merge(merged, user)
 
 
@@ -92,11 +94,10 @@ def resolved(config: str, options: Mapping[str, Any]) -> Json:
 def _dataset_defaults() -> list[Path]:
     """The default YAMLs of datasets: LAVIS's, found without importing it, and this package's."""
     spec = importlib.util.find_spec("lavis")
-    lavis = Path(spec.origin).parent if spec is not None and spec.origin is not None else PACKAGE
-    return [
-        *sorted(lavis.glob("configs/datasets/**/*.yaml")),
-        *sorted(shipped_folder("configs").glob("datasets/*.yaml")),
-    ]
+    assert spec is not None
+    assert spec.origin is not None
+    lavis = Path(spec.origin).parent
+    return [*lavis.glob("configs/datasets/**/*.yaml"), *shipped_folder("configs").glob("datasets/*.yaml")]
 
 
 def read_yaml(path: Path) -> Any:
@@ -117,14 +118,15 @@ def read_yaml(path: Path) -> Any:
 class _UniqueKeys(yaml.SafeLoader):
     """Refuses a key given twice, of which PyYAML would silently keep the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a dict."""
-        keys: set[str] = set()
-        for key, _ in node.value:
-            if key.value in keys and key.value != "<<":
-                raise yaml.constructor.ConstructorError(None, None, f"'{key.value}' is given twice", key.start_mark)
-            keys.add(str(key.value))
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Read a mapping as it is written, before ``<<`` adds others to it."""
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key in [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]:
+            if (key.tag, key.value) in seen:
+                raise yaml.composer.ComposerError(None, None, f"'{key.value}' is given twice", key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
 
 
 def merge(first: Any, second: Any) -> Any:

@@ -228,6 +228,8 @@ def run_cell(cell: Cell) -> None:
         "commit": inputs.commit(),
         "machine": machine(),
     }
+    # what it has downloaded counts from now on; what has changed meanwhile makes it stale
+    write_json(cell.folder / INPUTS, {**cell.inputs(), **read_json(cell.folder / INPUTS)})
     write_json(cell.folder / CELL, note)
 
 

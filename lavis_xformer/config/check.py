@@ -17,6 +17,7 @@ from lavis.common.registry import registry
 from lavis_xformer.config.load import load_config
 from lavis_xformer.data.image_text_datasets import LocalFilesBuilder
 from lavis_xformer.errors import UserError
+from lavis_xformer.models.checkpoints import files_of
 
 
 def check(runs: Sequence[tuple[str, str, Sequence[str]]]) -> str:
@@ -31,9 +32,8 @@ def check(runs: Sequence[tuple[str, str, Sequence[str]]]) -> str:
             for dataset, given in config.datasets.items():
                 if issubclass(builder := registry.get_builder_class(dataset), LocalFilesBuilder):
                     builder(given).given_splits()
-            for key in ("pretrained", "blip2_pretrained"):
-                named = config.model.get(key)
-                if named and "://" not in named and not Path(named).exists() and Path(named).parent not in made:
+            for key, named in files_of(config.model).items():
+                if "://" not in named and not Path(named).exists() and Path(named).parent not in made:
                     return f"{name}: model.{key}: there is no {named}"
         except UserError as error:
             return f"{name}: {error}"

@@ -15,6 +15,7 @@ project's YAML, ``--options``. Beyond LAVIS's ``Config``:
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -101,10 +102,10 @@ def choose_model_type(arch: str, model_type: str | None) -> str:
         logger.info("%s: no model type given, using '%s'", arch, model_type)
     if model_type in types:
         return model_type
-    folder = Path(model_type).expanduser()
+    folder = Path(os.path.expanduser(model_type))  # unlike pathlib's, it takes a user that doesn't exist
     if not (folder / "config.yaml").is_file():  # as an exported folder has
         raise UserError(f"{arch} has no model type '{model_type}': {nearest(model_type, types)}")
-    return str(folder)
+    return str(folder.absolute())  # never the name of a type
 
 
 def find(kind: str, name: Any, key: str) -> Any:

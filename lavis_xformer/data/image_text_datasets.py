@@ -278,7 +278,7 @@ class ImageQuestionBuilder(LocalFilesBuilder):
         """Build questions; only those for training must have answers.
 
         Raises:
-            UserError: an ``answer_key`` of the user's own is in no row.
+            UserError: an ``answer_key`` of the user's own is in no row of the only split.
         """
         config = self.config
         keys = QuestionKeys(
@@ -289,7 +289,8 @@ class ImageQuestionBuilder(LocalFilesBuilder):
             answers_needed=split == "train",
         )
         questions = [record for record in self.load(split, keys) if isinstance(record, Question)]
-        if keys.answer != QuestionKeys.answer and not any(question.answers for question in questions):
+        alone = self.given_splits() == [split]  # else its answers may be withheld
+        if alone and keys.answer != QuestionKeys.answer and not any(question.answers for question in questions):
             raise UserError(f"datasets.{self.name}.answer_key: no row of {split} has an answer under '{keys.answer}'")
         shared = {"annotation": self.annotate(questions), **self.shared(split)}
         if split == "train":

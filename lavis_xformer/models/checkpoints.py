@@ -68,6 +68,14 @@ class CheckpointLoading:
         return self.load_checkpoint(url_or_filename)
 
 
+def files_of(cfg: DictConfig) -> dict[str, str]:
+    """The checkpoints that a ``model`` configuration loads, in this order, by the keys that name them."""
+    if not cfg.get("load_pretrained", True):
+        return {}
+    own = "finetuned" if cfg.get("load_finetuned", False) else "pretrained"
+    return {key: cfg[key] for key in ("blip2_pretrained", own) if cfg.get(key)}
+
+
 def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
     """Load what the configuration names: ``blip2_pretrained``, then ``finetuned`` or ``pretrained``.
 
@@ -90,7 +98,7 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
     """
     key = "finetuned" if cfg.get("load_finetuned", False) else "pretrained"
     wanted = cfg.get("load_pretrained", True)
-    own, blip2 = (cfg.get(name) if wanted else None for name in (key, "blip2_pretrained"))
+    own, blip2 = (files_of(cfg).get(name) for name in (key, "blip2_pretrained"))
     parts = cfg.get("train_only")
     if key == "finetuned" and wanted and not own:
         raise UserError("model.load_finetuned is True, but model.finetuned names no checkpoint")

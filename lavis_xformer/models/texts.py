@@ -114,7 +114,8 @@ def ask(template: str, question: str, *, key: str = "prompt") -> str:
 def continuation(prompt: str, caption: str) -> str:
     """The caption as it follows the prompt, which the text processor may already have prepended, as whole words."""
     rest = caption.removeprefix(prompt)
-    prepended = caption.startswith(prompt) and not (prompt[-1:].isalnum() and rest[:1].isalnum())
+    within_word = (prompt[-1:] + rest[:1]).isascii() and prompt[-1:].isalnum() and rest[:1].isalnum()
+    prepended = caption.startswith(prompt) and not within_word
     return rest if prepended else spaced(prompt, caption)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -87,9 +86,9 @@ class NamedLossTask(BaseTask):
         """Return the metrics of what ``observe`` collected, over all ranks."""
         return {}
 
-    @abstractmethod
     def goal(self, figures: Mapping[str, float]) -> float:
-        """Return what the best checkpoint has most of, from the metrics of a split."""
+        """Return what the best checkpoint has most of, from the metrics of a split: here the negative loss."""
+        return -figures["loss"]
 
     def after_evaluation(
         self, val_result: dict[str, float], split_name: str, epoch: int | str, **unused: object

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -113,7 +114,7 @@ def score_counts(
     """Score answers to "how many" by ``gvt_official`` or ``strict``, binned by the true number."""
     _check(predictions, truths)
     true = np.array([int(truth) for truth in truths])
-    read = [None if answer is None else read_count(answer, scorer) for answer in predictions]
+    read = _read(partial(read_count, scorer=scorer), predictions)
     correct = np.array([number == truth for number, truth in zip(read, true, strict=True)])
     error = np.abs(np.array([float(number or 0) for number in read]) - true)  # a float: an answer may be any number
     return CountScore(
@@ -142,11 +143,10 @@ def score_presence(
     """
     _check(predictions, truths, sizes)
     true = [_truth(truth) for truth in truths]
-    gvt = scorer == "gvt_official"
-    read = [
-        None if answer is None else read_gvt_presence(answer, truth) if gvt else read_presence(answer, scorer)
-        for answer, truth in zip(predictions, true, strict=True)
-    ]
+    if scorer == "gvt_official":
+        read = _read(read_gvt_presence, predictions, true)
+    else:
+        read = _read(partial(read_presence, scorer=scorer), predictions)
     correct = np.array([answer is truth for answer, truth in zip(read, true, strict=True)])
     hits = sum(answer is truth is True for answer, truth in zip(read, true, strict=True))
     precision, recall = hits / max(1, read.count(True)), hits / max(1, true.count(True))
@@ -172,8 +172,7 @@ def score_pairs(
         pairs: which pair every item belongs to.
     """
     _check(predictions, truths, options, pairs)
-    asked = zip(predictions, options, strict=True)
-    read = [None if answer is None else read_choice(answer, choice) for answer, choice in asked]
+    read = _read(read_choice, predictions, options)
     true = [truth.strip(" ().").lower() for truth in truths]
     correct = np.array([letter == truth for letter, truth in zip(read, true, strict=True)])
     whole: dict[Hashable, bool] = {}
@@ -189,10 +188,15 @@ def score_pairs(
 def score_exact(predictions: Sequence[str | None], truths: Sequence[str]) -> Score:
     """Score answers of a word or two by exact match, ignoring case and full stops at the end."""
     _check(predictions, truths)
-    said = [None if text is None else _plain(text) for text in predictions]
+    said = _read(_plain, predictions)
     true = [_plain(text) for text in truths]
     correct = np.array([answer == truth for answer, truth in zip(said, true, strict=True)])
     return Score(**_common("exact", correct, true, said))
+
+
+def _read(read: Callable[..., Any], predictions: Sequence[str | None], *more: Sequence[Any]) -> list[Any]:
+    """What ``read`` makes of every answer; None where there is none."""
+    return [None if said is None else read(said, *others) for said, *others in zip(predictions, *more, strict=True)]
 
 
 def _plain(text: str) -> str:

@@ -193,15 +193,23 @@ class XFormerGQATask(AsksByProtocol, GQATask):
     CONFIG_KEYS = AsksByProtocol.CONFIG_KEYS | {"question_types"}
 
     def check_split(self, name: str, dataset: Any) -> None:
-        """Check the first sample of a split, and all ids, before training.
+        """Check the first sample of a split before training.
 
         Raises:
-            UserError: it has no true answer, not even None, or two questions have the same id.
+            UserError: it has no true answer, not even None.
         """
-        if isinstance(rows := getattr(dataset, "annotation", None), list):
-            check_unique(row["question_id"] for row in rows)
         if len(dataset) and {"answer", "answers"}.isdisjoint(dataset[0]):
             raise UserError(NO_TRUTHS)
+
+    def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
+        """Keep the dataset.
+
+        Raises:
+            UserError: two questions have the same id.
+        """
+        if isinstance(rows := getattr(dataset, "annotation", None), list):  # not scenes, which number theirs
+            check_unique(row["question_id"] for row in rows)
+        super().before_evaluation(model, dataset, **kwargs)
 
     def valid_step(self, model: Any, samples: Row) -> list[Row]:
         """Ask as LAVIS does.

@@ -31,13 +31,13 @@ def check_vqa(dataset: Any) -> None:
             "run.task: xformer_vqa needs question and annotation files in VQA's format; else use xformer_gqa"
         )
     if dataset.coco_fmt_qust_file is not None:
-        asked = [int(row["question_id"]) for row in dataset.annotation]
+        asked = [row["question_id"] for row in dataset.annotation]
         check_unique(asked)
         for file, keys in ((dataset.coco_fmt_qust_file, QUESTIONS), (dataset.coco_fmt_anno_file, ANNOTATIONS)):
             if differing := check_vqa_file(file, *keys) ^ set(asked):
                 raise UserError(
                     f"{file}: its questions are not those of the split: {len(differing)} are in one only, such as "
-                    f"{min(differing)}; VQA's scoring needs the same in both"
+                    f"{min(differing, key=str)}; VQA's scoring needs the same in both"
                 )
 
 
@@ -60,7 +60,7 @@ def answer_all(result_file: str, question_file: str) -> None:
 
 
 @cache
-def check_vqa_file(file: str, keys: Sequence[str], row_keys: Sequence[str]) -> frozenset[int]:
+def check_vqa_file(file: str, keys: Sequence[str], row_keys: Sequence[str]) -> frozenset[Any]:
     """Check that a file has ``keys``, the last of which holds rows with ``row_keys``; return the ids of its questions.
 
     Raises:
