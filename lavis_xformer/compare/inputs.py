@@ -85,8 +85,8 @@ def resolved(config: str, options: Mapping[str, Any]) -> Json:
     for name, given in user["datasets"].items():
         kind = given.get("type", "default")
         for file in sorted(_dataset_defaults(), key=lambda file: (file.stem.startswith(kind), file)):  # its type's last
-            own = (_mapping(file).get("datasets") or {}).get(name)
-            merged = merge(merged, {"datasets": {name: own}} if own else {})
+            own = (_mapping(file).get("datasets") or {}).get(name) or {}
+            merged = merge(merged, {"datasets": {name: own}})
     return merge(merged, user)
 
 

@@ -34,7 +34,7 @@ def check(runs: Sequence[tuple[str, str, Sequence[str]]]) -> str:
                     builder(given).given_splits()
             for key, named in files_of(config.model).items():
                 if "://" not in named and not Path(named).exists() and Path(named).parent not in made:
-                    return f"{name}: model.{key}: there is no {named}"
+                    raise UserError(f"model.{key}: there is no {named}")
         except UserError as error:
             return f"{name}: {error}"
         made.add(Path(config.run.output_dir) / str(config.run.get("job_id")))

@@ -98,7 +98,8 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
     """
     key = "finetuned" if cfg.get("load_finetuned", False) else "pretrained"
     wanted = cfg.get("load_pretrained", True)
-    own, blip2 = (files_of(cfg).get(name) for name in (key, "blip2_pretrained"))
+    files = files_of(cfg)
+    own, blip2 = files.get(key), files.get("blip2_pretrained")
     parts = cfg.get("train_only")
     if key == "finetuned" and wanted and not own:
         raise UserError("model.load_finetuned is True, but model.finetuned names no checkpoint")
