@@ -21,7 +21,7 @@ from lavis_xformer.config.load import DEFAULT_RUNNER, load_config
 from lavis_xformer.distributed import is_main, rank
 from lavis_xformer.engine import checkpoint, jobs, rng
 from lavis_xformer.engine.log import setup_logging
-from lavis_xformer.engine.options import RunOptions, check_lavis_keys
+from lavis_xformer.engine.options import RunOptions, check_lavis_keys, check_splits
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import make_folder
 from lavis_xformer.run_folder import LOG, SUMMARY
@@ -94,6 +94,7 @@ def build_runner(config: Any) -> Any:
     rng.seed_everything(options.seed)
     task = task_of(config)
     datasets = task.build_datasets(config)
+    check_splits(config.run_cfg, datasets)
     model = task.build_model(config)
     rng.seed_everything(rng.seed_of(options.seed, rank()))
     distributed.barrier()

@@ -434,3 +434,13 @@ def test_a_folder_of_another_run_is_refused_before_anything_is_built(tmp_path: P
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"run\.output_dir: .*file.* can't be created"):
         build_runner(load_config("projects/xformer/pretrain.yaml", [f"run.output_dir={tmp_path}/file"]))
+
+
+def test_a_wrong_split_is_told_before_the_model_is_built(tmp_path: Path, monkeypatch):
+    from lavis_xformer.config.load import load_config
+
+    cls = registry.get_model_class("xformer")
+    monkeypatch.setattr(cls, "from_config", lambda config: pytest.fail("the model was built"))
+    options = [f"run.output_dir={tmp_path}", "run.valid_splits=[vall]"]
+    with pytest.raises(UserError, match=r"run\.valid_splits: 'vall'; did you mean 'val'\?"):
+        build_runner(load_config("projects/xformer/pretrain.yaml", options))

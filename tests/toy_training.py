@@ -115,18 +115,20 @@ def make_runner(output_dir, *, dropout=0.1, broken=(), length=48, delay=0.0, dat
     from lavis.tasks import setup_task
 
     from lavis_xformer.engine import jobs, rng
-    from lavis_xformer.engine.options import RunOptions
+    from lavis_xformer.engine.options import RunOptions, check_splits
 
     config = ToyConfig({**DEFAULTS, "output_dir": str(output_dir), **run})
     options = RunOptions.from_config(config.run_cfg)
     job_id = jobs.choose(config.to_dict(), job_id=options.job_id, resume=options.resume)
+    faults = {kind: run.pop(kind, ()) for kind in ("unreadable", "deadly")}
+    toy = {"train": ToyPairs(length, broken, delay=delay, **faults), "val": ToyPairs(17, augmented=False)}
+    datasets = datasets or {"toy": toy}
+    check_splits(config.run_cfg, datasets)
     rng.seed_everything(options.seed)
     model = ToyModel(dropout)
     rng.seed_everything(rng.seed_of(options.seed, distributed.rank()))
-    faults = {kind: run.pop(kind, ()) for kind in ("unreadable", "deadly")}
-    toy = {"train": ToyPairs(length, broken, delay=delay, **faults), "val": ToyPairs(17, augmented=False)}
     runner_class = registry.get_runner_class("xformer_runner")
-    return runner_class(config, setup_task(config), model, datasets or {"toy": toy}, job_id)
+    return runner_class(config, setup_task(config), model, datasets, job_id)
 
 
 def train(place, **options):

@@ -27,7 +27,7 @@ from lavis_xformer.arguments import at_least, command_parser
 from lavis_xformer.config.load import DEFAULT_RUNNER, load_config
 from lavis_xformer.engine import jobs
 from lavis_xformer.engine.batches import to_device
-from lavis_xformer.errors import UserError, one_of
+from lavis_xformer.errors import UserError
 from lavis_xformer.files import write_json
 from lavis_xformer.models.attention_maps import recording
 from lavis_xformer.train import build_runner, rows_of, show
@@ -74,7 +74,6 @@ def main(argv: Sequence[str]) -> int:
 def run(config: Any, split: str, *, batches: int) -> str:
     """Make all checks, write ``diagnosis.json`` and return what to print; the runner does not outlive this call."""
     runner = build_runner(config)
-    one_of("--split", split, {name for splits in runner.datasets.values() for name in splits})
     model = runner.unwrap_dist_model(runner.model).eval()
     pair = two_images(split, runner.dataloaders[split].dataset) if model.fusion.needs_mae else None
     other: Mapping[str, float] = {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lavis_xformer.errors import UserError, switch, text
+from lavis_xformer.errors import UserError, one_of, switch, text
 
 AMP_MODES = {"False": "no", "no": "no", "True": "fp16", "fp16": "fp16", "bf16": "bf16", "auto": "auto"}
 RESUME_MODES = {"False": "no", "no": "no", "auto": "auto"}
@@ -99,6 +99,41 @@ def check_lavis_keys(run_cfg: Mapping[str, Any]) -> None:
     for name in LISTS:
         if isinstance(run_cfg.get(name), (str, int, float)):
             raise UserError(f"run.{name} is {run_cfg[name]!r}; it must be a list: [{run_cfg[name]}]")
+
+
+def check_splits(run_cfg: Mapping[str, Any], datasets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Reject splits of ``run:`` that the datasets lack or that can't be used so.
+
+    Args:
+        run_cfg: the ``run:`` section.
+        datasets: every dataset's splits, by name.
+
+    Raises:
+        UserError: a split does not exist, or is both trained on and evaluated; or several datasets share one to
+            evaluate.
+    """
+    trains = not run_cfg.get("evaluate")
+    if trains and list(run_cfg.get("train_splits") or []) != ["train"]:
+        raise UserError(f"run.train_splits is {list(run_cfg.get('train_splits') or [])}; to train, it must be [train]")
+    owners: dict[str, list[str]] = {}
+    for name, splits in datasets.items():
+        for split in splits:
+            owners.setdefault(split, []).append(name)
+    for key in (*(("train_splits",) if trains else ()), "valid_splits", "test_splits"):
+        for split in run_cfg.get(key) or []:
+            one_of(f"run.{key}", split, owners)
+            if key != "train_splits" and split == "train" and trains:
+                raise UserError(
+                    f"run.{key}: '{split}' is trained on, augmented and in part; to score it, evaluate a "
+                    f"checkpoint by python -m lavis.evaluate with run.{key}=[{split}]"
+                )
+    for split, names in owners.items():
+        if split != "train" and len(names) > 1:
+            raise UserError(
+                f"{' and '.join(names)} each have a split '{split}', but only one may; leave out the others: "
+                f"--options datasets.{names[-1]}.build_info.annotations.{split}=null for LAVIS's own datasets, "
+                f"splits.{split}.annotations=null for your own files, splits.{split}.scenes=0 for scenes"
+            )
 
 
 def _checked(name: str, value: object, kind: type) -> object:

@@ -28,7 +28,7 @@ from lavis_xformer.engine.options import RunOptions
 from lavis_xformer.engine.sampling import check_ratios, eval_loader, members, split_by, train_loader
 from lavis_xformer.engine.step import AUTOCAST, computes_bf16
 from lavis_xformer.engine.streams import EpochLoader, JoinedLoader, ShardStream, StreamLoader
-from lavis_xformer.errors import UserError, one_of
+from lavis_xformer.errors import UserError
 from lavis_xformer.files import make_folder
 
 
@@ -166,52 +166,19 @@ class PortableRunner(RunnerBase):
 
     @property
     def train_loader(self) -> Any:
-        """The loader of the split ``train``.
-
-        Raises:
-            UserError: see ``dataloaders``.
-        """
+        """The loader of the split ``train``."""
         return self.dataloaders["train"]
 
     @property
     def dataloaders(self) -> dict[str, Any]:
-        """One loader per split, with training datasets joined; without training, only for the splits to evaluate.
-
-        Raises:
-            UserError: a split that ``run:`` names does not exist, or several datasets share an evaluation split.
-        """
+        """One loader per split, with training datasets joined; without training, only for the splits to evaluate."""
         if self._dataloaders is None:
-            self._check_splits()
             self.datasets = concat_datasets(reorg_datasets_by_split(self.datasets))
             if self.evaluate_only:
                 asked = {*self.valid_splits, *self.test_splits}
                 self.datasets = {split: dataset for split, dataset in self.datasets.items() if split in asked}
             self._dataloaders = {split: self._loader(split, dataset) for split, dataset in self.datasets.items()}
         return self._dataloaders
-
-    def _check_splits(self) -> None:
-        """Reject splits of ``run:`` that do not exist or fit, and splits to evaluate that several datasets share."""
-        if not self.evaluate_only and list(self.train_splits) != ["train"]:
-            raise UserError(f"run.train_splits is {list(self.train_splits)}; to train, it must be [train]")
-        owners: dict[str, list[str]] = {}
-        for name, splits in self.datasets.items():
-            for split in splits:
-                owners.setdefault(split, []).append(name)
-        for key in (*(() if self.evaluate_only else ("train_splits",)), "valid_splits", "test_splits"):
-            for split in getattr(self, key):
-                one_of(f"run.{key}", split, owners)
-                if key != "train_splits" and split == "train" and not self.evaluate_only:
-                    raise UserError(
-                        f"run.{key}: '{split}' is trained on, augmented and in part; to score it, evaluate a "
-                        f"checkpoint by python -m lavis.evaluate with run.{key}=[{split}]"
-                    )
-        for split, names in owners.items():
-            if split != "train" and len(names) > 1:
-                raise UserError(
-                    f"{' and '.join(names)} each have a split '{split}', but only one may; leave out the others: "
-                    f"--options datasets.{names[-1]}.build_info.annotations.{split}=null for LAVIS's own datasets, "
-                    f"splits.{split}.annotations=null for your own files, splits.{split}.scenes=0 for scenes"
-                )
 
     def check_splits_to_come(self) -> None:
         """Let the task reject, before training, splits that it could not evaluate; the random state stays as it is."""
