@@ -183,6 +183,10 @@ def test_resumed_training_equals_uninterrupted(tmp_path, muon):
     train("parts.pt", stop_at=2)
     resumed = train("parts.pt", resume=True)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    for damaged in (b"", (tmp_path / "parts.pt").read_bytes()[:5000]):
+        (tmp_path / "parts.pt").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"parts\.pt is damaged \(.*; remove it to train this part anew"):
+            train("parts.pt", resume=True)
 
 
 def test_answers_count_only_where_every_token_is_right(smoke):

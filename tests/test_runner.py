@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import sys
 from types import SimpleNamespace
@@ -301,6 +302,18 @@ def test_an_evaluation_in_a_runs_folder_is_of_its_best_weights(unbroken, tmp_pat
     runner.train()
     assert "was trained with other settings of the model: " in caplog.text
     assert "model.fusion_heads: None -> 4" in caplog.text
+
+
+@pytest.mark.parametrize(("named", "best"), [("start.pth", True), (None, True), ("other.pth", False)])
+def test_what_a_run_started_from_is_not_what_an_evaluation_in_its_folder_asks_for(unbroken, tmp_path, named, best):
+    folder = tmp_path / "a"
+    shutil.copytree(unbroken.output_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["model"]["pretrained"] = "start.pth"
+    (folder / "config.json").write_text(json.dumps(config))
+    runner = toy_training.make_runner(tmp_path, job_id="a", evaluate=True)
+    runner.config.config.model.pretrained = named
+    assert (runner.train()["test"]["val"]["loss"] == unbroken.summary["best"]["loss"]) is best
 
 
 def test_a_warm_up_as_long_as_the_run_is_told(tmp_path, caplog):

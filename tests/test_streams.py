@@ -130,6 +130,16 @@ def test_a_pipeline_that_splits_itself_is_not_split_twice(location):
     assert len(set(keys)) == SHARDS * PER_SHARD
 
 
+def test_every_pattern_of_a_list_is_expanded_and_missing_shards_are_told_at_once(location, caplog):
+    first, second = (
+        location.replace(f"{{0..{SHARDS - 1}}}", "{0..1}"),
+        location.replace(f"{{0..{SHARDS - 1}}}", "{7..9}"),
+    )
+    shards = ShardStream(pipeline([first, second]), seed=1, guard=StreamGuard()).urls
+    assert [Path(shard).stem[-1] for shard in shards] == list("01789")
+    assert "2 of 5 shards are missing: " in caplog.text
+
+
 def test_too_few_shards_and_foreign_streams_are_refused(location):
     with pytest.raises(UserError, match=r"there are 8 shards .* for 9 lanes"):
         stream(location, lanes=9)

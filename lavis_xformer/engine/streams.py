@@ -8,19 +8,26 @@ no sample repeats before all have been read.
 from __future__ import annotations
 
 import itertools
+import logging
 import random
+import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from webdataset import shuffle, split_by_node, split_by_worker, tarfile_to_samples
 from webdataset.filters import FilterFunction
+from webdataset.shardlists import expand_urls
 
 from lavis_xformer.distributed import rank, world_size
 from lavis_xformer.engine import rng
 from lavis_xformer.engine.sampling import permutation, shielded
 from lavis_xformer.errors import UserError
+from lavis_xformer.state_dicts import listing
+
+logger = logging.getLogger(__name__)
 
 
 class FaultHandler(Protocol):
@@ -52,7 +59,9 @@ class ShardStream(IterableDataset[Any]):
             UserError: the pipeline does not begin with a list of shards, or has fewer shards than lanes.
         """
         source, *stages = getattr(pipeline, "pipeline", [None])
-        self.urls: list[str] = list(getattr(source, "urls", ()))
+        self.urls = [shard for urls in getattr(source, "urls", ()) for shard in expand_urls(urls)]
+        if missing := [url for url in self.urls if not re.match(r"\w+:", url) and not Path(url).exists()]:
+            logger.warning("%d of %d shards are missing: %s", len(missing), len(self.urls), listing(missing))
         if not self.urls:
             raise UserError(f"a stream of type {type(pipeline).__name__} does not begin with a list of shards")
         if len(self.urls) < lanes:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from lavis_xformer.engine.optimizers import MuonAdamW
 from lavis_xformer.engine.step import computes_bf16
+from lavis_xformer.errors import UserError, first_line
 from lavis_xformer.files import replacing
 
 #: loss of one step, given its random generator and the share of the steps already done
@@ -98,6 +99,9 @@ def fit(
 
     Returns:
         Seconds of training, over all sessions.
+
+    Raises:
+        UserError: ``state`` is damaged.
     """
     optimizer = make_optimizer(module, schedule)
     first, spent = _load(state, module, optimizer) if resume and state.is_file() else (0, 0.0)
@@ -154,7 +158,10 @@ def _save(state: Path, module: nn.Module, optimizer: Optimizer, step: int, secon
 
 
 def _load(state: Path, module: nn.Module, optimizer: Optimizer) -> tuple[int, float]:
-    values = torch.load(state, map_location="cpu", weights_only=True)
+    try:
+        values = torch.load(state, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise UserError(f"{state} is damaged ({first_line(error)}); remove it to train this part anew") from error
     module.load_state_dict(values["module"])
     optimizer.load_state_dict(values["optimizer"])
     return values["step"], values["seconds"]

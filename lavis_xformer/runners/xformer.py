@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -24,13 +25,18 @@ from lavis_xformer.engine.loop import EpochLoop
 from lavis_xformer.engine.state import TrainingState
 from lavis_xformer.engine.step import Stepper, computes_bf16
 from lavis_xformer.errors import UserError
-from lavis_xformer.files import write_json
+from lavis_xformer.files import read_json, write_json
 from lavis_xformer.runners.portable import PortableRunner, size_of
 from lavis_xformer.state_dicts import load_trainable, weights_told
 
 SOURCES = {f"model.{key}" for key in "pretrained finetuned load_finetuned blip2_pretrained train_only".split()}
 
 logger = logging.getLogger(__name__)
+
+
+def weights_named(model: Mapping[str, Any]) -> str:
+    """Return the checkpoint that a model's configuration names, as LAVIS chooses it; "" for none."""
+    return str(model.get("finetuned" if model.get("load_finetuned") else "pretrained") or "")
 
 
 @registry.register_runner("xformer_runner")
@@ -211,10 +217,14 @@ class XFormerRunner(PortableRunner):
         return {"finished": False, "best": {}, "test": figures, "corrupt": skipped, "corrupt_count": len(skipped)}
 
     def _load_evaluated(self) -> None:
-        """Load what ``resume_ckpt_path`` names or, where no weights are named, this folder's best checkpoint."""
-        best, model = self.output_dir / checkpoint.BEST, self.config.model_cfg
-        named = model.get("pretrained") or model.get("load_finetuned")
-        path = self.resume_ckpt_path or (str(best) if best.exists() and not named else None)
+        """Load what ``resume_ckpt_path`` names, or the best checkpoint of the run that was trained in this folder.
+
+        The latter unless the configuration names weights other than those that the run started from.
+        """
+        best, ran = self.output_dir / checkpoint.BEST, self.output_dir / run_folder.CONFIG
+        named = weights_named(self.config.model_cfg)
+        started_from = weights_named(read_json(ran)["model"]) if ran.exists() else ""
+        path = self.resume_ckpt_path or (str(best) if best.exists() and named in ("", started_from) else None)
         if path is None:
             return
         content, config = checkpoint.read(Path(path)), self.config.to_dict()

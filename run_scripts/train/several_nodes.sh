@@ -7,7 +7,8 @@
 
 : "${NODES:?how many machines}" "${HEAD:?name of one machine}"
 source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/../setup_env.sh"
+source "$ROOT/run_scripts/train/count_gpus.sh"
 
-exec "$PYTHON" -m torch.distributed.run --nnodes="$NODES" --nproc_per_node="${GPUS:-gpu}" \
+exec "$PYTHON" -m torch.distributed.run --nnodes="$NODES" --nproc_per_node="$GPUS" \
   --rdzv_backend=c10d --rdzv_endpoint="$HEAD:${PORT:-29500}" --rdzv_id="${RUN_ID:-xformer}" \
   -m lavis.train --cfg-path "$@"
