@@ -104,7 +104,7 @@ def explain(error: BaseException) -> str | None:
         said = " ".join(str(error).split())
         return (
             f"a download failed: the network or the hub can't be reached ({said[:200]}). Set the key concerned "
-            "(model.bert, model.mae_model, model.vit_weights, model.pretrained, annotations.*.url) to a local path"
+            "(model.bert, model.mae_model, model.vit_weights, model.pretrained, annotations.*.storage) to a local path"
         )
     return None
 
