@@ -311,7 +311,7 @@ def test_what_a_run_started_from_is_not_what_an_evaluation_in_its_folder_asks_fo
     config = json.loads((folder / "config.json").read_text())
     config["model"]["pretrained"] = "start.pth"
     (folder / "config.json").write_text(json.dumps(config))
-    runner = toy_training.make_runner(tmp_path, job_id="a", evaluate=True)
+    runner = toy_training.make_runner(tmp_path, job_id="a", evaluate=True)  # of new weights
     runner.config.config.model.pretrained = named
     assert (runner.train()["test"]["val"]["loss"] == unbroken.summary["best"]["loss"]) is best
 

@@ -93,15 +93,12 @@ def fit(
         schedule: length, batch and rates.
         seed: seeds every step's generator, together with the step.
         state: file of weights, optimiser, step and seconds; replaced atomically about once a minute, kept at the end.
-        resume: continue from ``state`` if it exists.
+        resume: continue from ``state`` if it exists; it is a :class:`UserError` if it is damaged.
         title: name shown in the progress bar.
         stop_at: stop after this many steps, as if interrupted.
 
     Returns:
         Seconds of training, over all sessions.
-
-    Raises:
-        UserError: ``state`` is damaged.
     """
     optimizer = make_optimizer(module, schedule)
     first, spent = _load(state, module, optimizer) if resume and state.is_file() else (0, 0.0)

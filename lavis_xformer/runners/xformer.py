@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -25,18 +24,13 @@ from lavis_xformer.engine.loop import EpochLoop
 from lavis_xformer.engine.state import TrainingState
 from lavis_xformer.engine.step import Stepper, computes_bf16
 from lavis_xformer.errors import UserError
-from lavis_xformer.files import read_json, write_json
+from lavis_xformer.files import write_json
 from lavis_xformer.runners.portable import PortableRunner, size_of
 from lavis_xformer.state_dicts import load_trainable, weights_told
 
 SOURCES = {f"model.{key}" for key in "pretrained finetuned load_finetuned blip2_pretrained train_only".split()}
 
 logger = logging.getLogger(__name__)
-
-
-def weights_named(model: Mapping[str, Any]) -> str:
-    """Return the checkpoint that a model's configuration names, as LAVIS chooses it; "" for none."""
-    return str(model.get("finetuned" if model.get("load_finetuned") else "pretrained") or "")
 
 
 @registry.register_runner("xformer_runner")
@@ -221,10 +215,9 @@ class XFormerRunner(PortableRunner):
 
         The latter unless the configuration names weights other than those that the run started from.
         """
-        best, ran = self.output_dir / checkpoint.BEST, self.output_dir / run_folder.CONFIG
-        named = weights_named(self.config.model_cfg)
-        started_from = weights_named(read_json(ran)["model"]) if ran.exists() else ""
-        path = self.resume_ckpt_path or (str(best) if best.exists() and named in ("", started_from) else None)
+        best, named = self.output_dir / checkpoint.BEST, jobs.weights_named(self.config.model_cfg)
+        asked = not named or named == jobs.started_from(self.output_dir)
+        path = self.resume_ckpt_path or (str(best) if best.exists() and asked else None)
         if path is None:
             return
         content, config = checkpoint.read(Path(path)), self.config.to_dict()
