@@ -162,14 +162,25 @@ def test_an_exported_cdpath_leads_nowhere_else(machine: Machine):
 
 @pytest.mark.parametrize("name", ["quickstart.sh", "test.sh", "train/one_gpu.sh", "train/several_nodes.sh"])
 def test_a_script_may_be_started_through_a_link(machine: Machine, tmp_path: Path, name: str):
-    (machine.clone / "run_scripts" / "train").mkdir()
+    shutil.copytree(ROOT / "run_scripts" / "train", machine.clone / "run_scripts" / "train")
     shutil.copy(ROOT / "run_scripts" / name, machine.clone / "run_scripts" / name)
     (tmp_path / "link").symlink_to(machine.clone / "run_scripts" / name)
     machine.add("python3.11", "3.11")
-    environment = {"PATH": str(machine.bin), "PIP_LOG": str(machine.log), "NODES": "2", "HEAD": "here"}
+    environment = {"PATH": str(machine.bin), "PIP_LOG": str(machine.log), "NODES": "2", "HEAD": "here", "GPUS": "1"}
     done = subprocess.run([shutil.which("bash"), tmp_path / "link"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"-m pip install -c {machine.clone}/constraints.txt -e {machine.clone}[dev]" in machine.log.read_text()
+
+
+@pytest.mark.parametrize("name", ["one_node.sh", "several_nodes.sh"])
+def test_a_training_on_all_gpus_of_none_ends_in_one_line(machine: Machine, name: str):
+    shutil.copytree(ROOT / "run_scripts" / "train", machine.clone / "run_scripts" / "train")
+    machine.add("python3.11", "3.11")
+    environment = {"PATH": str(machine.bin), "PIP_LOG": str(machine.log), "NODES": "2", "HEAD": "here", "GPUS": "0"}
+    command = [shutil.which("bash"), machine.clone / "run_scripts" / "train" / name, "a.yaml"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("No GPU is visible here; GPUS=2 trains with two processes")
 
 
 def test_chaos_takes_an_interpreter_with_a_space_in_its_path_and_may_be_linked(tmp_path: Path):
