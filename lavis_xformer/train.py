@@ -87,12 +87,12 @@ def build_runner(config: Any) -> Any:
     if runner_class is None:
         raise UserError(f"run.runner: LAVIS's own runners can't be started from here; set it to {DEFAULT_RUNNER}")
     options = RunOptions.from_config(config.run_cfg)
+    task = task_of(config)  # first: some tasks complete the configuration, by which a run to resume is found
     job_id = jobs.choose(config.to_dict(), job_id=options.job_id, resume=options.resume)
     folder = make_folder(Path(config.run_cfg.output_dir) / job_id, "run.output_dir:")
     if options.resume != "auto" and not config.run_cfg.evaluate:
         jobs.check_unused(folder)  # the runner does so too, but after all models have been loaded
     rng.seed_everything(options.seed)
-    task = task_of(config)
     datasets = task.build_datasets(config)
     check_splits(config.run_cfg, datasets)
     model = task.build_model(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -427,7 +428,8 @@ def test_a_folder_of_another_run_is_refused_before_anything_is_built(tmp_path: P
 
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "checkpoint_0.pth").touch()
-    monkeypatch.setattr("lavis_xformer.train.task_of", lambda config: pytest.fail("the task was built"))
+    task = registry.get_task_class("xformer_stage1")
+    monkeypatch.setattr(task, "build_datasets", lambda *_: pytest.fail("the datasets were built"))
     options = [f"run.output_dir={tmp_path}", "run.job_id=a"]
     with pytest.raises(UserError, match="a holds the checkpoints of another run"):
         build_runner(load_config("projects/xformer/pretrain.yaml", options))
@@ -444,3 +446,31 @@ def test_a_wrong_split_is_told_before_the_model_is_built(tmp_path: Path, monkeyp
     options = [f"run.output_dir={tmp_path}", "run.valid_splits=[vall]"]
     with pytest.raises(UserError, match=r"run\.valid_splits: 'vall'; did you mean 'val'\?"):
         build_runner(load_config("projects/xformer/pretrain.yaml", options))
+
+
+@pytest.mark.parametrize("task", ["xformer_captioning", "xformer_vqa"])
+def test_a_run_is_found_again_though_its_task_completes_the_configuration(tmp_path: Path, monkeypatch, task: str):
+    from lavis_xformer.config.load import load_config
+
+    class Begun(Exception):
+        """The run has got as far as its datasets."""
+
+    def begun(self, config):
+        raise Begun
+
+    monkeypatch.setattr(registry.get_task_class(task), "build_datasets", begun)
+    options = [f"run.task={task}", "run.resume=auto", f"run.output_dir={tmp_path}"]
+    options += ["run.max_answer_len=null", "run.valid_splits=[]"]
+
+    def config():
+        return load_config("projects/xformer/pretrain_stage2.yaml", options)
+
+    first = config()
+    with pytest.raises(Begun):
+        build_runner(first)
+    (folder,) = tmp_path.iterdir()
+    (folder / "checkpoint_0.pth").touch()
+    (folder / "config.json").write_text(json.dumps(first.to_dict()))
+    with pytest.raises(Begun):
+        build_runner(config())
+    assert list(tmp_path.iterdir()) == [folder]
