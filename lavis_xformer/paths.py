@@ -1,4 +1,4 @@
-"""Where things are: the shipped configurations and the user's cache folder.
+"""Where things are: the shipped configurations, the user's cache folder, the checkpoints that a model starts from.
 
 In a clone, ``configs/`` and ``projects/`` lie beside the package; in an installed copy they lie inside it.
 """
@@ -6,6 +6,7 @@ In a clone, ``configs/`` and ``projects/`` lie beside the package; in an install
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +74,11 @@ def cache_folder() -> Path:
         return Path(chosen).expanduser().resolve()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser().resolve() / "lavis-xformer"
+
+
+def checkpoints_of(model: Mapping[str, Any]) -> dict[str, str]:
+    """The checkpoints that a ``model`` configuration loads, in this order, by the keys that name them."""
+    if not model.get("load_pretrained", True):
+        return {}
+    own = "finetuned" if model.get("load_finetuned", False) else "pretrained"
+    return {key: model[key] for key in ("blip2_pretrained", own) if model.get(key)}

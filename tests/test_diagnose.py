@@ -127,7 +127,7 @@ def test_another_image_is_found_or_said_to_be_missing(images: int) -> None:
 def test_a_split_that_does_not_exist_is_called_as_the_user_calls_it(tmp_path: Path) -> None:
     splits = [f"datasets.xformer_scenes.splits.{name}.scenes={scenes}" for name, scenes in (("train", 0), ("val", 2))]
     options = [*splits, f"run.output_dir={tmp_path}"]
-    with pytest.raises(UserError, match=r"'vall'; did you mean 'val'"):
+    with pytest.raises(UserError, match=r"^run\.test_splits: 'vall'; did you mean 'val'"):
         diagnose.main(["--cfg-path", "projects/xformer/pretrain.yaml", "--split", "vall", "--options", *options])
 
 

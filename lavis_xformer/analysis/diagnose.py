@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--options", nargs="+", action="extend", default=[], help="such as model.pretrained=.../checkpoint_best.pth"
     )
-    parser.add_argument("--split", default="val", help="split whose samples are used (default: %(default)s)")
+    parser.add_argument("--split", default="val", help="split to use, as run.test_splits (default: %(default)s)")
     parser.add_argument("--batches", type=at_least(1), default=8, help="batches for checks 2 to 4 (default: 8)")
     args = parser.parse_args(argv)
     register()

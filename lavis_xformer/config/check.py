@@ -17,7 +17,7 @@ from lavis.common.registry import registry
 from lavis_xformer.config.load import load_config
 from lavis_xformer.data.image_text_datasets import LocalFilesBuilder
 from lavis_xformer.errors import UserError
-from lavis_xformer.models.checkpoints import files_of
+from lavis_xformer.paths import checkpoints_of
 
 
 def check(runs: Sequence[tuple[str, str, Sequence[str]]]) -> str:
@@ -32,7 +32,7 @@ def check(runs: Sequence[tuple[str, str, Sequence[str]]]) -> str:
             for dataset, given in config.datasets.items():
                 if issubclass(builder := registry.get_builder_class(dataset), LocalFilesBuilder):
                     builder(given).given_splits()
-            for key, named in files_of(config.model).items():
+            for key, named in checkpoints_of(config.model).items():
                 if "://" not in named and not Path(named).exists() and Path(named).parent not in made:
                     raise UserError(f"model.{key}: there is no {named}")
         except UserError as error:

@@ -48,17 +48,6 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], *, incidental: S
     ]
 
 
-def weights_named(model: Mapping[str, Any]) -> str:
-    """Return the checkpoint that a model's configuration names, as LAVIS chooses it; "" for none."""
-    return str(model.get("finetuned" if model.get("load_finetuned") else "pretrained") or "")
-
-
-def started_from(folder: Path) -> str:
-    """Return the checkpoint that the run in a folder was configured to start from; "" for none."""
-    config = folder / run_folder.CONFIG
-    return weights_named(read_json(config)["model"]) if config.exists() else ""
-
-
 def choose(config: Mapping[str, Any], *, job_id: str, resume: str) -> str:
     """Return the name of the run folder, the same on all ranks: the given one, one to resume, or a new one."""
     output_dir = Path(config["run"]["output_dir"])

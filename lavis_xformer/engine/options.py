@@ -112,17 +112,19 @@ def check_splits(run_cfg: Mapping[str, Any], datasets: Mapping[str, Mapping[str,
         UserError: a split does not exist, or is both trained on and evaluated; or several datasets share one to
             evaluate.
     """
-    trains = not run_cfg.get("evaluate")
-    if trains and list(run_cfg.get("train_splits") or []) != ["train"]:
-        raise UserError(f"run.train_splits is {list(run_cfg.get('train_splits') or [])}; to train, it must be [train]")
+    trained = [] if run_cfg.get("evaluate") else list(run_cfg.get("train_splits") or [])
+    if trained != ["train"] and not run_cfg.get("evaluate"):
+        raise UserError(f"run.train_splits is {trained}; to train, it must be [train]")
     owners: dict[str, list[str]] = {}
     for name, splits in datasets.items():
         for split in splits:
             owners.setdefault(split, []).append(name)
-    for key in (*(("train_splits",) if trains else ()), "valid_splits", "test_splits"):
+    for split in trained:
+        one_of("run.train_splits", split, owners)
+    for key in ("valid_splits", "test_splits"):
         for split in run_cfg.get(key) or []:
             one_of(f"run.{key}", split, owners)
-            if key != "train_splits" and split == "train" and trains:
+            if split in trained:
                 raise UserError(
                     f"run.{key}: '{split}' is trained on, augmented and in part; to score it, evaluate a "
                     f"checkpoint by python -m lavis.evaluate with run.{key}=[{split}]"

@@ -29,6 +29,7 @@ from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError
 from lavis_xformer.models.frozen import is_frozen, train_only
 from lavis_xformer.models.weight_files import download, load_safetensors, load_torch_file
+from lavis_xformer.paths import checkpoints_of
 from lavis_xformer.state_dicts import NOTHING, LoadReport, listing, load_state
 
 logger = logging.getLogger(__name__)
@@ -68,14 +69,6 @@ class CheckpointLoading:
         return self.load_checkpoint(url_or_filename)
 
 
-def files_of(cfg: DictConfig) -> dict[str, str]:
-    """The checkpoints that a ``model`` configuration loads, in this order, by the keys that name them."""
-    if not cfg.get("load_pretrained", True):
-        return {}
-    own = "finetuned" if cfg.get("load_finetuned", False) else "pretrained"
-    return {key: cfg[key] for key in ("blip2_pretrained", own) if cfg.get(key)}
-
-
 def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
     """Load what the configuration names: ``blip2_pretrained``, then ``finetuned`` or ``pretrained``.
 
@@ -98,7 +91,7 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
     """
     key = "finetuned" if cfg.get("load_finetuned", False) else "pretrained"
     wanted = cfg.get("load_pretrained", True)
-    files = files_of(cfg)
+    files = checkpoints_of(cfg)
     own, blip2 = files.get(key), files.get("blip2_pretrained")
     parts = cfg.get("train_only")
     if key == "finetuned" and wanted and not own:

@@ -24,7 +24,8 @@ from lavis_xformer.engine.loop import EpochLoop
 from lavis_xformer.engine.state import TrainingState
 from lavis_xformer.engine.step import Stepper, computes_bf16
 from lavis_xformer.errors import UserError
-from lavis_xformer.files import write_json
+from lavis_xformer.files import read_json, write_json
+from lavis_xformer.paths import checkpoints_of
 from lavis_xformer.runners.portable import PortableRunner, size_of
 from lavis_xformer.state_dicts import load_trainable, weights_told
 
@@ -211,13 +212,11 @@ class XFormerRunner(PortableRunner):
         return {"finished": False, "best": {}, "test": figures, "corrupt": skipped, "corrupt_count": len(skipped)}
 
     def _load_evaluated(self) -> None:
-        """Load what ``resume_ckpt_path`` names, or the best checkpoint of the run that was trained in this folder.
-
-        The latter unless the configuration names weights other than those that the run started from.
-        """
-        best, named = self.output_dir / checkpoint.BEST, jobs.weights_named(self.config.model_cfg)
-        asked = not named or named == jobs.started_from(self.output_dir)
-        path = self.resume_ckpt_path or (str(best) if best.exists() and asked else None)
+        """Load what ``resume_ckpt_path`` names, else this folder's best if no weights but its start's are named."""
+        best, ran = self.output_dir / checkpoint.BEST, self.output_dir / run_folder.CONFIG
+        started_from = checkpoints_of(read_json(ran)["model"]) if ran.exists() else {}
+        none_else = checkpoints_of(self.config.model_cfg).items() <= started_from.items()
+        path = self.resume_ckpt_path or (str(best) if best.exists() and none_else else None)
         if path is None:
             return
         content, config = checkpoint.read(Path(path)), self.config.to_dict()
