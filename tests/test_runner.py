@@ -235,9 +235,20 @@ def test_data_that_changed_within_an_epoch_are_told(tmp_path, caplog):
     first.train()
     within = str(first.output_dir / "checkpoint_0_step4.pth")
     toy_training.make_runner(tmp_path, max_epoch=1, resume_ckpt_path=within).train()
-    assert "are the training data the same" not in caplog.text
+    toy_training.make_runner(tmp_path, max_epoch=1, resume_ckpt_path=within, batch_size_train=16).train()
+    assert "its epochs had" not in caplog.text, "50 samples in batches of 8 or 16"
     toy_training.make_runner(tmp_path, max_epoch=1, resume_ckpt_path=within, length=64).train()
-    assert "its epochs had 6 batches, now they have 8: are the training data the same?" in caplog.text
+    assert "its epochs had 48 samples, now they have 64: are the training data" in caplog.text
+
+
+def test_an_epoch_of_another_size_is_told_where_its_order_depends_on_it(tmp_path, caplog):
+    first = toy_training.make_runner(tmp_path, save_every_steps=1, keep_last=0, max_epoch=1, iters_per_epoch=4)
+    first.train()
+    within = {"max_epoch": 1, "resume_ckpt_path": str(first.output_dir / "checkpoint_0_step1.pth")}
+    toy_training.make_runner(tmp_path, **within, iters_per_epoch=8, batch_size_train=4).train()
+    assert "its epochs had" not in caplog.text
+    toy_training.make_runner(tmp_path, **within, iters_per_epoch=4, batch_size_train=4).train()
+    assert "its epochs had 32 samples, now they have 16" in caplog.text
 
 
 def test_a_checkpoint_of_another_model_is_no_start_of_this_run(unbroken, tmp_path):

@@ -157,18 +157,29 @@ class TrainingState:
             )
         else:
             position.batches = samples // now
-        length = content.get("batches_per_epoch", self.batches_per_epoch)
-        if before == now and length != self.batches_per_epoch and not content["epoch_done"]:
-            logger.warning(
-                "%s: its epochs had %d batches, now they have %d: are the training data the same? The rest of this "
-                "epoch repeats some samples and omits others",
-                source,
-                length,
-                self.batches_per_epoch,
-            )
         if before != now:
             logger.warning("%s: the batch over all processes was %d samples, now it is %d", source, before, now)
+        if not content["epoch_done"]:
+            self._warn_of_another_epoch(content, source)
         return position
+
+    def _warn_of_another_epoch(self, content: dict[str, Any], source: str) -> None:
+        """Warn if the rest of an epoch is drawn from another order, for the data or the size of a mixture changed."""
+        batches = content["joined_batch"], self.joined_batch
+        before, now = (
+            batches[0] * content.get("batches_per_epoch", self.batches_per_epoch),
+            batches[1] * self.batches_per_epoch,
+        )
+        mixed = any(self.config["run"].get(key) for key in ("train_dataset_ratios", "iters_per_epoch", "max_iters"))
+        kept = mixed or batches[0] == batches[1]  # else the same data fill more or fewer batches
+        if abs(before - now) >= (1 if kept else max(batches)):
+            logger.warning(
+                "%s: its epochs had %d samples, now they have %d: are the training data and run.iters_per_epoch the "
+                "same? The rest of this epoch repeats some samples and omits others",
+                source,
+                before,
+                now,
+            )
 
     def _warn_of_other_lanes(self, content: dict[str, Any]) -> None:
         """Warn if an epoch of a stream can't continue in the order in which it began."""
