@@ -130,6 +130,21 @@ def test_a_split_of_vqa_without_true_answers_has_no_figures(tmp_path: Path) -> N
     assert setup(XFormerVQATask, tmp_path).after_evaluation([{"question_id": 1, "answer": "2"}], "test") is None
 
 
+def test_gqas_questions_that_were_not_asked_count_as_wrong(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    task = setup(XFormerGQATask, tmp_path)
+    untold = {"question_id": 5, "image": "c.jpg", "question": "which?"}
+    several = {"question_id": 4, "image": "c.jpg", "question": "who?", "answers": ["a dog", "dog", "dog"]}
+    task.before_evaluation(Model(), SimpleNamespace(annotation=[*GQA, several, untold]))
+    figures = task.after_evaluation(SAID[:2], "val")
+    assert (figures["agg_metrics"], figures["n"]) == (25, 4), "one of four; the fifth has no true answer"
+    assert figures["n_structural_verify"] == 2
+    rows = read_json(tmp_path / "result" / "val_gqa.json")["answers"]
+    assert [(row["truth"], row["answer"], row.get("correct")) for row in rows[2:]] == [
+        ("yes", "", False), ("dog", "", False), (None, "", None),
+    ]  # fmt: skip
+    assert "3 questions were not asked, as their images can't be read" in caplog.text
+
+
 def test_gqas_types_may_come_from_its_own_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     types = {str(row["question_id"]): {"types": row["types"]} for row in GQA}
     plain = [{key: value for key, value in row.items() if key != "types"} for row in GQA]

@@ -26,7 +26,7 @@ from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.files import read_json
 from lavis_xformer.tasks.protocols import Row, WithProtocol, tell_unanswered
 from lavis_xformer.tasks.rows import answer_row
-from lavis_xformer.tasks.vqa_files import answer_all, check_unique, check_vqa
+from lavis_xformer.tasks.vqa_files import answer_all, check_unique, check_vqa, tell_skipped
 
 logger = logging.getLogger(__name__)
 
@@ -229,12 +229,19 @@ class XFormerGQATask(AsksByProtocol, GQATask):
         if not is_main():
             return {}
         results = read_json(Path(result_file))
-        answers = self._answers(results)
+        answers = self._answers([*results, *self._skipped(results)])
         known = [answer for answer in answers if "correct" in answer]
         figures = gqa_figures(known) if known else {}
         path = self.write(split, figures, scorer="lavis", said=answers, blind=self.blind)
         tell_unanswered(len(answers) - len(known), len(answers), path)
         return figures or None
+
+    def _skipped(self, results: Sequence[Row]) -> list[Row]:
+        """Return what LAVIS's task would have of the questions that were not asked, answered by ""."""
+        asked = {str(result["question_id"]) for result in results}
+        rows = [row for row in self.dataset.annotation if str(row["question_id"]) not in asked]
+        tell_skipped(len(rows))
+        return [{"question_id": row["question_id"], "pred_ans": "", "gt_ans": true_answer(row)} for row in rows]
 
     def _answers(self, results: Iterable[Row]) -> list[Row]:
         """Return a row per answer; ``correct`` is left out where there is no true answer, as in a test split."""
@@ -276,6 +283,12 @@ class XFormerGQATask(AsksByProtocol, GQATask):
         if len(found) < len(rows):
             raise UserError(f"run.question_types: {file} has types for only {len(found)} of {len(rows)} questions")
         return found
+
+
+def true_answer(row: Row) -> str | None:
+    """Return the true answer of an annotation for GQA's task, the most frequent if there are several, or None."""
+    given = row.get("answers") or row.get("answer")
+    return Counter(given).most_common(1)[0][0] if isinstance(given, list) else given
 
 
 def vqa_majority(annotations: Sequence[Row], guesses: Sequence[float]) -> dict[str, float]:

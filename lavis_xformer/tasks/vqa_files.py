@@ -54,9 +54,15 @@ def answer_all(result_file: str, question_file: str) -> None:
     answered = {row["question_id"] for row in said}
     every = [row["question_id"] for row in read_json(Path(question_file))["questions"]]
     added = [{"question_id": number, "answer": ""} for number in every if number not in answered]
+    tell_skipped(len(added))
     if added:
-        logger.warning("%d questions were not asked, as their images can't be read: they count as wrong", len(added))
         write_text(Path(result_file), json.dumps([*said, *added]))
+
+
+def tell_skipped(count: int) -> None:
+    """Warn of questions that were not asked (``run.on_corrupt: skip``), if there are any."""
+    if count:
+        logger.warning("%d questions were not asked, as their images can't be read: they count as wrong", count)
 
 
 @cache
