@@ -83,7 +83,10 @@ def test_a_split_of_questions_without_answers_is_refused_before_training(tmp_pat
     for split in (CAPTIONS, QUESTIONS, Rows()):
         task.check_split("val", split)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    rows = [{"image": "a.png", "question": "where?", "question_id": n, "instance_id": str(n)} for n in range(2)]
+    rows = [
+        {"image": "a.png", "image_id": 0, "question": "where?", "question_id": n, "instance_id": str(n)}
+        for n in range(2)
+    ]
     shared = {"vis_root": tmp_path, "vis_processor": lambda image: torch.zeros(3, 8, 8), "text_processor": str}
     late = QuestionEvalDataset(annotation=[{**rows[0], "answers": ["left"]}, {**rows[1], "answers": []}], **shared)
     for split in (late, guard(CaptionsAndQuestions([CAPTIONS, late]))):
@@ -240,7 +243,8 @@ def test_questions_without_answers_are_no_captions(make_stage2: Any) -> None:
 
 def test_own_questions_for_evaluation_are_scored_beside_captions(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    rows = [{"image": "a.png", "question": "where?", "answers": given, "question_id": 7} for given in (["left"], [])]
+    asked = {"image": "a.png", "image_id": 4, "question": "where?", "question_id": 7}
+    rows = [{**asked, "answers": given} for given in (["left"], [])]
     questions = QuestionEvalDataset(
         annotation=rows,
         vis_root=tmp_path,
@@ -251,6 +255,7 @@ def test_own_questions_for_evaluation_are_scored_beside_captions(tmp_path: Path)
     assert asks(questions)
     batch = joined.collater([joined[0], joined[2]])
     assert references_of(batch) == [["a red star"], ["left"]]
+    assert batch["image_id"] == [1, 4]
     with pytest.raises(UserError, match="questions without answers"):
         joined[3]
 
@@ -264,6 +269,22 @@ def test_what_follows_a_prompt_is_asked_for_by_the_prompt(make_stage2: Any, monk
     assert asked == ["there is", "I see"]
     assert references_of(samples) == [["a"], ["two"]]
     assert task.figures()["caption_f1"] == 50
+
+
+def test_texts_are_scored_by_image_where_it_has_an_id(make_stage2: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, model = Stage2Task(), make_stage2("opt").eval()
+    asked = {
+        "text_input": ["where?", "what?", ""],
+        "answer": ["left", "dog", "a dog"],
+        "kind": ["where", "what", CAPTION],
+    }
+    monkeypatch.setattr(model, "predict_answers", lambda given, **rest: ["left", "cat"])
+    monkeypatch.setattr(model, "generate", lambda given, **rest: ["a dog"])
+    for ids in ({"image_id": torch.tensor([5, 5, 5])}, {"image_id": [None, "x.jpg", None]}, {}):
+        task.observe(model, {"image": torch.zeros(3, 3, 32, 32), **asked, **ids}, [True] * 3)
+    task.figures()
+    images = [row["image"] for row in task.scores]
+    assert images == ["5", "1", "2", *("5", "5"), *("2", "x.jpg"), *("4", "5")], "captions first; else the position"
 
 
 def test_scores() -> None:

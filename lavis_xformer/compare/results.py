@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
@@ -85,7 +86,8 @@ def of_variant(cells: Sequence[Cell]) -> Json:
             if how := {key: result[key] for key in HOW if key in result}:
                 asked[cell.stage.name].append(how)
             blind = blind or bool(result.get("blind"))
-            answers += [{**answer, "seed": cell.seed, "stage": cell.stage.name} for answer in _scored(cell, result)]
+            where = {"seed": cell.seed, "stage": cell.stage.name, "split": result.get("split")}
+            answers += [{**answer, **where} for answer in _scored(cell, result)]
     return {
         "seeds": sorted({cell.seed for cell in cells}),
         "blind": blind,
@@ -106,7 +108,12 @@ def distinct(ways: Iterable[Json]) -> list[Json]:
 
 def _results(cell: Cell) -> Iterator[Json]:
     """Results written by an evaluation, or by a training for its test splits; lists by LAVIS's tasks are skipped."""
-    for file in sorted((cell.folder / "result").glob("*.json" if cell.stage.evaluate else "test*_scores.json")):
+    folder = cell.folder / "result"
+    if cell.stage.evaluate:
+        files = sorted(folder.glob("*.json"))
+    else:
+        files = [folder / f"{split}_scores.json" for split in read_json(cell.folder / SUMMARY)["test"]]
+    for file in filter(Path.exists, files):
         if isinstance(result := read_json(file), dict) and "figures" in result:
             yield result
 
@@ -156,11 +163,14 @@ def groups_of(answers: Iterable[Json]) -> dict[str, list[Json]]:
 def tasks(answers: Iterable[Json]) -> Json:
     """Return what is asked: for every group, the number of questions and images, and the score of a guess.
 
-    For an answer, this is its own ``guess`` if it has one (chance, or the majority answer under a soft metric),
-    otherwise whether its truth is the most frequent one of its group.
+    For an answer, this is its own ``guess`` if it has one (chance, or the majority answer under a soft metric; the
+    mean where models and seeds differ in it), otherwise whether its truth is the most frequent one of its group.
     """
+    asked: dict[Key, list[Json]] = defaultdict(list)
+    for answer in answers:
+        asked[_key(answer)].append(answer)
     found: Json = {}
-    for name, members in groups_of({_key(answer): answer for answer in answers}.values()).items():
+    for name, members in groups_of(map(_with_mean_guess, asked.values())).items():
         truths: dict[str, Counter[str]] = defaultdict(Counter)
         for answer in members:
             truths[answer["group"]][str(answer.get("truth"))] += 1
@@ -173,6 +183,12 @@ def tasks(answers: Iterable[Json]) -> Json:
             "majority_answer": "; ".join(most.values()),
         }
     return found
+
+
+def _with_mean_guess(same: Sequence[Json]) -> Json:
+    """One answer of several to a question, with the mean of their guesses: chance may depend on what a model says."""
+    guesses = [answer["guess"] for answer in same if "guess" in answer]
+    return {**same[0], "guess": fmean(guesses)} if guesses else same[0]
 
 
 def accuracies(answers: Sequence[Json]) -> Json:
@@ -233,7 +249,7 @@ def differences(ours: Sequence[Json], theirs: Sequence[Json]) -> Json:
 
 def bootstrap(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], keys: Sequence[Key]) -> Json:
     """Return the difference of two tables of scores (seeds by questions), in percentage points, and its interval."""
-    images = [(stage, image) for stage, _, image, _ in keys]
+    images = [(stage, split, image) for stage, split, _, image, _ in keys]
     gap = paired_bootstrap(first, second, clusters=images, resamples=RESAMPLES)
     return {"difference": 100 * gap.difference, "low": 100 * gap.low, "high": 100 * gap.high}
 
@@ -247,7 +263,7 @@ def by_seed(answers: Iterable[Json]) -> dict[int, dict[Key, Json]]:
 
 
 def _key(answer: Json) -> Key:
-    return (answer["stage"], answer["question_id"], answer["image"], answer["question"])
+    return (answer["stage"], answer.get("split"), answer["question_id"], answer["image"], answer["question"])
 
 
 def _common(tables: Iterable[Mapping[Key, Json]]) -> list[Key]:

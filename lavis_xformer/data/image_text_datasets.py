@@ -158,13 +158,14 @@ class QuestionEvalDataset(PhotoDataset):
         return [position for position, row in enumerate(self.annotation) if not row["answers"]]
 
     def __getitem__(self, index: int) -> Sample:
-        """Return image, text_input, question_id, instance_id and answer (the most frequent, or None)."""
+        """Return image, text_input, image_id, question_id, instance_id and answer (the most frequent, or None)."""
         row = self.annotation[index]
         votes: Counter[str] = Counter(row["answers"])
         common = votes.most_common(1)
         return {
             "image": self.picture(index),
             "text_input": self.text_processor(row["question"]),
+            "image_id": row["image_id"],
             "question_id": row["question_id"],
             "instance_id": row["instance_id"],
             "answer": common[0][0] if common else None,

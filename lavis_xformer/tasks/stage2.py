@@ -16,6 +16,7 @@ from lavis.common.registry import registry
 from lavis.datasets.datasets.vqa_datasets import VQADataset
 from torch.utils.data import ConcatDataset, IterableDataset
 
+from lavis_xformer.engine.batches import image_ids
 from lavis_xformer.engine.sampling import members
 from lavis_xformer.errors import UserError
 from lavis_xformer.tasks.base import NO_CAPTIONS, NamedLossTask, Samples
@@ -35,6 +36,7 @@ class Said(NamedTuple):
     references: list[str]
     question: str = ""
     number: int | None = None  #: the question's own, if the dataset has one
+    image: Any = None  #: the image's id, if the dataset has one
 
 
 @registry.register_task("xformer_stage2")
@@ -120,9 +122,11 @@ class Stage2Task(NamedLossTask):
             )
             texts |= zip(asked, answers, strict=True)
         kinds, ids = samples.get("kind", ["answer"] * len(questions)), samples.get("question_id")
+        images = image_ids(samples) or [None] * len(questions)
         for i, text in sorted(texts.items()):  # in the split's order, which figures() restores over all ranks
-            own = (questions[i], None if ids is None else int(ids[i])) if i in asked else ("", None)
-            self._said.append(Said(kinds[i] if i in asked else CAPTION, text, references[i], *own))
+            question, number = (questions[i], None if ids is None else int(ids[i])) if i in asked else ("", None)
+            kind = kinds[i] if i in asked else CAPTION
+            self._said.append(Said(kind, text, references[i], question, number, images[i]))
 
     def figures(self) -> dict[str, float]:
         """Return the scores of the generated texts, over all ranks."""
@@ -160,7 +164,7 @@ class CaptionsAndQuestions(ConcatDataset[Samples]):
     """Caption and question datasets joined as questions: a caption is the answer to an empty question."""
 
     def __getitem__(self, index: int) -> Samples:
-        """Return image, text_input (the question or ""), answers, weights and kind.
+        """Return image, image_id (or None), text_input (the question or ""), answers, weights and kind.
 
         Raises:
             UserError: a question without an answer, or neither question nor caption.
@@ -168,18 +172,19 @@ class CaptionsAndQuestions(ConcatDataset[Samples]):
         sample = super().__getitem__(index)
         if "text_input" not in sample:
             raise UserError(NO_CAPTIONS.format("one of the joined datasets"))
+        shown = {"image": sample["image"], "image_id": sample.get("image_id")}
         answer = sample.get("answer")  # evaluation datasets give one, training datasets ``answers``
         if answers := sample.get("answers", [answer] if answer else None):
             asked = {"answers": answers, "weights": sample.get("weights", [1.0]), "kind": sample.get("kind", "answer")}
-            return {"image": sample["image"], "text_input": sample["text_input"], **asked}
+            return {**shown, "text_input": sample["text_input"], **asked}
         if "question_id" in sample:
             raise UserError("a dataset has questions without answers, which can't be scored; leave its split out")
-        caption = [sample["text_input"]]
-        return {"image": sample["image"], "text_input": "", "answers": caption, "weights": [1.0], "kind": CAPTION}
+        return {**shown, "text_input": "", "answers": [sample["text_input"]], "weights": [1.0], "kind": CAPTION}
 
     def collater(self, samples: Sequence[Samples]) -> Samples:
-        """Join samples into LAVIS's VQA batch: ``answer`` and ``weight`` (A,), ``n_answers`` (B,); and their kinds."""
-        return {**VQADataset.collater(self, samples), "kind": [sample["kind"] for sample in samples]}
+        """Join samples into LAVIS's VQA batch: ``answer``, ``weight`` (A,), ``n_answers`` (B,); kinds and image ids."""
+        lists = {key: [sample[key] for sample in samples] for key in ("kind", "image_id")}
+        return {**VQADataset.collater(self, samples), **lists}
 
 
 def asks(dataset: Any) -> bool:
@@ -216,7 +221,7 @@ def score_captions(said: Sequence[Said]) -> list[Samples]:
         rows.append(
             answer_row(
                 number,
-                image=str(number),
+                image=str(number if entry.image is None else entry.image),
                 kind=CAPTION,
                 group="caption_f1",
                 correct=own,
@@ -243,7 +248,7 @@ def score_answers(said: Sequence[Said]) -> list[Samples]:
         rows.append(
             answer_row(
                 position if entry.number is None else entry.number,
-                image=str(position),
+                image=str(position if entry.image is None else entry.image),
                 kind=entry.kind,
                 group=f"answers_{entry.kind}" if len(kinds) > 1 else "answers",
                 question=entry.question,

@@ -26,7 +26,7 @@ from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.files import read_json
 from lavis_xformer.tasks.protocols import Row, WithProtocol, tell_unanswered
 from lavis_xformer.tasks.rows import answer_row
-from lavis_xformer.tasks.vqa_files import answer_all, check_unique, check_vqa, tell_skipped
+from lavis_xformer.tasks.vqa_files import answer_all, check_unique, check_vqa, tell_skipped, true_answer
 
 logger = logging.getLogger(__name__)
 
@@ -283,12 +283,6 @@ class XFormerGQATask(AsksByProtocol, GQATask):
         if len(found) < len(rows):
             raise UserError(f"run.question_types: {file} has types for only {len(found)} of {len(rows)} questions")
         return found
-
-
-def true_answer(row: Row) -> str | None:
-    """Return the true answer of an annotation for GQA's task, the most frequent if there are several, or None."""
-    given = row.get("answers") or row.get("answer")
-    return Counter(given).most_common(1)[0][0] if isinstance(given, list) else given
 
 
 def vqa_majority(annotations: Sequence[Row], guesses: Sequence[float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Files of questions and annotations in VQA's format, checked for what LAVIS's VQA tools read of them."""
+"""Files of questions and annotations for VQA and GQA, checked for what LAVIS's tools read of them."""
 
 from __future__ import annotations
 
@@ -63,6 +63,12 @@ def tell_skipped(count: int) -> None:
     """Warn of questions that were not asked (``run.on_corrupt: skip``), if there are any."""
     if count:
         logger.warning("%d questions were not asked, as their images can't be read: they count as wrong", count)
+
+
+def true_answer(row: dict[str, Any]) -> str | None:
+    """Return the true answer of an annotation for GQA's task, the most frequent if there are several, or None."""
+    given = row.get("answers") or row.get("answer")
+    return Counter(given).most_common(1)[0][0] if isinstance(given, list) else given
 
 
 @cache
