@@ -85,6 +85,12 @@ def test_retrieval_is_itc_reranked_by_itm() -> None:
         best = itc[row].topk(2).indices.tolist()
         assert to_text[row, best] == pytest.approx(both[best].numpy(), abs=1e-4)
         assert sorted(set(range(4)) - set(best)) == [i for i in range(4) if to_text[row, i] == -100]
+    with torch.autocast("cpu", torch.bfloat16):
+        again = model.compute_sim_matrix(loader, SimpleNamespace(k_test=2))
+        similarities = XFormerITM.forward(model, {"image": images, "text_input": texts[:3]}, match_head="itc")
+    assert (again[0] == to_text).all()
+    assert (again[1] == to_image).all()
+    assert similarities.dtype == torch.float32, "else similar pairs tie"
     with pytest.raises(UserError, match=r"k_test is 4, but there are only 3"):
         model.compute_sim_matrix(loader, SimpleNamespace(k_test=4))
 

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import ViTMAEForPreTraining
 
 from lavis_xformer.errors import UserError
@@ -97,6 +98,14 @@ def test_pointing_decides_what_a_pointed_task_reads():
     for name, logits in fresh(tokens, here).items():
         change = (fresh(elsewhere, here)[name] - logits).abs().max()
         assert change < 1e-4 if TASKS[name].pointed else change > 1e-4, name
+
+
+def test_a_batch_in_which_a_task_has_no_label_teaches_it_nothing():
+    logits = torch.randn(4, 3, requires_grad=True)
+    labels = torch.tensor([2, NONE, 0, NONE])
+    assert pooling.labelled(logits, labels).item() == pytest.approx(F.cross_entropy(logits, labels).item())
+    pooling.labelled(logits, torch.full((4,), NONE)).backward()
+    assert (logits.grad == 0).all()
 
 
 def test_labels_are_classes_or_none():

@@ -86,8 +86,7 @@ def of_variant(cells: Sequence[Cell]) -> Json:
             if how := {key: result[key] for key in HOW if key in result}:
                 asked[cell.stage.name].append(how)
             blind = blind or bool(result.get("blind"))
-            where = {"seed": cell.seed, "stage": cell.stage.name, "split": result.get("split")}
-            answers += [{**answer, **where} for answer in _scored(cell, result)]
+            answers += [{**answer, "seed": cell.seed, "stage": cell.stage.name} for answer in _scored(cell, result)]
     return {
         "seeds": sorted({cell.seed for cell in cells}),
         "blind": blind,
@@ -249,7 +248,7 @@ def differences(ours: Sequence[Json], theirs: Sequence[Json]) -> Json:
 
 def bootstrap(first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], keys: Sequence[Key]) -> Json:
     """Return the difference of two tables of scores (seeds by questions), in percentage points, and its interval."""
-    images = [(stage, split, image) for stage, split, _, image, _ in keys]
+    images = [(stage, image) for stage, _, image, _ in keys]
     gap = paired_bootstrap(first, second, clusters=images, resamples=RESAMPLES)
     return {"difference": 100 * gap.difference, "low": 100 * gap.low, "high": 100 * gap.high}
 
@@ -263,7 +262,7 @@ def by_seed(answers: Iterable[Json]) -> dict[int, dict[Key, Json]]:
 
 
 def _key(answer: Json) -> Key:
-    return (answer["stage"], answer.get("split"), answer["question_id"], answer["image"], answer["question"])
+    return (answer["stage"], answer["question_id"], answer["image"], answer["question"])
 
 
 def _common(tables: Iterable[Mapping[Key, Json]]) -> list[Key]:

@@ -152,13 +152,16 @@ class FeatureModel(XFormerBase):
     def compute_sim_matrix(self, data_loader: Any, task_cfg: Any) -> tuple[Any, Any]:
         """Image-to-text and text-to-image scores for LAVIS's retrieval task: ITC, re-ranked by ITM.
 
+        In float32, as by LAVIS's runner: in bfloat16, many of a thousand similarities are equal.
+
         Raises:
             UserError: ``k_test`` is larger than the number of images or texts.
         """
         smaller = min(len(data_loader.dataset.text), len(data_loader.dataset.image))
         if task_cfg.k_test > smaller:
             raise UserError(f"run.k_test is {task_cfg.k_test}, but there are only {smaller} candidates")
-        return compute_sim_matrix(model=self, data_loader=data_loader, k_test=task_cfg.k_test)
+        with torch.autocast(self.device.type, enabled=False):
+            return compute_sim_matrix(model=self, data_loader=data_loader, k_test=task_cfg.k_test)
 
     @torch.no_grad()
     def generate(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from lavis.common.registry import registry
 
 from lavis_xformer.errors import one_of
@@ -43,4 +45,5 @@ class XFormerITM(XFormer):
         z = self.encode_queries(image)
         image_feats = self.image_features(z)  # (B, Q, E)
         text_feats = self.text_features(self.forward_text(text))  # (B, E)
-        return (image_feats @ text_feats.unsqueeze(-1)).amax(dim=1)  # (B, 1)
+        with torch.autocast(image.device.type, enabled=False):  # as in losses.similarity
+            return (image_feats.float() @ text_feats.float().unsqueeze(-1)).amax(dim=1)  # (B, 1)

@@ -75,6 +75,12 @@ def grid(patches: int) -> Tensor:
     return F.pad(torch.cat([rows, columns], -1), (0, 0, 1, 0))
 
 
+def labelled(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy over the scenes that have a label, 0 if none has; logits (B, classes), labels (B,)."""
+    total = F.cross_entropy(logits, labels, ignore_index=NONE, reduction="sum")
+    return total / (labels != NONE).sum().clamp(min=1)
+
+
 def correct(probe: Probe, tokens: Tensor, exam: Exam) -> dict[str, float]:
     """Accuracy of each task, in percent, over the scenes that allow it."""
     right = {name: 0 for name in TASKS}
@@ -115,7 +121,7 @@ def train_probe(
             rows = torch.randint(len(tokens[TRAIN]), (256,), generator=generator(seed, step))
             with autocast(tokens[TRAIN].device):
                 logits = probe(scale(tokens[TRAIN][rows]), exams[TRAIN].points[rows])
-                terms = [F.cross_entropy(logits[name], exams[TRAIN].labels[name][rows]) for name in TASKS]
+                terms = [labelled(logits[name], exams[TRAIN].labels[name][rows]) for name in TASKS]
             optimizer.zero_grad()
             torch.stack(terms).sum().backward()
             optimizer.step()
