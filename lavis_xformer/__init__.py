@@ -32,6 +32,7 @@ _REGISTERING = (
     "lavis_xformer.tasks.stage1",
     "lavis_xformer.tasks.stage2",
     "lavis_xformer.tasks.benchmark",
+    "lavis_xformer.tasks.gqa",
     "lavis_xformer.tasks.vqa",
     "lavis_xformer.tasks.captions",
     "lavis_xformer.runners.schedules",

@@ -207,18 +207,18 @@ def check_yaml(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
     """Check a run's names, keys and files, as the run itself would, and its weights as well."""
     from lavis_xformer import register
     from lavis_xformer.config.load import load_config
-    from lavis_xformer.engine.options import check_lavis_keys
     from lavis_xformer.nested import nodes
+    from lavis_xformer.train import check_run
 
     register()
     try:
-        config = load_config(cfg_path, options).config
-        check_lavis_keys(config.run)
+        config = load_config(cfg_path, options)
+        check_run(config)
     except UserError as error:
         yield Finding("YAML", "WRONG", str(error), "correct it, or override it with --options")
         return
     yield Finding("YAML", "ok", f"{cfg_path}: names, keys and data paths")
-    for key, value in nodes(config, leaves=True).items():
+    for key, value in nodes(config.config, leaves=True).items():
         if isinstance(value, str) and key.startswith(("model.", "datasets.")):
             yield from check_reference(key, value)
 

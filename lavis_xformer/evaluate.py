@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from lavis_xformer.config.load import DEFAULT_RUNNER
 from lavis_xformer.errors import UserError
@@ -15,20 +16,24 @@ from lavis_xformer.train import execute, read_config, runner_of
 
 
 def command(argv: Sequence[str]) -> int:
-    """Evaluate; return the exit status.
+    """Evaluate; return the exit status."""
+    config = read_config(argv, __doc__)
+    to_evaluate(config.run_cfg)
+    return execute(config)
+
+
+def to_evaluate(run: Any) -> None:
+    """Make the ``run:`` section one of an evaluation.
 
     Raises:
         UserError: no split is named.
     """
-    config = read_config(argv, __doc__)
-    run = config.run_cfg
     run.evaluate = True
     if runner_of(run) is None:  # LAVIS's YAMLs name one of LAVIS's
         run.runner = DEFAULT_RUNNER
     run.test_splits, run.valid_splits = run.get("test_splits") or run.get("valid_splits"), []
     if not run.test_splits:
         raise UserError("run.test_splits names no split to evaluate; set it to [val] or [test]")
-    return execute(config)
 
 
 if __name__ == "__main__":

@@ -82,12 +82,7 @@ def build_runner(config: Any) -> Any:
         UserError: a key or a file is missing or wrong.
     """
     setup_logging(shown=is_main())
-    check_lavis_keys(config.run_cfg)
-    runner_class = runner_of(config.run_cfg)
-    if runner_class is None:
-        raise UserError(f"run.runner: LAVIS's own runners can't be started from here; set it to {DEFAULT_RUNNER}")
-    options = RunOptions.from_config(config.run_cfg)
-    task = task_of(config)  # first: some tasks complete the configuration, by which a run to resume is found
+    runner_class, options, task = check_run(config)  # completes the configuration, by which a run to resume is found
     job_id = jobs.choose(config.to_dict(), job_id=options.job_id, resume=options.resume)
     folder = make_folder(Path(config.run_cfg.output_dir) / job_id, "run.output_dir:")
     if options.resume != "auto" and not config.run_cfg.evaluate:
@@ -99,6 +94,19 @@ def build_runner(config: Any) -> Any:
     rng.seed_everything(rng.seed_of(options.seed, rank()))
     distributed.barrier()
     return runner_class(cfg=config, task=task, model=model, datasets=datasets, job_id=job_id)
+
+
+def check_run(config: Any) -> tuple[Any, RunOptions, Any]:
+    """Check the ``run:`` section; return the runner's class and options and the task, which may complete it.
+
+    Raises:
+        UserError: a key is missing or a value is wrong.
+    """
+    check_lavis_keys(config.run_cfg)
+    runner_class = runner_of(config.run_cfg)
+    if runner_class is None:
+        raise UserError(f"run.runner: LAVIS's own runners can't be started from here; set it to {DEFAULT_RUNNER}")
+    return runner_class, RunOptions.from_config(config.run_cfg), task_of(config)
 
 
 def task_of(config: Any) -> Any:

@@ -134,6 +134,8 @@ def test_a_scorer_that_cannot_read_the_answers_is_refused_before_anything_is_ask
     task = BenchmarkTask(protocol=PROTOCOLS["paper"], config=CONFIG, scorer="pope_official")
     with pytest.raises(UserError, match=r"run\.scorer: 'pope_official' can't score answers of kind attribute, count; "):
         task.before_evaluation(Parrot(), SCENES)
+    with pytest.raises(UserError, match=r"run\.scorer: 'pope_official' can't score"):
+        task.check_split("test", SCENES)
 
 
 def test_a_subset_is_a_group_and_its_bins_are_of_objects() -> None:

@@ -301,9 +301,14 @@ def test_what_scoring_lacks_is_told_before_anything_is_captioned(
         (tmp_path / "wrong.json").write_text(content)
         with pytest.raises(UserError, match=r"wrong\.json is not in COCO's format, .*\"image_id\", \"caption\""):
             check(caption_truths=str(tmp_path / "wrong.json"))
+    truths = str(write_truths(tmp_path / "truths.json"))
+    task = setup(XFormerCaptionTask, tmp_path, **ASKED, caption_truths=truths)
+    task.check_split("val", [{"image_id": torch.tensor(next(iter(TRUTHS)))}])
+    with pytest.raises(UserError, match=r"truths\.json has no captions of image 77, the first of 'val'"):
+        task.check_split("val", [{"image_id": "77"}])
     with pytest.raises(UserError, match=r"captions for coco_caption only, not for nocaps; set run\.caption_truths"):
         check("nocaps")
-    check("nocaps", caption_truths=str(write_truths(tmp_path / "truths.json")))
+    check("nocaps", caption_truths=truths)
     monkeypatch.setattr(caption_scores, "which", lambda program: None)
     with pytest.raises(UserError, match=r"no `java` on the PATH; install .* or set run\.report_metric to False"):
         check()
@@ -339,5 +344,11 @@ def test_retrieval_by_hand_with_its_protocol(tmp_path: Path) -> None:
     ranker = Ranker()
     setup(XFormerRetrievalTask, tmp_path).evaluation(ranker, SimpleNamespace(dataset=dataset))
     assert ranker.k_test == 128, "the protocol's, which the result then tells"
+    with pytest.raises(UserError, match=r"run\.k_test is 128, but 'val' has only 2 candidates"):
+        setup(XFormerRetrievalTask, tmp_path).check_split(
+            "val", SimpleNamespace(**vars(dataset), text="abc", image="ab")
+        )
+    with pytest.raises(UserError, match=r"run\.task: xformer_retrieval ranks images and captions"):
+        task.check_split("val", [{"image": 0}])
     with pytest.raises(UserError, match=r"run\.protocol: 'blip'"):
         setup(XFormerRetrievalTask, tmp_path, protocol="blip", k_test=2)

@@ -750,6 +750,10 @@ def test_a_wrong_key_of_any_run_stops_before_the_first(tmp_path: Path, monkeypat
     make(tmp_path, alone, "nofile")
     with pytest.raises(UserError, match=r"^a, counting: datasets\.gvt_coco_oc\.splits.*gone\.json: no such annotation"):
         run.main([str(tmp_path / "nofile.yaml")])
+    counting["options"] = {"run.prompt": "How many?"}
+    make(tmp_path, alone, "prompt")
+    with pytest.raises(UserError, match=r"^a, counting: run\.prompt: 'How many\?' has no \{\}"):
+        run.main([str(tmp_path / "prompt.yaml")])
     begun: list[Cell] = []
     monkeypatch.setattr(run, "run_cell", begun.append)
     assert run.main([str(tmp_path / "wrong.yaml"), "--only", "blip2", "--seeds", "1"]) == 0
@@ -781,15 +785,34 @@ def test_what_a_run_has_downloaded_does_not_make_it_stale(
 def test_weights_that_a_run_needs_are_there_or_to_be_made_by_an_earlier_run(
     weights: str, fault: str, tmp_path: Path
 ) -> None:
-    from lavis_xformer.config.check import check
+    from lavis_xformer.check import check
 
     first = ["run.job_id=a", f"run.output_dir={tmp_path}/cells"]
     second = [*f"model.pretrained={weights.format(folder=tmp_path)}".split(), "run.job_id=c"]
     runs = [
-        ("first", "projects/xformer/pretrain.yaml", first),
-        ("second", "projects/xformer/pretrain_stage2.yaml", second),
+        ("first", "projects/xformer/pretrain.yaml", first, False),
+        ("second", "projects/xformer/pretrain_stage2.yaml", second, False),
     ]
     assert re.fullmatch(fault, check(runs))
+
+
+@pytest.mark.parametrize(
+    ("evaluates", "option", "fault"),
+    [
+        (False, "run.lr_sched=null", r"run\.lr_sched: missing, and there is no default"),
+        (False, "run.resume=always", r"run\.resume is 'always'; it must be one of"),
+        (False, "run.seed=4294967296", r"run\.seed is 4294967296; it must be less than"),
+        (True, "run.lr_sched=null", ""),
+        (True, "run.valid_splits=[]", r"run\.test_splits names no split to evaluate"),
+        (True, "run.device=gpu", r"run\.device.*'gpu'.*"),
+    ],
+)
+def test_the_run_section_of_every_run_is_checked_as_the_run_does(evaluates: bool, option: str, fault: str) -> None:
+    from lavis_xformer.check import check
+
+    config = "projects/xformer/pretrain_stage2.yaml"
+    found = check([("later", config, [option], evaluates)])
+    assert re.match(f"later: {fault}" if fault else "^$", found), found
 
 
 def test_what_was_finished_before_a_failure_is_reported(

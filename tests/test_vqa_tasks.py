@@ -22,8 +22,9 @@ from lavis_xformer.compare.results import tasks
 from lavis_xformer.data.scene_question_datasets import SceneQuestionDataset
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import read_json
+from lavis_xformer.tasks.gqa import XFormerGQATask, gqa_figures
 from lavis_xformer.tasks.protocols import write_result
-from lavis_xformer.tasks.vqa import XFormerGQATask, XFormerVQATask, gqa_figures, vqa_guesses, vqa_majority
+from lavis_xformer.tasks.vqa import XFormerVQATask, vqa_guesses, vqa_majority
 from lavis_xformer.tasks.vqa_files import check_vqa
 
 
@@ -406,6 +407,44 @@ def test_a_question_of_vqas_that_was_not_asked_counts_as_wrong(
 def test_scenes_have_no_files_in_vqas_format() -> None:
     with pytest.raises(UserError, match=r"xformer_vqa needs question and annotation files .* use xformer_gqa"):
         check_vqa(object.__new__(SceneQuestionDataset))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (
+            "prompt",
+            "Answer:",
+            r"run\.prompt: 'Answer:' has no \{\}, where the question goes; '' asks the bare question",
+        ),
+        ("prompt", 3, r"run\.prompt is 3; it must be text"),
+        ("min_len", 11, r"run\.min_len is 11; it can't be greater than run\.max_len, 10"),
+        ("inference_method", "rnak", r"run\.inference_method: 'rnak'; did you mean 'rank'"),
+    ],
+)
+def test_a_way_of_asking_that_makes_no_sense_is_told_before_anything_is_built(
+    key: str, value: Any, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        setup(XFormerGQATask, tmp_path, **{key: value})
+    assert setup(XFormerGQATask, tmp_path, prompt="").prompt == ""
+
+
+def test_what_an_evaluation_lacks_is_told_before_training(tmp_path: Path) -> None:
+    vqa, gqa = (setup(cls, tmp_path, inference_method="rank") for cls in (XFormerVQATask, XFormerGQATask))
+    for task in (vqa, gqa):
+        with pytest.raises(UserError, match=r"run\.inference_method: 'rank' chooses from a dataset's answer_list"):
+            task.check_split("val", [{"answer": "yes"}])
+    gqa.answer_list = ["yes", "no"]
+    gqa.check_split("val", [{"answer": "yes"}])
+    (tmp_path / "types.json").write_text("{}")
+    typed = setup(XFormerGQATask, tmp_path, question_types=str(tmp_path / "types.json"))
+
+    class Asked(list[dict[str, Any]]):
+        annotation = GQA
+
+    with pytest.raises(UserError, match=r"types\.json has types for only 0 of 3 questions"):
+        typed.check_split("val", Asked(GQA))
 
 
 def test_gqa_needs_samples_with_a_true_answer(tmp_path: Path) -> None:

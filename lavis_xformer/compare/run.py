@@ -176,8 +176,8 @@ def check_configurations(cells: Sequence[Cell]) -> None:
     runs = {cell.folder: (f"{cell.variant}, {cell.stage.name}", cell) for cell in cells if not cell.finished}
     if not runs:
         return
-    asked = [[name, cell.stage.config, cell.option_texts()] for name, cell in runs.values()]
-    command = [sys.executable, "-m", "lavis_xformer.config.check"]
+    asked = [[name, cell.stage.config, cell.option_texts(), cell.stage.evaluate] for name, cell in runs.values()]
+    command = [sys.executable, "-m", "lavis_xformer.check"]
     done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise UserError((done.stderr.strip() or "the check of the configurations failed").splitlines()[-1])

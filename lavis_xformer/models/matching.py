@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-
 from lavis.common.registry import registry
 
 from lavis_xformer.errors import one_of

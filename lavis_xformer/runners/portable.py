@@ -181,7 +181,7 @@ class PortableRunner(RunnerBase):
         return self._dataloaders
 
     def check_splits_to_come(self) -> None:
-        """Let the task reject, before training, splits that it could not evaluate; the random state stays as it is."""
+        """Let the task reject, before all else, splits that it could not evaluate; the random state stays as it is."""
         check = getattr(self.task, "check_split", lambda name, dataset: None)  # LAVIS's tasks have none
         loaders = self.dataloaders
         with rng.seeded(self.options.seed):

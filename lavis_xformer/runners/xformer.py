@@ -82,13 +82,13 @@ class XFormerRunner(PortableRunner):
     def train(self) -> dict[str, Any]:
         """Train from the run's current position to the end; return and write its summary."""
         with self.interruption:
+            self.check_splits_to_come()
             if self.evaluate_only:
                 return self._evaluate_only()
             self._lock = jobs.claim(self.output_dir)
             finished = self._resume()
             if finished is not None:
                 return finished
-            self.check_splits_to_come()
             self.log_config()
             self._announce()
             for epoch in range(self.state.position.epoch, self.max_epoch):

@@ -80,17 +80,25 @@ class BenchmarkTask(BaseTask):
             raise UserError(f"xformer_benchmark asks the questions of one dataset, not of {', '.join(names)}")
         return cls(protocol=protocol_of(run), scorer=scorer, blind=bool(run.get("blind", False)), config=cfg.to_dict())
 
-    def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
-        """Keep the dataset, which holds the true answers.
+    def check_split(self, name: str, dataset: Any) -> None:
+        """Check the questions of a split before training.
 
         Raises:
             UserError: the scorer doesn't support this kind of question.
         """
-        super().before_evaluation(model, dataset, **kwargs)
         reads, kinds = SCORERS[self.scorer], {kind_of(dataset, row) for row in dataset.annotation}
         if reads is not None and not kinds <= reads:
             unread = ", ".join(sorted(kinds - reads))
             raise UserError(f"run.scorer: '{self.scorer}' can't score answers of kind {unread}; use strict")
+
+    def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
+        """Keep the dataset, which holds the true answers.
+
+        Raises:
+            UserError: as for :meth:`check_split`.
+        """
+        super().before_evaluation(model, dataset, **kwargs)
+        self.check_split("", dataset)
         self._dataset = dataset
 
     def evaluation(self, model: Any, data_loader: DataLoader[Any], cuda_enabled: bool = True) -> dict[int, str]:

@@ -23,7 +23,7 @@ from lavis_xformer.distributed import is_main
 from lavis_xformer.errors import UserError, first_line
 from lavis_xformer.files import read_json, sha256
 from lavis_xformer.tasks import metrics
-from lavis_xformer.tasks.caption_scores import check_scoring, fetch_truths, scored
+from lavis_xformer.tasks.caption_scores import check_scoring, fetch_truths, read_truths, scored
 from lavis_xformer.tasks.protocols import (
     CAPTION_PROTOCOLS,
     RETRIEVAL_PROTOCOLS,
@@ -77,6 +77,21 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
                 "take (no stage-1 model does); use LAVIS's own run.task: captioning"
             )
         return super().build_model(cfg)
+
+    def check_split(self, name: str, dataset: Any) -> None:
+        """Check, before anything is captioned, that the first image of a split has reference captions.
+
+        Raises:
+            UserError: ``run.caption_truths`` has none for it.
+        """
+        if (
+            self.truths
+            and len(dataset)
+            and (image := int(dataset[0]["image_id"])) not in read_truths(self.truths).captions
+        ):
+            raise UserError(
+                f"run.caption_truths: {self.truths} has no captions of image {image}, the first of '{name}'"
+            )
 
     def valid_step(self, model: Any, samples: Row) -> list[Row]:
         """Caption a batch by the protocol, including its prompt and length penalty."""
@@ -140,6 +155,18 @@ class XFormerRetrievalTask(RetrievalTask):
         asked = {"k_test": cfg.run_cfg.k_test, "image_size": task.config.get("model", {}).get("image_size")}
         task.protocol = protocol | asked
         return task
+
+    def check_split(self, name: str, dataset: Any) -> None:
+        """Check, before training, that a split has enough candidates to re-rank.
+
+        Raises:
+            UserError: ``run.k_test`` is larger than the number of images or texts, or there are no captions to rank.
+        """
+        if not hasattr(dataset, "txt2img"):
+            raise UserError(f"run.task: xformer_retrieval ranks images and captions, but '{name}' is no set of both")
+        smaller = min(len(dataset.text), len(dataset.image))
+        if self.protocol["k_test"] > smaller:
+            raise UserError(f"run.k_test is {self.protocol['k_test']}, but '{name}' has only {smaller} candidates")
 
     def evaluation(self, model: Any, data_loader: Any, **unused: object) -> Row | None:
         """Rank as LAVIS does, and add the chance level of its recalls (``txt_r1``: from image to text)."""

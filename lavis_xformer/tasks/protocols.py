@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from lavis.common.registry import registry
 
 from lavis_xformer.engine import jobs
-from lavis_xformer.errors import one_of
+from lavis_xformer.errors import UserError, one_of, text
 from lavis_xformer.files import sha256, write_json
 
 logger = logging.getLogger(__name__)
@@ -68,10 +68,17 @@ def protocol_of(run: Any, protocols: Mapping[str, Protocol] = PROTOCOLS) -> Prot
     """Return the protocol that ``run.protocol`` names, with the run's overrides.
 
     Raises:
-        UserError: there is no such protocol.
+        UserError: there is no such protocol, or an override makes no sense.
     """
     changes = {key: run[key] for key in PROTOCOL_KEYS if run.get(key) is not None}
-    return replace(chosen(run, protocols), **changes)
+    named = chosen(run, protocols)
+    protocol: Protocol = replace(named, **changes)
+    prompt = text("run.prompt", protocol.prompt)
+    if prompt and "{}" in named.prompt and "{}" not in prompt:
+        raise UserError(f"run.prompt: '{prompt}' has no {{}}, where the question goes; '' asks the bare question")
+    if protocol.min_len > protocol.max_len:
+        raise UserError(f"run.min_len is {protocol.min_len}; it can't be greater than run.max_len, {protocol.max_len}")
+    return protocol
 
 
 class WithProtocol:

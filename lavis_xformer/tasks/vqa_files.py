@@ -65,12 +65,6 @@ def tell_skipped(count: int) -> None:
         logger.warning("%d questions were not asked, as their images can't be read: they count as wrong", count)
 
 
-def true_answer(row: dict[str, Any]) -> str | None:
-    """Return the true answer of an annotation for GQA's task, the most frequent if there are several, or None."""
-    given = row.get("answers") or row.get("answer")
-    return Counter(given).most_common(1)[0][0] if isinstance(given, list) else given
-
-
 @cache
 def check_vqa_file(file: str, keys: Sequence[str], row_keys: Sequence[str]) -> frozenset[Any]:
     """Check that a file has ``keys``, the last of which holds rows with ``row_keys``; return the ids of its questions.
