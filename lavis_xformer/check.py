@@ -19,8 +19,7 @@ from lavis_xformer.data.image_text_datasets import LocalFilesBuilder
 from lavis_xformer.errors import UserError
 from lavis_xformer.evaluate import to_evaluate
 from lavis_xformer.launch import device_of
-from lavis_xformer.paths import checkpoints_of
-from lavis_xformer.train import check_run
+from lavis_xformer.train import check_run, check_weights
 
 
 def check(runs: Sequence[tuple[str, str, Sequence[str], bool]]) -> str:
@@ -39,9 +38,7 @@ def check(runs: Sequence[tuple[str, str, Sequence[str], bool]]) -> str:
             for dataset, given in config.datasets.items():
                 if issubclass(builder := registry.get_builder_class(dataset), LocalFilesBuilder):
                     builder(given).given_splits()
-            for key, named in checkpoints_of(config.model).items():
-                if "://" not in named and not Path(named).exists() and Path(named).parent not in made:
-                    raise UserError(f"model.{key}: there is no {named}")
+            check_weights(config.model, made)
             device_of(str(config.run.get("device", "auto")))
         except UserError as error:
             return f"{name}: {error}"

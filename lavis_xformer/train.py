@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from lavis_xformer.engine.log import setup_logging
 from lavis_xformer.engine.options import RunOptions, check_lavis_keys, check_splits
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import make_folder
+from lavis_xformer.paths import checkpoints_of
 from lavis_xformer.run_folder import LOG, SUMMARY
 from lavis_xformer.tasks.benchmark import BenchmarkTask
 
@@ -83,6 +84,7 @@ def build_runner(config: Any) -> Any:
     """
     setup_logging(shown=is_main())
     runner_class, options, task = check_run(config)  # completes the configuration, by which a run to resume is found
+    check_weights(config.model_cfg)
     job_id = jobs.choose(config.to_dict(), job_id=options.job_id, resume=options.resume)
     folder = make_folder(Path(config.run_cfg.output_dir) / job_id, "run.output_dir:")
     if options.resume != "auto" and not config.run_cfg.evaluate:
@@ -107,6 +109,17 @@ def check_run(config: Any) -> tuple[Any, RunOptions, Any]:
     if runner_class is None:
         raise UserError(f"run.runner: LAVIS's own runners can't be started from here; set it to {DEFAULT_RUNNER}")
     return runner_class, RunOptions.from_config(config.run_cfg), task_of(config)
+
+
+def check_weights(model_cfg: Mapping[str, Any], made: Collection[Path] = ()) -> None:
+    """Check that the local checkpoints from which a model starts exist, or lie in a folder that is still to be made.
+
+    Raises:
+        UserError: one does not.
+    """
+    for key, named in checkpoints_of(model_cfg).items():
+        if "://" not in named and not Path(named).exists() and Path(named).parent not in made:
+            raise UserError(f"model.{key}: there is no {named}")
 
 
 def task_of(config: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from lavis.common.registry import registry
+from lavis.tasks.base_task import BaseTask
 
 import lavis_xformer
 from lavis_xformer import evaluate
@@ -474,3 +475,29 @@ def test_a_run_is_found_again_though_its_task_completes_the_configuration(tmp_pa
     with pytest.raises(Begun):
         build_runner(config())
     assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("model.load_finetuned=True", r"model\.finetuned names no checkpoint"),
+        ("model.train_only=[fusion]", r"model\.train_only keeps everything else as in BLIP-2"),
+        ("model.mae_source=clip model.fusion=concat", r"'clip' with fusion 'concat' would read C twice"),
+    ],
+)
+def test_keys_of_the_model_that_contradict_each_other_are_told_before_anything_is_built(option, message):
+    from lavis_xformer.config.load import load_config
+
+    lavis_xformer.register()
+    with pytest.raises(UserError, match=message):
+        load_config("projects/xformer/pretrain.yaml", option.split())
+
+
+def test_weights_that_are_not_there_are_told_before_the_data_are_read(monkeypatch, tmp_path):
+    from lavis_xformer.config.load import load_config
+
+    lavis_xformer.register()
+    monkeypatch.setattr(BaseTask, "build_datasets", lambda self, cfg: pytest.fail("the data were read"))
+    options = ["model.pretrained=gone.pth", f"run.output_dir={tmp_path}"]
+    with pytest.raises(UserError, match=r"model\.pretrained: there is no gone\.pth"):
+        build_runner(load_config("projects/xformer/pretrain.yaml", options))

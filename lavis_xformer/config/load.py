@@ -30,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lavis_xformer.config.files import check_data_files, check_file
 from lavis_xformer.config.keys import check_keys
 from lavis_xformer.errors import UserError, fault_in_yaml, nearest, one_of
+from lavis_xformer.models.checkpoints import check_loading
 from lavis_xformer.models.parts import check_values
 from lavis_xformer.nested import nodes
 from lavis_xformer.paths import project_path
@@ -77,6 +78,7 @@ class RunConfig(Config):
         _expand_home(self.config)
         if classes["model"].__module__.startswith("lavis_xformer."):
             check_values(self.config.model)
+            check_loading(self.config.model)
         _check_processors(self.config)
         check_data_files(self.config.datasets, user.datasets)
         check_file("run.resume_ckpt_path", self.config.run.get("resume_ckpt_path"))

@@ -89,33 +89,42 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
     Raises:
         UserError: a file can't be read, doesn't fit, or isn't what its key says; two keys contradict each other.
     """
+    check_loading(cfg)
     key = "finetuned" if cfg.get("load_finetuned", False) else "pretrained"
-    wanted = cfg.get("load_pretrained", True)
     files = checkpoints_of(cfg)
     own, blip2 = files.get(key), files.get("blip2_pretrained")
-    parts = cfg.get("train_only")
-    if key == "finetuned" and wanted and not own:
-        raise UserError("model.load_finetuned is True, but model.finetuned names no checkpoint")
-    if parts and not wanted:
-        raise UserError("model.load_pretrained is False, but model.train_only needs BLIP-2's weights; leave one out")
-    if parts and not blip2:
-        raise UserError(
-            "model.train_only keeps everything else as in BLIP-2, and its checkpoints hold only the trained parts; set "
-            "model.blip2_pretrained, or set model.train_only to null"
-        )
     report = LoadReport()
     if not (own or blip2):
+        wanted = cfg.get("load_pretrained", True)
         reason = "model.pretrained names no checkpoint" if wanted else "model.load_pretrained is False"
         logger.info("%s: %s; all trainable weights are untrained", type(model).__name__, reason)
     if blip2:
         report += _load_blip2(model, blip2)
-        train_only(model, parts)
+        train_only(model, cfg.get("train_only"))
     if own:
         may_miss = model.NEW_WEIGHTS if blip2 else NOTHING
         report += _load_own(model, own, key=key, cfg=cfg, may_miss=may_miss, held=report.loaded)
     if lost := [name for name in report.missing_new if not model.get_parameter(name).requires_grad]:
         logger.warning("model.train_only freezes weights that are in no file and no checkpoint: %s", listing(lost))
     return report
+
+
+def check_loading(cfg: DictConfig) -> None:
+    """Check, before anything is built, that the keys of ``model`` that name checkpoints do not contradict each other.
+
+    Raises:
+        UserError: they do.
+    """
+    wanted, parts = cfg.get("load_pretrained", True), cfg.get("train_only")
+    if wanted and cfg.get("load_finetuned", False) and not cfg.get("finetuned"):
+        raise UserError("model.load_finetuned is True, but model.finetuned names no checkpoint")
+    if parts and not wanted:
+        raise UserError("model.load_pretrained is False, but model.train_only needs BLIP-2's weights; leave one out")
+    if parts and not cfg.get("blip2_pretrained"):
+        raise UserError(
+            "model.train_only keeps everything else as in BLIP-2, and its checkpoints hold only the trained parts; set "
+            "model.blip2_pretrained, or set model.train_only to null"
+        )
 
 
 def _load_own(

@@ -68,6 +68,8 @@ def check_values(cfg: DictConfig) -> None:
     for key, check in CHECKS.items():
         if values.get(key) is not None or key in REQUIRED:
             check(f"model.{key}", values.get(key))
+    if (values.get("mae_source"), values["fusion"]) == ("clip", "concat"):
+        raise UserError("model.mae_source: 'clip' with fusion 'concat' would read C twice; choose 'mae' or 'random'")
 
 
 def given(cfg: DictConfig, *keys: str) -> dict[str, Any]:
@@ -139,8 +141,6 @@ def _heads(fusion: str, visual_encoder: Any, qformer: Any) -> int:
 def _build_mae(cfg: DictConfig, visual_encoder: Any, *, fusion: str) -> MaskedAutoencoder | None:
     """The model that computes M; None if the fusion needs no M, or gets CLIP's tokens instead."""
     source = cfg.get("mae_source") or "mae"
-    if (source, fusion) == ("clip", "concat"):
-        raise UserError("model.mae_source: 'clip' with fusion 'concat' would read C twice; choose 'mae' or 'random'")
     if (layer := cfg.get("clip_layer")) is not None:
         if source != "clip":
             raise UserError(f"model.clip_layer: {layer} needs model.mae_source: clip, not {source}")

@@ -251,8 +251,7 @@ class XFormerRunner(PortableRunner):
         """Write a record at the current position to ``log.jsonl``, on the main process."""
         if self.metrics_log is not None:
             position = self.state.position
-            about = {"epoch": position.epoch, **about}
-            self.metrics_log.write(kind, **about, step=position.steps, values=values)
+            self.metrics_log.write(kind, **{"epoch": position.epoch, **about}, step=position.steps, values=values)
 
     def _announce(self) -> None:
         """Log what is about to run."""
