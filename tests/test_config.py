@@ -224,6 +224,8 @@ def test_interface_of_lavis_is_kept(load):
         ("datasets.coco_caption.vis_processor.train.image_sze=32", "did you mean 'datasets.coco_caption.vis"),
         (f"{INFO}.images.storge=x", "images.storge: no configuration knows this key"),
         (f"{INFO}.images.storage=/nope", f"{INFO}.images.storage: there is no folder /nope"),
+        (f"{INFO}.images.storage=nope", "there is no folder nope, neither here nor as /"),
+        (f"{INFO}.annotations.train.storage=nope.json", "there is no file nope.json, neither here nor as /"),
         (f"{INFO}.annotations.train.storage=/nope.json", f"{INFO}.annotations.train.storage: there is no file"),
         (f"{INFO}.annotations.train.url=/nope.json", ""),
         ("run.resume_ckpt_path=nope.pth", "run.resume_ckpt_path: there is no file nope.pth"),

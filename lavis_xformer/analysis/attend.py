@@ -120,6 +120,8 @@ def _check(args: argparse.Namespace) -> None:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {args.device}: {first_line(error)}") from error
+    if not (folder := args.out.absolute().parent).is_dir():
+        raise UserError(f"--out {args.out}: there is no folder {folder}")
     register()
     cls = find("model", args.model, "--model")
     if not issubclass(cls, XFormerBase):

@@ -39,29 +39,31 @@ def check_data_files(datasets: DictConfig, user: DictConfig) -> None:
         kind = dataset.get("data_type", "images")
         media = info.get(kind)
         if media and media.get("storage") is not None:
-            media.storage = _locate(media.storage)
+            given, media.storage = media.storage, _locate(media.storage)
             if not Path(media.storage).exists():
-                raise UserError(f"datasets.{name}.build_info.{kind}.storage: there is no folder {media.storage}")
+                wrong = f"there is no folder {_places(given)}"
+                raise UserError(f"datasets.{name}.build_info.{kind}.storage: {wrong}")
 
 
 def _check_annotation(key: str, annotation: DictConfig, local: bool) -> None:
     """Check one split; ``local``: the user says where it is, but not where to download it from."""
-    files, urls = [_locate(path) for path in _strings(annotation.get("storage"))], _strings(annotation.get("url"))
+    given, urls = _strings(annotation.get("storage")), _strings(annotation.get("url"))
+    files = [_locate(path) for path in given]
     if not files:
         raise UserError(f"{key}.storage is missing: the path of the annotation file")
     annotation.storage = files
     annotation.url = urls if len(urls) == len(files) else files  # a list, both before and after the download
-    missing = next((file for file in files if not Path(file).is_file()), None)
+    missing = next((path for path, file in zip(given, files, strict=True) if not Path(file).is_file()), None)
     if missing is None:
         return
     if local or len(urls) != len(files):
         raise UserError(
-            f"{key}.storage: there is no file {missing}. Correct the path; or set {key}.url to download it from; "
-            f"or set {key} to null to leave out this split"
+            f"{key}.storage: there is no file {_places(missing)}. Correct the path; or set {key}.url to download it "
+            f"from; or set {key} to null to leave out this split"
         )
     for url in urls:
         if not is_url(url) and not Path(url).is_file():
-            raise UserError(f"{key}.url: there is no file {url}, and nothing at {key}.storage ({missing})")
+            raise UserError(f"{key}.url: there is no file {url}, and nothing at {key}.storage ({_places(missing)})")
 
 
 def check_file(key: str, path: Any) -> None:
@@ -74,6 +76,12 @@ def check_file(key: str, path: Any) -> None:
 def _locate(path: str) -> str:
     here = Path(path).expanduser()
     return str(here.absolute()) if here.exists() else get_cache_path(path)
+
+
+def _places(path: str) -> str:
+    """A missing path and, if it is relative, where else it was looked for."""
+    located = _locate(path)
+    return path if located == path else f"{path}, neither here nor as {located}"
 
 
 def _strings(value: Any) -> list[str]:
