@@ -17,9 +17,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from yaml import YAMLError
+
 from lavis_xformer import __version__, markdown
 from lavis_xformer.arguments import command_parser
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, first_line
 from lavis_xformer.files import sha256
 from lavis_xformer.run_folder import LOG, read_log
 
@@ -57,8 +59,12 @@ def from_folder(folder: str | Path, *, is_eval: bool = True, device: str = "cpu"
 
     if not (path := Path(folder).expanduser() / CONFIG).is_file():
         raise UserError(f"{folder} is not an exported model: it has no {CONFIG}")
-    if (arch := OmegaConf.select(OmegaConf.load(path), "model.arch")) is None:
-        raise UserError(f"{folder} is not an exported model: its {CONFIG} names no model.arch")
+    try:
+        arch = OmegaConf.select(OmegaConf.load(path), "model.arch")
+    except (YAMLError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} can't be read: {first_line(error)}") from error
+    if not str(arch).startswith("xformer"):
+        raise UserError(f"{folder} is not an exported model: its {CONFIG} names no model.arch of this package")
     absolute = str(path.parent.resolve())  # never the name of a type, such as mini
     return lavis_xformer.load_model_and_preprocess(arch, absolute, is_eval=is_eval, device=device)
 
@@ -159,12 +165,14 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
     content: dict[str, Any] = {}
     if checkpoint.suffix == ".pth":
         content = load_torch_file(checkpoint, key="pretrained")
-    config = content.get("config") or {}
-    its_arch = config.get("model", {}).get("arch", "")
-    if its_arch.startswith("xformer") and arch in (None, its_arch):
+    config = config if isinstance(config := content.get("config"), dict) else {}
+    its_arch = trained.get("arch", "") if isinstance(trained := config.get("model"), dict) else ""
+    told = its_arch.startswith("xformer") and "preprocess" in config
+    if told and (arch is None or _related(arch, its_arch)):
         if model_type not in (None, its_type := config["model"].get("model_type")):
             raise UserError(f"--type {model_type}: {checkpoint} is of type {its_type}; leave --type out")
         cfg = OmegaConf.create({name: config[name] for name in ("model", "preprocess")})
+        cfg.model.arch = arch or its_arch
     elif arch is None:
         what = f"is of LAVIS's {its_arch}" if its_arch else "doesn't name its model"
         raise UserError(f"{checkpoint} {what}; choose one of this package's with --model and --type")
@@ -185,6 +193,14 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
     return cfg, said
 
 
+def _related(one: str, other: str) -> bool:
+    """Whether two names of models are of the same class, or one of a class derived from the other's."""
+    from lavis_xformer.config.load import find
+
+    first, second = find("model", one, "--model"), find("model", other, "--model")
+    return issubclass(first, second) or issubclass(second, first)
+
+
 def _figures(checkpoint: Path, content: dict[str, Any]) -> dict[str, float]:
     """What the run measured with these weights, from the log beside the checkpoint; empty if it has no such line.
 
@@ -199,7 +215,8 @@ def _figures(checkpoint: Path, content: dict[str, Any]) -> dict[str, float]:
 
 def _training(content: dict[str, Any]) -> dict[str, Any]:
     """Data, length, batch, rates and seed of the run that wrote a checkpoint; empty if it doesn't record them."""
-    config = content.get("config") or {}
+    config = content.get("config")
+    config = config if isinstance(config, dict) else {}
     run, datasets = config.get("run", {}), config.get("datasets", {})
     if "rng" in content:
         run = run | {"processes": len(content["rng"])}

@@ -221,9 +221,11 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         """
         self.loss_weights = weights
         self.mask_ratio = mask_ratio
-        if self.mae is not None and int(self.mae.num_patches * (1 - mask_ratio)) < 1:
-            raise UserError(f"model.mask_ratio is {mask_ratio}; of {self.mae.num_patches} patches MAE would see none")
-        self.reconstructs = self.fusion.aligns_mae and self.mae is not None and weights["rec"] > 0 and mask_ratio > 0
+        patches = 0 if self.mae is None else self.mae.num_patches
+        seen = int(patches * (1 - mask_ratio))
+        if patches and not seen:
+            raise UserError(f"model.mask_ratio is {mask_ratio}; of {patches} patches MAE would see none")
+        self.reconstructs = self.fusion.aligns_mae and weights["rec"] > 0 and seen < patches
         others = [weight for name, weight in weights.items() if name != "rec"]
         if not (self.reconstructs or any(others)):
             without = ", and this model reconstructs nothing (no MAE, fusion or mask for it)" if weights["rec"] else ""

@@ -53,6 +53,8 @@ class CheckpointLoading:
     NEW_WEIGHTS: ClassVar[str] = NOTHING
     #: everything that has been loaded so far
     load_report: LoadReport = LoadReport()
+    #: the ``model`` configuration that it was built from, with which those of files are compared
+    built_from: DictConfig | None = None
 
     def load_checkpoint(self, url_or_filename: str | Path) -> LoadReport:
         """Load a checkpoint as ``pretrained`` does: ``load_model(..., checkpoint=FILE)`` of LAVIS ends here.
@@ -60,7 +62,7 @@ class CheckpointLoading:
         Raises:
             UserError: the file can't be read, doesn't fit, or is BLIP-2's although the model has a fusion.
         """
-        report = _load_own(self, str(url_or_filename), key="load_checkpoint")
+        report = _load_own(self, str(url_or_filename), key="load_checkpoint", cfg=self.built_from)
         self.load_report += report
         return report
 
@@ -90,6 +92,7 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
         UserError: a file can't be read, doesn't fit, or isn't what its key says; two keys contradict each other.
     """
     check_loading(cfg)
+    model.built_from = cfg
     key = "finetuned" if cfg.get("load_finetuned", False) else "pretrained"
     files = checkpoints_of(cfg)
     own, blip2 = files.get(key), files.get("blip2_pretrained")
@@ -99,7 +102,7 @@ def load_pretrained(model: Any, cfg: DictConfig) -> LoadReport:
         reason = "model.pretrained names no checkpoint" if wanted else "model.load_pretrained is False"
         logger.info("%s: %s; all trainable weights are untrained", type(model).__name__, reason)
     if blip2:
-        report += _load_blip2(model, blip2)
+        report += _load_blip2(model, blip2, cfg)
         train_only(model, cfg.get("train_only"))
     if own:
         may_miss = model.NEW_WEIGHTS if blip2 else NOTHING
@@ -145,15 +148,19 @@ def _load_own(
     if model.NEW_WEIGHTS == NOTHING and _any(PROJECTION, state):
         raise UserError(f"model.{key}: '{source}' is a checkpoint of stage 2; stage 1 can't start from it")
     if cfg is not None and trained:
-        _tell_other_settings(model, cfg, trained, source=source, stage1=_any(model.STAGE1_WEIGHTS, state))
+        stage1 = model.NEW_WEIGHTS != NOTHING and not (trained.get("opt_model") or trained.get("t5_model"))
+        names = (*SETTINGS, *(SETTINGS_OF_M if model.fusion.needs_mae else ()))
+        _tell_other_settings(names, cfg, trained, source=source, may_add_positions=stage1)
     return _load_either_stage(model, state, source=source, key=key, may_miss=may_miss, held=held)
 
 
-def _load_blip2(model: Any, source: str) -> LoadReport:
+def _load_blip2(model: Any, source: str, cfg: DictConfig) -> LoadReport:
     key = "blip2_pretrained"
-    state = read_checkpoint(source, key=key)
+    state, trained = _read(source, key=key)
     if not is_blip2(state):
         raise UserError(f"model.{key}: '{source}' is a checkpoint of X-Former; set model.pretrained to it instead")
+    if trained:
+        _tell_other_settings(SETTINGS, cfg, trained, source=source, may_add_positions=True)
     return _load_either_stage(model, state, source=source, key=key, may_miss=FUSION)
 
 
@@ -206,14 +213,16 @@ def _check_clip(model: Any, known: Tensor | None, *, source: str, key: str) -> N
         logger.warning("%s doesn't record the image encoder that is loaded; was it trained with another one?", source)
 
 
-def _tell_other_settings(model: Any, cfg: DictConfig, trained: dict[str, Any], *, source: str, stage1: bool) -> None:
-    """Warn if a file was trained with other :data:`SETTINGS`; stage 2 may add positions to those of stage 1."""
+def _tell_other_settings(
+    names: Sequence[str], cfg: DictConfig, trained: dict[str, Any], *, source: str, may_add_positions: bool
+) -> None:
+    """Warn if a file was trained with other settings; a further stage may add positions to those of the file."""
     told = []
-    for name in (*SETTINGS, *(SETTINGS_OF_M if model.fusion.needs_mae else ())):
+    for name in names:
         theirs, ours = (_setting(config, name) for config in (trained, cfg))
         if theirs is None and name.endswith("_model"):
             continue  # a file of stage 1 names no language model, one of LAVIS perhaps no encoder
-        added = name == "token_positions" and stage1 and set(theirs) <= set(ours)
+        added = name == "token_positions" and may_add_positions and set(theirs) <= set(ours)
         if theirs != ours and not added:
             told.append(f"{name} {theirs}, here {ours}")
     if told:

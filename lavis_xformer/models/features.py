@@ -155,8 +155,9 @@ class FeatureModel(XFormerBase):
         In float32, as by LAVIS's runner: in bfloat16, many of a thousand similarities are equal.
 
         Raises:
-            UserError: ``k_test`` is larger than the number of images or texts.
+            UserError: ``k_test`` is less than 1, or larger than the number of images or texts.
         """
+        check_whole(1, k_test=task_cfg.k_test)
         smaller = min(len(data_loader.dataset.text), len(data_loader.dataset.image))
         if task_cfg.k_test > smaller:
             raise UserError(f"run.k_test is {task_cfg.k_test}, but there are only {smaller} candidates")

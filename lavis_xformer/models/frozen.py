@@ -41,7 +41,7 @@ def train_only(model: nn.Module, parts: Sequence[str] | None) -> None:
     """
     if not parts:
         return
-    if isinstance(parts, str):
+    if isinstance(parts, str) or not isinstance(parts, Sequence):
         raise UserError(f"model.train_only: '{parts}' is not a list; write [{parts}]")
     children = dict(model.named_children())
     for name in parts:

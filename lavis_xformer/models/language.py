@@ -21,7 +21,7 @@ from typing_extensions import Self
 
 from lavis_xformer.assets import resolve
 from lavis_xformer.distributed import token_mean
-from lavis_xformer.errors import UserError, one_of
+from lavis_xformer.errors import UserError, one_of, text
 from lavis_xformer.losses import NO_TARGET, language_modelling, token_losses
 from lavis_xformer.models.frozen import (
     DTYPES,
@@ -81,7 +81,7 @@ class LanguageModel(ABC):
         if precision is not None:
             one_of("model.llm_precision", precision, DTYPES)
         try:
-            path = str(resolve(name))
+            path = str(resolve(text(key, name)))
         except UserError as error:
             raise UserError(f"{key}: {error}") from error
         try:

@@ -29,10 +29,15 @@ KEYS = frozenset(
 )
 
 
-def _check_positions(key: str, value: Any) -> None:
-    """Check that a value is a list of encoders."""
+def _check_list(key: str, value: Any) -> None:
+    """Check that a value is a list."""
     if not isinstance(value, list):
         raise UserError(f"{key}: {value!r} is not a list; write [{value}]")
+
+
+def _check_positions(key: str, value: Any) -> None:
+    """Check that a value is a list of encoders."""
+    _check_list(key, value)
     for encoder in value:
         one_of(key, encoder, ENCODERS)
 
@@ -52,6 +57,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "vit_precision": partial(one_of, options=DTYPES),
     "mae_source": partial(one_of, options=SOURCES),
     "token_positions": _check_positions,
+    "train_only": _check_list,
 }
 #: those without which no model can be built
 REQUIRED = ("vit_model", "bert", "image_size", "num_query_token", "fusion")
@@ -68,6 +74,8 @@ def check_values(cfg: DictConfig) -> None:
     for key, check in CHECKS.items():
         if values.get(key) is not None or key in REQUIRED:
             check(f"model.{key}", values.get(key))
+    if FUSIONS[values["fusion"]].needs_mae and values.get("mae_source") != "clip":
+        text("model.mae_model", values.get("mae_model"))
     if (values.get("mae_source"), values["fusion"]) == ("clip", "concat"):
         raise UserError("model.mae_source: 'clip' with fusion 'concat' would read C twice; choose 'mae' or 'random'")
 
@@ -126,6 +134,10 @@ def weights_of(weights: Mapping[str, Any] | None, defaults: Mapping[str, float])
     Raises:
         UserError: there is no such loss, or its weight is not a finite number, 0 or more.
     """
+    if not isinstance(weights or {}, Mapping):
+        raise UserError(
+            f"model.loss_weights: {weights!r} is no weight by loss; write {{{next(iter(defaults))}: {weights}}}"
+        )
     for name, weight in (weights or {}).items():
         one_of("model.loss_weights", name, defaults)
         if number(f"model.loss_weights.{name}", weight) < 0:

@@ -43,9 +43,10 @@ def texts_to_learn(samples: Mapping[str, Any], prompts: Prompts, generator: torc
     Raises:
         UserError: texts that don't fit the images, or questions (``question_id``) without answers.
     """
-    if "question_id" in samples and None in samples.get("answer", [None]):
+    answers = samples.get("answer")
+    if "question_id" in samples and (answers is None or (not isinstance(answers, str) and None in answers)):
         raise UserError("samples['question_id']: questions without answers, which can't be scored; leave them out")
-    if "answer" in samples and "text_output" not in samples:
+    if answers is not None and "text_output" not in samples:
         return _answers(samples, prompts, generator)
     count = len(samples["image"])
     texts = texts_of(samples, count)
@@ -67,14 +68,18 @@ def _answers(samples: Mapping[str, Any], prompts: Prompts, generator: torch.Gene
     if not (isinstance(questions, list) and any(isinstance(question, list) for question in questions)):
         questions = one_per_image(questions, count, name="samples['text_input']")
     each = samples.get("n_answers")
-    each = torch.ones(len(questions), dtype=torch.long) if each is None else each.cpu()
+    each = torch.ones(len(questions), dtype=torch.long) if each is None else torch.as_tensor(each).cpu()
     answers = samples["answer"]
+    answers = [answers] * len(questions) if isinstance(answers, str) else answers  # one for all, as a question may be
+    if not answers:
+        raise UserError("samples['answer'] has no answers")
     if not len(each) == len(questions) == count or int(each.sum()) != len(answers):
         raise UserError(
             f"samples['answer'] has {len(answers)} answers to {len(questions)} questions about {count} images; "
             "samples['n_answers'] must say how many belong to each"
         )
     weights = samples.get("weight")
+    weights = None if weights is None else torch.as_tensor(weights)
     if weights is not None and len(weights) != len(answers):
         raise UserError(f"samples['weight'] has {len(weights)} entries for {len(answers)} answers; give one for each")
     images = torch.arange(len(questions)).repeat_interleave(each)  # (A,)

@@ -7,6 +7,7 @@ import. Whatever can't be found or doesn't fit raises a one-line error that name
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from lavis_xformer.models.weight_files import (
     load_torch_file,
     offline_error,
 )
-from lavis_xformer.state_dicts import load_exactly
+from lavis_xformer.state_dicts import listing, load_exactly
 
 # EVA-CLIP ViT-g/14 as BLIP-2 reads it: 39 of its 40 blocks (LAVIS `create_eva_vit_g`)
 EVA_CLIP_G: dict[str, Any] = {
@@ -236,11 +237,14 @@ def build_qformer(
         layers: depth, if not BERT's; layers that BERT lacks are initialised randomly.
 
     Raises:
-        UserError: there is no such model or folder, or it can't be fetched.
+        UserError: there is no such model or folder, it can't be fetched, or it is no whole BERT.
     """
     path = str(resolve(name))
     depth = {} if layers is None else {"num_hidden_layers": layers}
     try:
+        own, _ = BertConfig.get_config_dict(path)
+        if (kind := own.get("model_type", "bert")) != "bert":
+            raise UserError(f"model.bert: '{name}' is a model of type '{kind}', not 'bert'")
         config = qformer_config(
             BertConfig.from_pretrained(path, **depth),
             num_queries=num_queries,
@@ -250,11 +254,20 @@ def build_qformer(
         if Path(path).is_dir() and not any((Path(path) / file).is_file() for file in WEIGHT_FILES):
             return BertLMHeadModel(config)
         model, report = BertLMHeadModel.from_pretrained(path, config=config, **REPORTING)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, AttributeError) as error:  # transformers' for damaged weights
         raise offline_error(name, "bert", error) from error
     if wrong := report["mismatched_keys"]:
         raise UserError(f"model.bert: '{name}' has weights of another shape than its config.json says: {wrong[:5]}")
+    if lacking := [key for key in report["missing_keys"] if not _is_new(key, own.get("num_hidden_layers", 12))]:
+        raise UserError(f"model.bert: '{name}' lacks {len(lacking)} weights of BERT: {listing(lacking)}")
     return model
+
+
+def _is_new(weight: str, layers: int) -> bool:
+    """Whether a weight of the Q-Former is none of BERT's encoder with so many layers."""
+    layer = re.match(r"bert\.encoder\.layer\.(\d+)\.", weight)
+    added = re.search(r"crossattention|_query\.|position_ids|^cls\.", weight)
+    return bool(added) or (layer is not None and int(layer[1]) >= layers)
 
 
 def qformer_config(config: BertConfig, *, num_queries: int, vision_width: int, cross_attention_freq: int) -> BertConfig:
