@@ -267,6 +267,44 @@ def test_settings_that_no_weight_shows_are_compared(
     assert "token_positions ['mae'], here ['clip']" in told(stage2, token_positions=["clip"])[0]
     assert told(stage2, token_positions=["mae", "clip"]) == [], "what stage 2 adds is its own affair"
     assert len(told(model, token_positions=["mae", "clip"])) == 1
+    assert model.built_from.token_positions == ["mae", "clip"]
+    caplog.clear()
+    model.load_checkpoint(path)
+    assert "token_positions ['mae'], here ['clip', 'mae']" in warned(caplog)[0], (
+        "LAVIS's load_model(checkpoint=...) too"
+    )
+
+
+def test_settings_of_a_run_without_fusion_are_compared_as_blip2_s(
+    make_xformer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = {"vit_model": "clip", "token_positions": []}
+    torch.save({"model": trainable_state(make_xformer("none")), "config": {"model": said}}, tmp_path / "blip2.pth")
+    model, start = make_xformer("dual"), {"blip2_pretrained": str(tmp_path / "blip2.pth")}
+    load_pretrained(model, config(**{**said, "token_positions": ["clip"]}, **start))
+    assert warned(caplog) == []
+    load_pretrained(model, config(vit_model="other", **start))
+    assert "vit_model clip, here other" in warned(caplog)[0]
+
+
+def test_a_bert_that_lacks_weights_is_no_start(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 50}
+    bert = BertForMaskedLM(BertConfig(num_hidden_layers=2, **sizes))
+    bert.save_pretrained(tmp_path)
+    build = partial(towers.build_qformer, str(tmp_path), num_queries=4, vision_width=20)
+    query = "bert.encoder.layer.1.attention.self.query.weight"
+    assert torch.equal(build(layers=3).state_dict()[query], bert.state_dict()[query])
+    file, weights = tmp_path / "pytorch_model.bin", bert.state_dict()
+    for wrong in ({}, {n: w for n, w in weights.items() if n != query}, {f"bert.x.{n}": w for n, w in weights.items()}):
+        torch.save(wrong, file)
+        with pytest.raises(UserError, match=r"model\.bert: '.*' lacks \d+ weights of BERT: "):
+            build()
+    torch.save({f"distilbert.{name}": weight for name, weight in weights.items()}, file)
+    with pytest.raises(UserError, match=r"model\.bert: '"):
+        build()
+    (tmp_path / "config.json").write_text('{"model_type": "distilbert"}')
+    with pytest.raises(UserError, match=r"is a model of type 'distilbert', not 'bert'"):
+        build()
 
 
 def test_without_m_its_settings_are_not_compared(

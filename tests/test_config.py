@@ -484,6 +484,8 @@ def test_a_run_is_found_again_though_its_task_completes_the_configuration(tmp_pa
     [
         ("model.load_finetuned=True", r"model\.finetuned names no checkpoint"),
         ("model.train_only=[fusion]", r"model\.train_only keeps everything else as in BLIP-2"),
+        ("model.mae_model=null", r"model\.mae_model is None; it must be text"),
+        ("model.train_only=3", r"model\.train_only: 3 is not a list"),
         ("model.mae_source=clip model.fusion=concat", r"'clip' with fusion 'concat' would read C twice"),
     ],
 )

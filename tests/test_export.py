@@ -155,6 +155,18 @@ def test_stage_1_with_its_tied_weights_comes_back(stage2_config: Any, tmp_path: 
     assert torch.equal(model.Qformer.cls.predictions.decoder.weight, words)
 
 
+def test_a_model_under_another_name_of_its_class_keeps_its_settings(stage2_config: Any, tmp_path: Path) -> None:
+    said = {"arch": "xformer", "fusion_heads": 4, "token_positions": ["mae"]}
+    cfg = OmegaConf.merge(stage2_config, {"model": said})
+    model = XFormer.from_config(cfg.model)
+    torch.save({"model": runner_state(model), "config": OmegaConf.to_container(cfg)}, tmp_path / "run.pth")
+    folder = export(tmp_path / "run.pth", tmp_path / "out", arch="xformer_image_text_matching")
+    written = OmegaConf.load(folder / "config.yaml").model
+    assert (written.arch, written.fusion_heads, written.token_positions) == (
+        "xformer_image_text_matching", 4, ["mae"]
+    )  # fmt: skip
+
+
 def test_the_card_says_what_nothing_has_trained(
     make_xformer: Any,
     stage2_config: Any,
@@ -309,6 +321,17 @@ def test_what_cannot_be_exported_or_read_is_one_line(checkpoint: Path, tmp_path:
     (tmp_path / "other" / "config.yaml").write_text("run: {}")
     with pytest.raises(UserError, match=r"other is not an exported model: its config\.yaml names no model\.arch"):
         lavis_xformer.from_folder(tmp_path / "other")
+    for wrong, said in (
+        ("model: [", r"config\.yaml can't be read"),
+        ("model: {arch: blip2}", "names no model.arch of this"),
+    ):
+        (tmp_path / "other" / "config.yaml").write_text(wrong)
+        with pytest.raises(UserError, match=said):
+            lavis_xformer.from_folder(tmp_path / "other")
+    for strange in ("text", {"model": None}, {"model": {"arch": "xformer_opt"}}):
+        torch.save({"model": {}, "config": strange}, tmp_path / "strange.pth")
+        with pytest.raises(UserError, match=r"choose one of this package's with --model and --type"):
+            export(tmp_path / "strange.pth", tmp_path / "new")
     torch.save({"model": Malicious(tmp_path / "owned")}, tmp_path / "bad.pth")
     with pytest.raises(UserError, match="pickled code"):
         export(tmp_path / "bad.pth", tmp_path / "new")

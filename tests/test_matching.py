@@ -91,6 +91,8 @@ def test_retrieval_is_itc_reranked_by_itm() -> None:
     assert (again[0] == to_text).all()
     assert (again[1] == to_image).all()
     assert similarities.dtype == torch.float32, "else similar pairs tie"
+    with pytest.raises(UserError, match=r"k_test is 0"):
+        model.compute_sim_matrix(loader, SimpleNamespace(k_test=0))
     with pytest.raises(UserError, match=r"k_test is 4, but there are only 3"):
         model.compute_sim_matrix(loader, SimpleNamespace(k_test=4))
 

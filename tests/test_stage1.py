@@ -336,7 +336,7 @@ def test_reconstruction_is_there_only_where_it_teaches(
     fusion: str, has_term: bool, make_xformer: Any, batch: dict[str, Any]
 ) -> None:
     assert ("loss_rec" in make_xformer(fusion)(batch)) is has_term
-    for without in ({"loss_weights": {"rec": 0}}, {"mask_ratio": 0.0}):
+    for without in ({"loss_weights": {"rec": 0}}, {"mask_ratio": 0.0}, {"mask_ratio": 1e-17}):
         terms = make_xformer("dual", **without)(batch)
         assert "loss_rec" not in terms
         assert torch.isfinite(terms["loss"])
@@ -403,6 +403,8 @@ def test_a_feature_that_is_not_finite_shows_in_its_losses(make_xformer: Any, bat
 
 
 def test_wrong_images_and_weights_are_named(make_xformer: Any, batch: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"model\.loss_weights: 3 is no weight by loss; write \{itc: 3\}"):
+        make_xformer("dual", loss_weights=3)
     with pytest.raises(UserError, match=r"model\.loss_weights: 'reco'; did you mean 'rec'"):
         make_xformer("dual", loss_weights={"reco": 1})
     for weight in (None, True, -1, float("nan"), float("inf")):

@@ -561,6 +561,17 @@ def test_answers_of_lavis_vqa_datasets_are_weighted(make_stage2: Any, batch: dic
     assert torch.allclose(loss, total / counted, atol=1e-5)
     with pytest.raises(UserError, match="3 answers to 2 questions"):
         model({**samples, "n_answers": torch.tensor([1, 1])})
+    assert torch.equal(model({**samples, "n_answers": [2, 1], "weight": [0.75, 0.25, 1.0]})["loss"], loss)
+    with pytest.raises(UserError, match="has no answers"):
+        model({**samples, "answer": [], "n_answers": torch.tensor([0, 0])})
+
+
+def test_one_answer_may_be_for_all_and_none_is_a_caption(make_stage2: Any, batch: dict[str, Any]) -> None:
+    model = make_stage2("opt").eval()
+    asked = {"image": batch["image"][:2], "text_input": "a star?"}
+    assert torch.equal(model({**asked, "answer": "no"})["loss"], model({**asked, "answer": ["no", "no"]})["loss"])
+    asked["text_input"] = ["a star", "a dog"]
+    assert torch.equal(model({**asked, "answer": None})["loss"], model(asked)["loss"])
 
 
 def test_a_dialogue_reads_its_image_and_earlier_turns_once(make_stage2: Any, batch: dict[str, Any]) -> None:

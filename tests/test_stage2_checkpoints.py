@@ -203,6 +203,8 @@ def test_language_models_that_are_not_there_or_of_another_kind(
         build(str(tmp_path))
     with pytest.raises(UserError, match=r"model\.llm_precision: 'fp8'"):
         build(str(opt_folder), precision="fp8")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"model\.opt_model is None; it must be text"):
+        build(None)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"no 'pretrain_opt2.8b'; did you mean 'pretrain_opt2.7b'"):
         XFormerOPT.default_config_path("pretrain_opt2.8b")
 
