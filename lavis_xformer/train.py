@@ -28,6 +28,8 @@ from lavis_xformer.paths import checkpoints_of
 from lavis_xformer.run_folder import LOG, SUMMARY
 from lavis_xformer.tasks.benchmark import BenchmarkTask
 
+#: keys of ``model`` that may name a local folder or file
+PARTS = ("vit_model", "mae_model", "bert", "opt_model", "t5_model")
 #: what tasks call to evaluate a model: LAVIS's, with ours derived from them, and our own
 METHODS = {
     VQATask: "predict_answers",
@@ -112,12 +114,18 @@ def check_run(config: Any) -> tuple[Any, RunOptions, Any]:
 
 
 def check_weights(model_cfg: Mapping[str, Any], made: Collection[Path] = ()) -> None:
-    """Check that the local checkpoints from which a model starts exist, or lie in a folder that is still to be made.
+    """Check that the local files and folders from which a model is built exist, or are still to be made.
+
+    Args:
+        model_cfg: the section ``model``.
+        made: folders in which earlier runs will have written checkpoints.
 
     Raises:
-        UserError: one does not.
+        UserError: one does not exist.
     """
-    for key, named in checkpoints_of(model_cfg).items():
+    parts = {key: str(model_cfg.get(key) or "") for key in PARTS}
+    local = {key: named for key, named in parts.items() if named.count("/") > 1 or named.startswith(".")}  # no hub id
+    for key, named in {**checkpoints_of(model_cfg), **local}.items():
         if "://" not in named and not Path(named).exists() and Path(named).parent not in made:
             raise UserError(f"model.{key}: there is no {named}")
 

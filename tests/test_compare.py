@@ -778,6 +778,8 @@ def test_what_a_run_has_downloaded_does_not_make_it_stale(
         *((there, "") for there in ("https://host/x.pth", "assets://mini/stage1", "{folder}", "null")),
         ("{folder}/cells/a/x.pth", ""),
         ("gone.pth model.load_pretrained=False", ""),
+        ("null model.vit_model=output/encoders1/clip", r"second: model\.vit_model: there is no output/encoders1/clip"),
+        ("null model.opt_model=facebook/opt-2.7b", ""),
         ("null model.load_finetuned=True model.finetuned=gone.pth", r"second: model\.finetuned: there is no gone\.pth"),
         ("{folder}/cells/b/x.pth", r"second: model\.pretrained: there is no .*/cells/b/x\.pth"),
     ],

@@ -286,6 +286,18 @@ def test_a_folder_of_damaged_checkpoints_alone_is_left_as_it_is(tmp_path):
     assert (runner.output_dir / "log.jsonl").read_text() == log
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew_in_silence(tmp_path):
+    runner = toy_training.make_runner(tmp_path, max_epoch=1)
+    runner.train()
+    for path in runner.output_dir.glob("*.pth"):
+        path.write_bytes(path.read_bytes()[:1000])
+    for _ in range(2):
+        again = toy_training.make_runner(tmp_path, max_epoch=1, resume="auto")
+        with pytest.raises(UserError, match=r"holds only damaged checkpoints"):
+            again.train()
+        assert again.output_dir == runner.output_dir
+
+
 def test_a_checkpoint_beyond_the_last_epoch_is_refused_where_nothing_is_left_to_do(unbroken, tmp_path):
     path = str(unbroken.output_dir / "checkpoint_2.pth")
     with pytest.raises(UserError, match=r"training of .*checkpoint_2\.pth has finished, as run\.max_epoch is 3"):

@@ -82,7 +82,7 @@ def newest_matching(output_dir: Path, config: Mapping[str, Any]) -> str | None:
     """Return the id of the newest run under ``output_dir`` that this configuration can resume.
 
     Such a run has the same configuration (where it runs and how often it saves may differ), began at the same
-    checkpoint, if at any, and has one itself.
+    checkpoint, if at any, and has one itself, perhaps a damaged one.
     """
     folders = sorted(output_dir.glob(f"*/{run_folder.CONFIG}"), key=lambda path: path.stat().st_mtime_ns)
     for path in reversed(folders):
@@ -90,7 +90,7 @@ def newest_matching(output_dir: Path, config: Mapping[str, Any]) -> str | None:
             changes = differences(read_json(path), config, incidental=INCIDENTAL - {"run.resume_ckpt_path"})
         except ValueError:
             continue
-        if not changes and checkpoint.listed(path.parent):
+        if not changes and (checkpoint.listed(path.parent) or damaged(path.parent)):
             return path.parent.name
         if changes:
             told = "; ".join(changes[:3])
@@ -109,10 +109,15 @@ def check_unused(folder: Path) -> None:
             f"{folder} holds the checkpoints of another run; run.resume=auto resumes it, another run.job_id starts a "
             "new run"
         )
-    if damaged := sorted(path.name for path in folder.glob("checkpoint_*.bad")):
+    if names := damaged(folder):
         raise UserError(
-            f"{folder} holds only damaged checkpoints ({', '.join(damaged)}); another run.job_id starts a new run"
+            f"{folder} holds only damaged checkpoints ({', '.join(names)}); another run.job_id starts a new run"
         )
+
+
+def damaged(folder: Path) -> list[str]:
+    """Name the checkpoints in a folder that could not be read."""
+    return sorted(path.name for path in folder.glob("checkpoint_*.bad"))
 
 
 def claim(folder: Path) -> IO[str] | None:

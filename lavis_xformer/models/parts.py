@@ -54,7 +54,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys("mask_ratio drop_path_rate vqa_length_penalty".split(), number),
     "fusion": partial(one_of, options=FUSIONS),
     "fusion_init": partial(one_of, options=get_args(Init)),
-    "vit_precision": partial(one_of, options=DTYPES),
+    **dict.fromkeys("vit_precision llm_precision".split(), partial(one_of, options=DTYPES)),
     "mae_source": partial(one_of, options=SOURCES),
     "token_positions": _check_positions,
     "train_only": _check_list,
