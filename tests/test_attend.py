@@ -151,6 +151,9 @@ def test_frozen_parts_are_explained_as_trained_ones(
     assert model.query_tokens.requires_grad
     with torch.inference_mode():
         attention_maps(frozen, {"image": batch["image"]})
+        inferred = attention_maps(frozen, {**batch, "image": batch["image"].clone()})
+    for source, maps in attention_maps(frozen, batch).items():
+        assert torch.equal(inferred[source], maps), "gradients also there"
 
 
 def test_the_command_draws_the_shipped_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,7 @@ def attention_maps(model: XFormerBase, samples: dict[str, Any], *, layer: int = 
         UserError: there is no such layer.
     """
     image, explained = take(samples, "image"), "text_input" in samples
-    with recording(model) as found, torch.set_grad_enabled(explained), _trainable(model.query_tokens):
+    with recording(model) as found, _gradients(explained), _trainable(model.query_tokens):
         score = _score(model, samples) if explained else model.encode_queries(image)
     looking = [name for name in found if name.startswith("Qformer.")]
     if not -len(looking) <= layer < len(looking):
@@ -88,6 +88,13 @@ def recording(model: XFormerBase) -> Iterator[dict[str, Tensor]]:
         config.output_attentions = before
         for hook in hooks:
             hook.remove()
+
+
+@contextlib.contextmanager
+def _gradients(wanted: bool) -> Iterator[None]:
+    """Compute gradients or not, also within ``torch.inference_mode``."""
+    with torch.inference_mode(False), torch.set_grad_enabled(wanted):
+        yield
 
 
 @contextlib.contextmanager
