@@ -94,7 +94,7 @@ def make_xformer(vocab_folder: Path, tiny_mae_model: Any) -> Any:
                 img_size=32, patch_size=8, embed_dim=20, depth=2, num_heads=2, mlp_ratio=2, qkv_bias=True
             ),
             mae=MaskedAutoencoder(model=deepcopy(tiny_mae_model)),
-            qformer=towers.BertLMHeadModel(config),
+            qformer=towers.QFormer(config),
             tokenizer=towers.build_tokenizer(str(vocab_folder)),
             fusion=build_fusion(fusion, query_width=32, clip_width=20, mae_width=24, heads=4, init=init),
             image_size=32,
@@ -202,7 +202,7 @@ def make_stage2(vocab_folder: Path, tiny_mae_model: Any, opt_folder: Path, t5_fo
                 img_size=32, patch_size=8, embed_dim=20, depth=2, num_heads=2, mlp_ratio=2, qkv_bias=True
             ),
             mae=MaskedAutoencoder(model=deepcopy(tiny_mae_model)),
-            qformer=towers.BertLMHeadModel(config),
+            qformer=towers.QFormer(config),
             tokenizer=towers.build_tokenizer(str(vocab_folder)),
             fusion=build_fusion(fusion, query_width=32, clip_width=20, mae_width=24, heads=4, init=init),
             image_size=32,

@@ -63,7 +63,7 @@ def build() -> Any:
             return XFormer(
                 visual_encoder=clip,
                 mae=MaskedAutoencoder(model=ViTMAEForPreTraining(ViTMAEConfig(**MAE_HUGE))),
-                qformer=towers.BertLMHeadModel(config),
+                qformer=towers.QFormer(config),
                 tokenizer=Vocabulary(),
                 fusion=build_fusion(fusion, query_width=768, clip_width=1408, mae_width=1280, heads=heads, **options),
                 image_size=224,

@@ -63,7 +63,7 @@ def parts(fusion: str) -> dict[str, Any]:
     return {
         "visual_encoder": towers.eva_vit(img_size=224, **towers.EVA_CLIP_G),
         "mae": MaskedAutoencoder(model=ViTMAEForPreTraining(ViTMAEConfig(**MAE_HUGE))) if fusion != "none" else None,
-        "qformer": towers.BertLMHeadModel(config),
+        "qformer": towers.QFormer(config),
         "fusion": build_fusion(fusion, query_width=768, clip_width=1408, mae_width=1280, heads=12),
         "image_size": 224,
     }

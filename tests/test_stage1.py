@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
+from lavis.models.blip2_models.Qformer import BertLMHeadModel
 from omegaconf import OmegaConf
 
 from lavis_xformer import losses
@@ -38,6 +39,7 @@ def blip2_like(ours: Any) -> Blip2Qformer:
     torch.nn.Module.__init__(theirs)
     for part in "visual_encoder ln_vision Qformer query_tokens vision_proj text_proj itm_head temp".split():
         setattr(theirs, part, deepcopy(getattr(ours, part)))
+    theirs.Qformer.__class__ = BertLMHeadModel  # which captions without a cache
     theirs.tokenizer, theirs.max_txt_len = ours.tokenizer, ours.max_txt_len
     return theirs
 
@@ -96,6 +98,23 @@ def test_without_fusion_captions_are_lavis_blip2s(way: str, make_xformer: Any, b
         said.append(model.generate(batch, **WAYS[way]))
     assert said[0] == said[1]
     assert any(said[0])
+
+
+@pytest.mark.parametrize("itg_source", ["qformer", "xformer"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_captioning_reads_the_image_once_and_says_what_it_said_without_a_cache(
+    itg_source: str, beams: int, make_xformer: Any, batch: dict[str, Any]
+) -> None:
+    model = make_xformer("dual", init="normal", itg_source=itg_source, fusion_init="normal").eval()
+    asked = {"num_beams": beams, "max_length": 8, "min_length": 8}
+    lengths = []
+    hook = model.Qformer.bert.encoder.register_forward_pre_hook(lambda part, given: lengths.append(given[0].shape[1]))
+    cached = model.generate(batch, **asked)
+    hook.remove()
+    queries = model.query_tokens.shape[1]
+    assert lengths == [queries, queries + 1, *[1] * 6], "Zq for Z', then queries and start token, then word by word"
+    model.Qformer.__class__ = BertLMHeadModel
+    assert model.generate(batch, **asked) == cached
 
 
 def test_a_penalty_on_repetition_changes_captions(make_xformer: Any, batch: dict[str, Any]) -> None:

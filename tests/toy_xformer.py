@@ -47,9 +47,7 @@ def build():
             img_size=32, patch_size=8, embed_dim=20, depth=2, num_heads=2, mlp_ratio=2, qkv_bias=True
         ),
         mae=MaskedAutoencoder(model=ViTMAEForPreTraining(mae)),
-        qformer=towers.BertLMHeadModel(
-            towers.qformer_config(bert, num_queries=4, vision_width=20, cross_attention_freq=2)
-        ),
+        qformer=towers.QFormer(towers.qformer_config(bert, num_queries=4, vision_width=20, cross_attention_freq=2)),
         tokenizer=tokenizer,
         fusion=DualCrossAttention(query_width=32, mae_width=24, heads=4, init="normal"),
         image_size=32,

@@ -82,7 +82,7 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         Args:
             visual_encoder: CLIP's image encoder, (B, 3, S, S) -> C (B, Nc, Dc), with ``num_features`` = Dc.
             mae: the masked autoencoder; if None, a fusion that needs M gets CLIP's tokens instead.
-            qformer: LAVIS's ``BertLMHeadModel`` with the configuration of :func:`towers.qformer_config`.
+            qformer: LAVIS's, with the configuration of :func:`towers.qformer_config`.
             tokenizer: BERT's, with the decoder's start token as ``bos_token``.
             fusion: one of :data:`fusion.FUSIONS`.
             image_size: side of CLIP's input in pixels.

@@ -223,6 +223,17 @@ def _load_hub_mae(path: str, name: str, *, key: str) -> ViTMAEForPreTraining:
     return model
 
 
+class QFormer(BertLMHeadModel):
+    """LAVIS's, keeping its key/value cache in captioning under transformers >= 4.26, which renamed the argument."""
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, query_embeds: Tensor, past_key_values: Any = None, past: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Accept the cache under its new name too."""
+        cache = past if past_key_values is None else past_key_values
+        return super().prepare_inputs_for_generation(input_ids, query_embeds, past=cache, **kwargs)
+
+
 def build_qformer(
     name: str, *, num_queries: int, vision_width: int, cross_attention_freq: int = 2, layers: int | None = None
 ) -> Any:
@@ -252,8 +263,8 @@ def build_qformer(
             cross_attention_freq=cross_attention_freq,
         )
         if Path(path).is_dir() and not any((Path(path) / file).is_file() for file in WEIGHT_FILES):
-            return BertLMHeadModel(config)
-        model, report = BertLMHeadModel.from_pretrained(path, config=config, **REPORTING)
+            return QFormer(config)
+        model, report = QFormer.from_pretrained(path, config=config, **REPORTING)
     except (OSError, SafetensorError, ValueError, AttributeError) as error:  # transformers' for damaged weights
         raise offline_error(name, "bert", error) from error
     if wrong := report["mismatched_keys"]:
