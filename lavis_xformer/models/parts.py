@@ -75,7 +75,7 @@ def check_values(cfg: DictConfig) -> None:
         if values.get(key) is not None or key in REQUIRED:
             check(f"model.{key}", values.get(key))
     if FUSIONS[values["fusion"]].needs_mae and values.get("mae_source") != "clip":
-        text("model.mae_model", values.get("mae_model"))
+        text("model.mae_model", values.get("mae_model", ""))  # LAVIS's own classes have no such key
     if (values.get("mae_source"), values["fusion"]) == ("clip", "concat"):
         raise UserError("model.mae_source: 'clip' with fusion 'concat' would read C twice; choose 'mae' or 'random'")
 
