@@ -207,12 +207,15 @@ def check_yaml(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
     """Check a run's names, keys and files, as the run itself would, and its weights as well."""
     from lavis_xformer import register
     from lavis_xformer.config.load import load_config
+    from lavis_xformer.evaluate import to_evaluate
     from lavis_xformer.nested import nodes
     from lavis_xformer.train import check_run
 
     register()
     try:
         config = load_config(cfg_path, options)
+        if config.run_cfg.evaluate:
+            to_evaluate(config.run_cfg)
         check_run(config)
     except UserError as error:
         yield Finding("YAML", "WRONG", str(error), "correct it, or override it with --options")

@@ -54,6 +54,7 @@ def from_folder(folder: str | Path, *, is_eval: bool = True, device: str = "cpu"
         UserError: it is not such a folder, or something that its ``config.yaml`` names is missing.
     """
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     import lavis_xformer
 
@@ -61,7 +62,7 @@ def from_folder(folder: str | Path, *, is_eval: bool = True, device: str = "cpu"
         raise UserError(f"{folder} is not an exported model: it has no {CONFIG}")
     try:
         arch = OmegaConf.select(OmegaConf.load(path), "model.arch")
-    except (YAMLError, OSError, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read: {first_line(error)}") from error
     if not str(arch).startswith("xformer"):
         raise UserError(f"{folder} is not an exported model: its {CONFIG} names no model.arch of this package")
@@ -166,7 +167,7 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
     if checkpoint.suffix == ".pth":
         content = load_torch_file(checkpoint, key="pretrained")
     config = config if isinstance(config := content.get("config"), dict) else {}
-    its_arch = trained.get("arch", "") if isinstance(trained := config.get("model"), dict) else ""
+    its_arch = str(trained.get("arch") or "") if isinstance(trained := config.get("model"), dict) else ""
     told = its_arch.startswith("xformer") and "preprocess" in config
     if told and (arch is None or _related(arch, its_arch)):
         if model_type not in (None, its_type := config["model"].get("model_type")):
@@ -195,9 +196,9 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
 
 def _related(one: str, other: str) -> bool:
     """Whether two names of models are of the same class, or one of a class derived from the other's."""
-    from lavis_xformer.config.load import find
+    from lavis.common.registry import registry
 
-    first, second = find("model", one, "--model"), find("model", other, "--model")
+    first, second = (registry.get_model_class(name) or type(None) for name in (one, other))
     return issubclass(first, second) or issubclass(second, first)
 
 

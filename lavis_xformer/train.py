@@ -24,11 +24,12 @@ from lavis_xformer.engine.log import setup_logging
 from lavis_xformer.engine.options import RunOptions, check_lavis_keys, check_splits
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import make_folder
+from lavis_xformer.models.parts import reads_mae
 from lavis_xformer.paths import checkpoints_of
 from lavis_xformer.run_folder import LOG, SUMMARY
 from lavis_xformer.tasks.benchmark import BenchmarkTask
 
-#: keys of ``model`` that may name a local folder or file
+#: keys of ``model`` that may name a local folder or file, or a model of a hub (``facebook/opt-2.7b``)
 PARTS = ("vit_model", "mae_model", "bert", "opt_model", "t5_model")
 #: what tasks call to evaluate a model: LAVIS's, with ours derived from them, and our own
 METHODS = {
@@ -123,8 +124,10 @@ def check_weights(model_cfg: Mapping[str, Any], made: Collection[Path] = ()) -> 
     Raises:
         UserError: one does not exist.
     """
-    parts = {key: str(model_cfg.get(key) or "") for key in PARTS}
-    local = {key: named for key, named in parts.items() if named.count("/") > 1 or named.startswith(".")}  # no hub id
+    if not registry.get_model_class(model_cfg["arch"]).__module__.startswith("lavis_xformer."):
+        return  # LAVIS's own names need not be files
+    names = {key: str(model_cfg.get(key) or "") for key in PARTS if key != "mae_model" or reads_mae(model_cfg)}
+    local = {key: named for key, named in names.items() if named.count("/") > 1 or named.startswith((".", "/"))}
     for key, named in {**checkpoints_of(model_cfg), **local}.items():
         if "://" not in named and not Path(named).exists() and Path(named).parent not in made:
             raise UserError(f"model.{key}: there is no {named}")

@@ -295,6 +295,9 @@ def test_a_bert_that_lacks_weights_is_no_start(tmp_path: Path) -> None:
     query = "bert.encoder.layer.1.attention.self.query.weight"
     assert torch.equal(build(layers=3).state_dict()[query], bert.state_dict()[query])
     file, weights = tmp_path / "pytorch_model.bin", bert.state_dict()
+    alone = {name.removeprefix("bert."): weight for name, weight in weights.items() if name.startswith("bert.")}
+    torch.save(alone, file)  # as BertModel saves them
+    assert torch.equal(build(layers=4).state_dict()[query], bert.state_dict()[query])
     for wrong in ({}, {n: w for n, w in weights.items() if n != query}, {f"bert.x.{n}": w for n, w in weights.items()}):
         torch.save(wrong, file)
         with pytest.raises(UserError, match=r"model\.bert: '.*' lacks \d+ weights of BERT: "):

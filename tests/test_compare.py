@@ -780,6 +780,7 @@ def test_what_a_run_has_downloaded_does_not_make_it_stale(
         ("gone.pth model.load_pretrained=False", ""),
         ("null model.vit_model=output/encoders1/clip", r"second: model\.vit_model: there is no output/encoders1/clip"),
         ("null model.opt_model=facebook/opt-2.7b", ""),
+        ("null model.fusion=none model.mae_model=/gone/mae", ""),
         ("null model.load_finetuned=True model.finetuned=gone.pth", r"second: model\.finetuned: there is no gone\.pth"),
         ("{folder}/cells/b/x.pth", r"second: model\.pretrained: there is no .*/cells/b/x\.pth"),
     ],

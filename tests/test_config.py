@@ -15,7 +15,7 @@ from lavis_xformer import evaluate
 from lavis_xformer.engine.options import NEEDED, NEEDED_TO_TRAIN, RunOptions, check_lavis_keys
 from lavis_xformer.errors import UserError
 from lavis_xformer.runners.portable import PortableRunner
-from lavis_xformer.train import build_runner
+from lavis_xformer.train import build_runner, check_weights
 
 YAML = """
 model:
@@ -502,6 +502,7 @@ def test_weights_that_are_not_there_are_told_before_the_data_are_read(monkeypatc
 
     lavis_xformer.register()
     monkeypatch.setattr(BaseTask, "build_datasets", lambda self, cfg: pytest.fail("the data were read"))
+    check_weights({"arch": "clip", "pretrained": "openai"})  # a name of LAVIS's own
     options = ["model.pretrained=gone.pth", f"run.output_dir={tmp_path}"]
     with pytest.raises(UserError, match=r"model\.pretrained: there is no gone\.pth"):
         build_runner(load_config("projects/xformer/pretrain.yaml", options))

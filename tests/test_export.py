@@ -322,13 +322,19 @@ def test_what_cannot_be_exported_or_read_is_one_line(checkpoint: Path, tmp_path:
     with pytest.raises(UserError, match=r"other is not an exported model: its config\.yaml names no model\.arch"):
         lavis_xformer.from_folder(tmp_path / "other")
     for wrong, said in (
+        ("- a", r"config\.yaml can't"),
         ("model: [", r"config\.yaml can't be read"),
         ("model: {arch: blip2}", "names no model.arch of this"),
     ):
         (tmp_path / "other" / "config.yaml").write_text(wrong)
         with pytest.raises(UserError, match=said):
             lavis_xformer.from_folder(tmp_path / "other")
-    for strange in ("text", {"model": None}, {"model": {"arch": "xformer_opt"}}):
+    for strange in (
+        "text",
+        {"model": None},
+        {"model": {"arch": None}, "preprocess": {}},
+        {"model": {"arch": "xformer_opt"}},
+    ):
         torch.save({"model": {}, "config": strange}, tmp_path / "strange.pth")
         with pytest.raises(UserError, match=r"choose one of this package's with --model and --type"):
             export(tmp_path / "strange.pth", tmp_path / "new")

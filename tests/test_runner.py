@@ -296,6 +296,10 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew_in_silence(tm
         with pytest.raises(UserError, match=r"holds only damaged checkpoints"):
             again.train()
         assert again.output_dir == runner.output_dir
+    intact = toy_training.make_runner(tmp_path, max_epoch=1)
+    intact.train()
+    os.utime(runner.output_dir / "config.json")  # the damaged run is the newer one
+    assert toy_training.make_runner(tmp_path, max_epoch=1, resume="auto").output_dir == intact.output_dir
 
 
 def test_a_checkpoint_beyond_the_last_epoch_is_refused_where_nothing_is_left_to_do(unbroken, tmp_path):

@@ -419,6 +419,7 @@ def test_scenes_have_no_files_in_vqas_format() -> None:
         ),
         ("prompt", 3, r"run\.prompt is 3; it must be text"),
         ("min_len", 11, r"run\.min_len is 11; it can't be greater than run\.max_len, 10"),
+        ("min_len", "a", r"run\.min_len is 'a'"),
         ("inference_method", "rnak", r"run\.inference_method: 'rnak'; did you mean 'rank'"),
     ],
 )
@@ -433,7 +434,7 @@ def test_a_way_of_asking_that_makes_no_sense_is_told_before_anything_is_built(
 def test_what_an_evaluation_lacks_is_told_before_training(tmp_path: Path) -> None:
     vqa, gqa = (setup(cls, tmp_path, inference_method="rank") for cls in (XFormerVQATask, XFormerGQATask))
     for task in (vqa, gqa):
-        with pytest.raises(UserError, match=r"run\.inference_method: 'rank' chooses from a dataset's answer_list"):
+        with pytest.raises(UserError, match=r"run\.inference_method: 'rank', LAVIS's default, chooses from"):
             task.check_split("val", [{"answer": "yes"}])
     gqa.answer_list = ["yes", "no"]
     gqa.check_split("val", [{"answer": "yes"}])

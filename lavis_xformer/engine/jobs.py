@@ -82,20 +82,23 @@ def newest_matching(output_dir: Path, config: Mapping[str, Any]) -> str | None:
     """Return the id of the newest run under ``output_dir`` that this configuration can resume.
 
     Such a run has the same configuration (where it runs and how often it saves may differ), began at the same
-    checkpoint, if at any, and has one itself, perhaps a damaged one.
+    checkpoint, if at any, and has one itself; where none has, one whose checkpoints are damaged.
     """
+    broken: str | None = None
     folders = sorted(output_dir.glob(f"*/{run_folder.CONFIG}"), key=lambda path: path.stat().st_mtime_ns)
     for path in reversed(folders):
         try:
             changes = differences(read_json(path), config, incidental=INCIDENTAL - {"run.resume_ckpt_path"})
         except ValueError:
             continue
-        if not changes and (checkpoint.listed(path.parent) or damaged(path.parent)):
+        if not changes and checkpoint.listed(path.parent):
             return path.parent.name
+        if not changes and damaged(path.parent):
+            broken = broken or path.parent.name
         if changes:
             told = "; ".join(changes[:3])
             logger.info("%s is a different run: %s (run.job_id=%s resumes it)", path.parent, told, path.parent.name)
-    return None
+    return broken
 
 
 def check_unused(folder: Path) -> None:

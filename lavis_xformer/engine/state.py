@@ -164,18 +164,16 @@ class TrainingState:
         return position
 
     def _warn_of_another_epoch(self, content: dict[str, Any], source: str) -> None:
-        """Warn if the rest of an epoch is drawn from another order, for the data or the size of a mixture changed."""
-        batches = content["joined_batch"], self.joined_batch
-        before, now = (
-            batches[0] * content.get("batches_per_epoch", self.batches_per_epoch),
-            batches[1] * self.batches_per_epoch,
-        )
+        """Warn if the rest of an epoch is drawn from another order, as the data or the size of a mixture changed."""
+        sizes = content["joined_batch"], self.joined_batch
+        before = sizes[0] * content.get("batches_per_epoch", self.batches_per_epoch)
+        now = sizes[1] * self.batches_per_epoch
         mixed = any(self.config["run"].get(key) for key in ("train_dataset_ratios", "iters_per_epoch", "max_iters"))
-        kept = mixed or batches[0] == batches[1]  # else the same data fill more or fewer batches
-        if abs(before - now) >= (1 if kept else max(batches)):
+        kept = mixed or sizes[0] == sizes[1]  # else the same data fill more or fewer batches
+        if abs(before - now) >= (1 if kept else max(sizes)):
             logger.warning(
-                "%s: its epochs had %d samples, now they have %d: are the training data and run.iters_per_epoch the "
-                "same? The rest of this epoch repeats some samples and omits others",
+                "%s: its epochs had %d samples, now they have %d: are the training data, and run.iters_per_epoch times "
+                "the batch, the same? The rest of this epoch repeats some samples and omits others",
                 source,
                 before,
                 now,

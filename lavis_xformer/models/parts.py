@@ -74,10 +74,15 @@ def check_values(cfg: DictConfig) -> None:
     for key, check in CHECKS.items():
         if values.get(key) is not None or key in REQUIRED:
             check(f"model.{key}", values.get(key))
-    if FUSIONS[values["fusion"]].needs_mae and values.get("mae_source") != "clip":
+    if reads_mae(values):
         text("model.mae_model", values.get("mae_model", ""))  # LAVIS's own classes have no such key
     if (values.get("mae_source"), values["fusion"]) == ("clip", "concat"):
         raise UserError("model.mae_source: 'clip' with fusion 'concat' would read C twice; choose 'mae' or 'random'")
+
+
+def reads_mae(model: Mapping[str, Any]) -> bool:
+    """Whether a ``model`` configuration builds an MAE, to which ``mae_model`` refers."""
+    return FUSIONS[model.get("fusion") or "dual"].needs_mae and model.get("mae_source") != "clip"
 
 
 def given(cfg: DictConfig, *keys: str) -> dict[str, Any]:

@@ -276,7 +276,7 @@ def build_qformer(
 
 def _is_new(weight: str, layers: int) -> bool:
     """Whether a weight of the Q-Former is none of BERT's encoder with so many layers."""
-    layer = re.match(r"bert\.encoder\.layer\.(\d+)\.", weight)
+    layer = re.match(r"(?:bert\.)?encoder\.layer\.(\d+)\.", weight)
     added = re.search(r"crossattention|_query\.|position_ids|^cls\.", weight)
     return bool(added) or (layer is not None and int(layer[1]) >= layers)
 

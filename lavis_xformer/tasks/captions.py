@@ -20,7 +20,7 @@ from lavis.tasks.captioning import CaptionTask
 from lavis.tasks.retrieval import RetrievalTask
 
 from lavis_xformer.distributed import is_main
-from lavis_xformer.errors import UserError, first_line
+from lavis_xformer.errors import UserError, first_line, whole
 from lavis_xformer.files import read_json, sha256
 from lavis_xformer.tasks import metrics
 from lavis_xformer.tasks.caption_scores import check_scoring, fetch_truths, read_truths, scored
@@ -79,19 +79,16 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
         return super().build_model(cfg)
 
     def check_split(self, name: str, dataset: Any) -> None:
-        """Check, before anything is captioned, that the first image of a split has reference captions.
+        """Check, before anything is captioned, that an image of a split has reference captions.
 
         Raises:
             UserError: ``run.caption_truths`` has none for it.
         """
-        if (
-            self.truths
-            and len(dataset)
-            and (image := int(dataset[0]["image_id"])) not in read_truths(self.truths).captions
-        ):
-            raise UserError(
-                f"run.caption_truths: {self.truths} has no captions of image {image}, the first of '{name}'"
-            )
+        if not (self.truths and len(dataset)):
+            return
+        image = int(dataset[0]["image_id"])
+        if image not in read_truths(self.truths).captions:
+            raise UserError(f"run.caption_truths: {self.truths} has no captions of image {image} of '{name}'")
 
     def valid_step(self, model: Any, samples: Row) -> list[Row]:
         """Caption a batch by the protocol, including its prompt and length penalty."""
@@ -165,7 +162,7 @@ class XFormerRetrievalTask(RetrievalTask):
         if not hasattr(dataset, "txt2img"):
             raise UserError(f"run.task: xformer_retrieval ranks images and captions, but '{name}' is no set of both")
         smaller = min(len(dataset.text), len(dataset.image))
-        if self.protocol["k_test"] > smaller:
+        if whole("run.k_test", self.protocol["k_test"], least=1) > smaller:
             raise UserError(f"run.k_test is {self.protocol['k_test']}, but '{name}' has only {smaller} candidates")
 
     def evaluation(self, model: Any, data_loader: Any, **unused: object) -> Row | None:

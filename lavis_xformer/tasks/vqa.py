@@ -59,7 +59,8 @@ class AsksByProtocol(WithProtocol):
         """
         if self.inference_method == "rank" and not self.answer_list:  # LAVIS's build_datasets reads it
             raise UserError(
-                "run.inference_method: 'rank' chooses from a dataset's answer_list, and there is none; use generate"
+                "run.inference_method: 'rank', LAVIS's default, chooses from a dataset's answer_list, and there is "
+                "none; set it to generate"
             )
 
     def valid_step(self, model: Any, samples: Row) -> list[Row]:
