@@ -93,6 +93,17 @@ def text(key: str, value: Any) -> str:
     return str(value)
 
 
+def template(key: str, value: Any) -> str:
+    """Return a key's value if it is text in which ``{}`` stands for the question, or the empty text.
+
+    Raises:
+        UserError: it isn't.
+    """
+    if text(key, value) and "{}" not in value:
+        raise UserError(f"{key}: '{value}' has no {{}}, where the question goes; '' asks the bare question")
+    return str(value)
+
+
 def fault_in_yaml(error: Exception) -> tuple[str, str]:
     """Return where PyYAML's error lies, as ``", line 3"`` or ``""``, and what is wrong there."""
     mark = getattr(error, "problem_mark", None)

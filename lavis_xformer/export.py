@@ -23,6 +23,7 @@ from lavis_xformer import __version__, markdown
 from lavis_xformer.arguments import command_parser
 from lavis_xformer.errors import UserError, first_line
 from lavis_xformer.files import sha256
+from lavis_xformer.paths import PARTS
 from lavis_xformer.run_folder import LOG, read_log
 
 CONFIG, WEIGHTS, CARD = "config.yaml", "model.safetensors", "README.md"
@@ -166,7 +167,7 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
     content: dict[str, Any] = {}
     if checkpoint.suffix == ".pth":
         content = load_torch_file(checkpoint, key="pretrained")
-    config = config if isinstance(config := content.get("config"), dict) else {}
+    content["config"] = config = config if isinstance(config := content.get("config"), dict) else {}
     its_arch = str(trained.get("arch") or "") if isinstance(trained := config.get("model"), dict) else ""
     told = its_arch.startswith("xformer") and "preprocess" in config
     if told and (arch is None or _related(arch, its_arch)):
@@ -216,8 +217,7 @@ def _figures(checkpoint: Path, content: dict[str, Any]) -> dict[str, float]:
 
 def _training(content: dict[str, Any]) -> dict[str, Any]:
     """Data, length, batch, rates and seed of the run that wrote a checkpoint; empty if it doesn't record them."""
-    config = content.get("config")
-    config = config if isinstance(config, dict) else {}
+    config = content["config"]
     run, datasets = config.get("run", {}), config.get("datasets", {})
     if "rng" in content:
         run = run | {"processes": len(content["rng"])}
@@ -253,7 +253,7 @@ def _elsewhere(cfg: Any, model: Any, weights: Mapping[str, Any]) -> str:
 
 def _anchor(model_cfg: Any) -> None:
     """Make the paths of local frozen parts absolute, since the folder is read from anywhere."""
-    for key in ("vit_model", "vit_weights", "bert", "mae_model", "opt_model", "t5_model"):
+    for key in PARTS:
         named = os.path.expanduser(model_cfg.get(key) or "")
         if os.path.isdir(named) or ("/" in named and os.path.exists(named)):
             model_cfg[key] = os.path.abspath(named)

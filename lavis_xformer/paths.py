@@ -1,4 +1,4 @@
-"""Where things are: the shipped configurations, the user's cache folder, the checkpoints that a model starts from.
+"""Where things are: the shipped configurations, the user's cache folder, what a model is built of and starts from.
 
 In a clone, ``configs/`` and ``projects/`` lie beside the package; in an installed copy they lie inside it.
 """
@@ -74,6 +74,10 @@ def cache_folder() -> Path:
         return Path(chosen).expanduser().resolve()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser().resolve() / "lavis-xformer"
+
+
+#: keys of ``model`` that name parts: local folders or files, shipped ones, or models of a hub
+PARTS = ("vit_model", "vit_weights", "bert", "mae_model", "opt_model", "t5_model")
 
 
 def checkpoints_of(model: Mapping[str, Any]) -> dict[str, str]:

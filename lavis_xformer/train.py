@@ -25,12 +25,10 @@ from lavis_xformer.engine.options import RunOptions, check_lavis_keys, check_spl
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import make_folder
 from lavis_xformer.models.parts import reads_mae
-from lavis_xformer.paths import checkpoints_of
+from lavis_xformer.paths import PARTS, checkpoints_of
 from lavis_xformer.run_folder import LOG, SUMMARY
 from lavis_xformer.tasks.benchmark import BenchmarkTask
 
-#: keys of ``model`` that may name a local folder or file, or a model of a hub (``facebook/opt-2.7b``)
-PARTS = ("vit_model", "mae_model", "bert", "opt_model", "t5_model")
 #: what tasks call to evaluate a model: LAVIS's, with ours derived from them, and our own
 METHODS = {
     VQATask: "predict_answers",

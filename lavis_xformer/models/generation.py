@@ -13,7 +13,7 @@ import torch
 from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
-from lavis_xformer.errors import UserError, number, one_of, text
+from lavis_xformer.errors import UserError, number, one_of, template, text
 from lavis_xformer.models.base import XFormerBase
 from lavis_xformer.models.language import LanguageModel
 from lavis_xformer.models.samples import check_order, check_sampling, check_whole, one_per_image, take
@@ -53,7 +53,7 @@ class GenerativeModel(XFormerBase):
         """
         super().__init__(**parts)
         text("model.prompt", prompt)
-        ask(text("model.vqa_prompt", vqa_prompt), "", key="model.vqa_prompt")
+        template("model.vqa_prompt", vqa_prompt)
         self.drop_text_branch()
         self.language = language
         self.add_module(f"{language.kind}_model", language.model)
@@ -185,8 +185,8 @@ class GenerativeModel(XFormerBase):
             count = len(questions) if isinstance(questions, list | tuple) else 1
             prefix = torch.zeros(count, 0, self.language.width, device=self.device)
         questions = one_per_image(questions, len(prefix), name="samples['text_input']")
-        templates = one_per_image(self.vqa_prompt if prompt is None else prompt, len(prefix), name="prompt")
-        return prefix, [ask(template, question) for template, question in zip(templates, questions, strict=True)]
+        prompts = one_per_image(self.vqa_prompt if prompt is None else prompt, len(prefix), name="prompt")
+        return prefix, [ask(one, question) for one, question in zip(prompts, questions, strict=True)]
 
     def _rank(self, prefix: Tensor, asked: list[str], answers: Sequence[str] | None, candidates: int) -> list[str]:
         """Choose an answer for each of B prefixes (B, Q, L)."""

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lavis.common.registry import registry
 
+from lavis_xformer import losses
 from lavis_xformer.errors import one_of
 from lavis_xformer.models.samples import take, texts_of
 from lavis_xformer.models.stage1 import XFormer
@@ -44,5 +44,4 @@ class XFormerITM(XFormer):
         z = self.encode_queries(image)
         image_feats = self.image_features(z)  # (B, Q, E)
         text_feats = self.text_features(self.forward_text(text))  # (B, E)
-        with torch.autocast(image.device.type, enabled=False):  # as in losses.similarity
-            return (image_feats.float() @ text_feats.float().unsqueeze(-1)).amax(dim=1)  # (B, 1)
+        return losses.similarity(image_feats, text_feats).diagonal().unsqueeze(1)  # (B, 1)

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from lavis_xformer.errors import UserError
 from lavis_xformer.losses import NO_TARGET
+from lavis_xformer.models.cached import Cached
 from lavis_xformer.models.frozen import Precision
 from lavis_xformer.models.language import Dialogue, LanguageModel, check_fewest
 from lavis_xformer.models.weight_files import REPORTING
@@ -53,15 +54,8 @@ def attend_by_kernel(model: OPTForCausalLM) -> OPTForCausalLM:
     return model
 
 
-class CachedOPT(OPTForCausalLM):
-    """LAVIS's OPT, keeping its key/value cache under transformers >= 4.26, which renamed the argument."""
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, past_key_values: Any = None, past: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Accept the cache under its new name too."""
-        cache = past if past_key_values is None else past_key_values
-        return super().prepare_inputs_for_generation(input_ids, past=cache, **kwargs)
+class CachedOPT(Cached, OPTForCausalLM):
+    """LAVIS's OPT, with its key/value cache."""
 
 
 class OptLanguage(LanguageModel):

@@ -13,6 +13,7 @@ from lavis_xformer.models import towers
 from lavis_xformer.models.frozen import DTYPES
 from lavis_xformer.models.fusion import FUSIONS, Init, build_fusion
 from lavis_xformer.models.mae import MaskedAutoencoder
+from lavis_xformer.paths import PARTS
 
 ENCODERS = ("clip", "mae")
 SOURCES = ("mae", "random", "clip")  # of M: MAE, an untrained MAE, or CLIP
@@ -44,7 +45,7 @@ def _check_positions(key: str, value: Any) -> None:
 
 #: what the values of keys must be, of either stage's model
 CHECKS: dict[str, Callable[[str, Any], Any]] = {
-    **dict.fromkeys("vit_model vit_weights bert mae_model opt_model t5_model prompt vqa_prompt".split(), text),
+    **dict.fromkeys((*PARTS, "prompt", "vqa_prompt"), text),
     **dict.fromkeys("pretrained finetuned blip2_pretrained".split(), text),
     **dict.fromkeys("num_query_token cross_attention_freq qformer_layers embed_dim".split(), partial(whole, least=1)),
     **dict.fromkeys("fusion_depth fusion_heads image_size mae_image_size clip_layer".split(), partial(whole, least=1)),
@@ -105,7 +106,7 @@ def build_parts(cfg: DictConfig) -> dict[str, Any]:
         weights=cfg.get("vit_weights"),
         **given(cfg, "drop_path_rate", "use_grad_checkpoint"),
     )
-    mae = _build_mae(cfg, visual_encoder, fusion=name)
+    mae = _build_mae(cfg, visual_encoder)
     qformer = towers.build_qformer(
         cfg.bert,
         num_queries=cfg.num_query_token,
@@ -155,14 +156,14 @@ def _heads(fusion: str, visual_encoder: Any, qformer: Any) -> int:
     return towers.heads_of(visual_encoder) if fusion == "early" else qformer.config.num_attention_heads
 
 
-def _build_mae(cfg: DictConfig, visual_encoder: Any, *, fusion: str) -> MaskedAutoencoder | None:
+def _build_mae(cfg: DictConfig, visual_encoder: Any) -> MaskedAutoencoder | None:
     """The model that computes M; None if the fusion needs no M, or gets CLIP's tokens instead."""
     source = cfg.get("mae_source") or "mae"
     if (layer := cfg.get("clip_layer")) is not None:
         if source != "clip":
             raise UserError(f"model.clip_layer: {layer} needs model.mae_source: clip, not {source}")
         towers.block_of(visual_encoder, layer)
-    if source == "clip" or not FUSIONS[fusion].needs_mae:
+    if not reads_mae(cfg):
         return None
     return towers.build_mae(
         cfg.mae_model,

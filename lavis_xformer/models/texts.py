@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, template
 from lavis_xformer.models.language import Dialogue
 from lavis_xformer.models.samples import one_per_image, take, texts_of
 
@@ -44,7 +44,7 @@ def texts_to_learn(samples: Mapping[str, Any], prompts: Prompts, generator: torc
         UserError: texts that don't fit the images, or questions (``question_id``) without answers.
     """
     answers = samples.get("answer")
-    if "question_id" in samples and (answers is None or (not isinstance(answers, str) and None in answers)):
+    if "question_id" in samples and None in ([None] if answers is None else list(answers)):
         raise UserError("samples['question_id']: questions without answers, which can't be scored; leave them out")
     if answers is not None and "text_output" not in samples:
         return _answers(samples, prompts, generator)
@@ -105,15 +105,13 @@ def _dialogue(
     ]
 
 
-def ask(template: str, question: str, *, key: str = "prompt") -> str:
-    """Put the question where the template says ``{}``; an empty template is the bare question.
+def ask(prompt: str, question: str) -> str:
+    """Put the question where the prompt says ``{}``; an empty prompt is the bare question.
 
     Raises:
-        UserError: the template, which ``key`` names, has no place for the question.
+        UserError: the prompt has no place for the question.
     """
-    if template and "{}" not in template:
-        raise UserError(f"{key}: '{template}' has no {{}}, where the question goes; '' asks the bare question")
-    return template.replace("{}", question) if template else question
+    return template("prompt", prompt).replace("{}", question) or question
 
 
 def continuation(prompt: str, caption: str) -> str:

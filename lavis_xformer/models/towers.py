@@ -23,6 +23,7 @@ from transformers import BertConfig, BertTokenizer, ViTMAEConfig, ViTMAEForPreTr
 
 from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError, nearest
+from lavis_xformer.models.cached import Cached
 from lavis_xformer.models.mae import MaeTower, MaskedAutoencoder
 from lavis_xformer.models.meta_mae import from_meta
 from lavis_xformer.models.weight_files import (
@@ -223,15 +224,8 @@ def _load_hub_mae(path: str, name: str, *, key: str) -> ViTMAEForPreTraining:
     return model
 
 
-class QFormer(BertLMHeadModel):
-    """LAVIS's, keeping its key/value cache in captioning under transformers >= 4.26, which renamed the argument."""
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, query_embeds: Tensor, past_key_values: Any = None, past: Any = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Accept the cache under its new name too."""
-        cache = past if past_key_values is None else past_key_values
-        return super().prepare_inputs_for_generation(input_ids, query_embeds, past=cache, **kwargs)
+class QFormer(Cached, BertLMHeadModel):
+    """LAVIS's, with its key/value cache in captioning."""
 
 
 def build_qformer(

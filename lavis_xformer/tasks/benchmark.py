@@ -86,6 +86,9 @@ class BenchmarkTask(BaseTask):
         Raises:
             UserError: the scorer doesn't support this kind of question.
         """
+        self._check_kinds(dataset)
+
+    def _check_kinds(self, dataset: Any) -> None:
         reads, kinds = SCORERS[self.scorer], {kind_of(dataset, row) for row in dataset.annotation}
         if reads is not None and not kinds <= reads:
             unread = ", ".join(sorted(kinds - reads))
@@ -98,7 +101,7 @@ class BenchmarkTask(BaseTask):
             UserError: as for :meth:`check_split`.
         """
         super().before_evaluation(model, dataset, **kwargs)
-        self.check_split("", dataset)
+        self._check_kinds(dataset)
         self._dataset = dataset
 
     def evaluation(self, model: Any, data_loader: DataLoader[Any], cuda_enabled: bool = True) -> dict[int, str]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from lavis.common.registry import registry
 
 from lavis_xformer.engine import jobs
-from lavis_xformer.errors import UserError, one_of, text, whole
+from lavis_xformer.errors import UserError, one_of, template, text, whole
 from lavis_xformer.files import sha256, write_json
 
 logger = logging.getLogger(__name__)
@@ -73,9 +73,7 @@ def protocol_of(run: Any, protocols: Mapping[str, Protocol] = PROTOCOLS) -> Prot
     changes = {key: run[key] for key in PROTOCOL_KEYS if run.get(key) is not None}
     named = chosen(run, protocols)
     protocol: Protocol = replace(named, **changes)
-    prompt = text("run.prompt", protocol.prompt)
-    if prompt and "{}" in named.prompt and "{}" not in prompt:
-        raise UserError(f"run.prompt: '{prompt}' has no {{}}, where the question goes; '' asks the bare question")
+    (template if "{}" in named.prompt else text)("run.prompt", protocol.prompt)
     whole("run.max_len", protocol.max_len, least=1)
     if whole("run.min_len", protocol.min_len, least=0) > protocol.max_len:
         raise UserError(f"run.min_len is {protocol.min_len}; it can't be greater than run.max_len, {protocol.max_len}")
