@@ -12,10 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lavis.common.registry import registry
-
 from lavis_xformer.config.load import load_config
-from lavis_xformer.data.image_text_datasets import LocalFilesBuilder
 from lavis_xformer.errors import UserError
 from lavis_xformer.evaluate import to_evaluate
 from lavis_xformer.launch import device_of
@@ -34,15 +31,11 @@ def check(runs: Sequence[tuple[str, str, Sequence[str], bool]]) -> str:
             if evaluates:
                 to_evaluate(run.run_cfg)
             check_run(run)
-            config = run.config
-            for dataset, given in config.datasets.items():
-                if issubclass(builder := registry.get_builder_class(dataset), LocalFilesBuilder):
-                    builder(given).given_splits()
-            check_weights(config.model, made)
-            device_of(str(config.run.get("device", "auto")))
+            check_weights(run.model_cfg, made)
+            device_of(str(run.run_cfg.get("device", "auto")))
         except UserError as error:
             return f"{name}: {error}"
-        made.add(Path(config.run.output_dir) / str(config.run.get("job_id")))
+        made.add(Path(run.run_cfg.output_dir) / str(run.run_cfg.get("job_id")))
     return ""
 
 

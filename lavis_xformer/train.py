@@ -18,6 +18,7 @@ from omegaconf.errors import ConfigAttributeError
 from lavis_xformer import distributed, launch, register
 from lavis_xformer.analysis.report import write_report
 from lavis_xformer.config.load import DEFAULT_RUNNER, load_config
+from lavis_xformer.data.image_text_datasets import LocalFilesBuilder
 from lavis_xformer.distributed import is_main, rank
 from lavis_xformer.engine import checkpoint, jobs, rng
 from lavis_xformer.engine.log import setup_logging
@@ -100,16 +101,22 @@ def build_runner(config: Any) -> Any:
 
 
 def check_run(config: Any) -> tuple[Any, RunOptions, Any]:
-    """Check the ``run:`` section; return the runner's class and options and the task, which may complete it.
+    """Check the ``run:`` section and the user's own data; return the runner's class and options and the task.
+
+    The task may complete the section.
 
     Raises:
-        UserError: a key is missing or a value is wrong.
+        UserError: a key or a file is missing, or a value is wrong.
     """
     check_lavis_keys(config.run_cfg)
     runner_class = runner_of(config.run_cfg)
     if runner_class is None:
         raise UserError(f"run.runner: LAVIS's own runners can't be started from here; set it to {DEFAULT_RUNNER}")
-    return runner_class, RunOptions.from_config(config.run_cfg), task_of(config)
+    checked = runner_class, RunOptions.from_config(config.run_cfg), task_of(config)
+    for dataset, given in config.datasets_cfg.items():
+        if issubclass(builder := registry.get_builder_class(dataset), LocalFilesBuilder):
+            builder(given).given_splits()
+    return checked
 
 
 def check_weights(model_cfg: Mapping[str, Any], made: Collection[Path] = ()) -> None:

@@ -729,35 +729,42 @@ def test_after_a_failed_run_no_other_begins(plan: Plan, monkeypatch: pytest.Monk
 
 
 def test_a_wrong_key_of_any_run_stops_before_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "run_cell", lambda cell: pytest.fail("a run was started"))
-    base = Path(__file__).parents[1] / SHIPPED
-    variants = {"blip2": None, "typo": {"stage2": {"model.fusoin": "dual"}}}
-    given = {"extends": str(base), "output": str(tmp_path / "out"), "variants": variants}
-    make(tmp_path, given, "wrong")
-    with pytest.raises(UserError, match=r"^typo, stage2: --options model\.fusoin: .* did you mean 'model\.fusion'\?"):
-        run.main([str(tmp_path / "wrong.yaml")])
-    variants = {"blip2": None, "gone": {"stage2": {"model.pretrained": "gone.pth"}}}
-    make(tmp_path, {**given, "variants": variants}, "gone")
-    with pytest.raises(UserError, match=r"^gone, stage2: model\.pretrained: there is no gone\.pth"):
-        run.main([str(tmp_path / "gone.yaml")])
-    counting = {"config": "projects/xformer/eval/gvt_coco_oc.yaml", "evaluate": True}
-    alone = {"output": str(tmp_path), "seeds": [1], "baseline": "a", "variants": {"a": {}}}
-    alone["common"] = {"counting": counting}
-    make(tmp_path, alone, "unset")
-    with pytest.raises(UserError, match=r"^a, counting: gvt_coco_oc: no annotation file: set datasets\.gvt_coco_oc"):
-        run.main([str(tmp_path / "unset.yaml")])
-    counting["options"] = {"datasets.gvt_coco_oc.splits.test.annotations": "gone.json"}
-    make(tmp_path, alone, "nofile")
-    with pytest.raises(UserError, match=r"^a, counting: datasets\.gvt_coco_oc\.splits.*gone\.json: no such annotation"):
-        run.main([str(tmp_path / "nofile.yaml")])
-    counting["options"] = {"run.prompt": "How many?"}
-    make(tmp_path, alone, "prompt")
-    with pytest.raises(UserError, match=r"^a, counting: run\.prompt: 'How many\?' has no \{\}"):
-        run.main([str(tmp_path / "prompt.yaml")])
     begun: list[Cell] = []
     monkeypatch.setattr(run, "run_cell", begun.append)
+    base = Path(__file__).parents[1] / SHIPPED
+    variants = {"blip2": None, "typo": {"stage2": {"model.fusoin": "dual"}}}
+    make(tmp_path, {"extends": str(base), "output": str(tmp_path / "out"), "variants": variants}, "wrong")
+    with pytest.raises(UserError, match=r"^typo, stage2: --options model\.fusoin: .* did you mean 'model\.fusion'\?"):
+        run.main([str(tmp_path / "wrong.yaml")])
+    assert begun == []
     assert run.main([str(tmp_path / "wrong.yaml"), "--only", "blip2", "--seeds", "1"]) == 0
     assert [cell.stage.name for cell in begun] == ["stage1", "stage2", "questions"], "right ones are started"
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "fault"),
+    [
+        ("pretrain_stage2", {"model.pretrained": "gone.pth"}, r"model\.pretrained: there is no gone\.pth"),
+        ("eval/gvt_coco_oc", {}, r"gvt_coco_oc: no annotation file: set datasets\.gvt_coco_oc"),
+        (
+            "eval/gvt_coco_oc",
+            {"datasets.gvt_coco_oc.splits.test.annotations": "gone.json"},
+            r"datasets\.gvt_coco_oc\.splits.*gone\.json: no such annotation",
+        ),
+        ("eval/gvt_coco_oc", {"run.prompt": "How many?"}, r"run\.prompt: 'How many\?' has no \{\}"),
+    ],
+)
+def test_every_run_is_checked_for_what_it_will_read(config: str, options: dict[str, str], fault: str) -> None:
+    from lavis_xformer.check import check
+
+    given = ["run.device=cpu", *(f"{key}={value}" for key, value in options.items())]
+    found = check(
+        [
+            ["right", "projects/xformer/pretrain.yaml", [], False],
+            ["a, asked", f"projects/xformer/{config}.yaml", given, config.startswith("eval")],
+        ]
+    )
+    assert re.match(f"a, asked: {fault}", found), found
 
 
 def test_what_a_run_has_downloaded_does_not_make_it_stale(
