@@ -107,6 +107,12 @@ def test_paths_of_a_yaml(tmp_path: Path):
     assert not list(doctor.check_reference("model.vqa_prompt", "Answer yes/no:"))
 
 
+def test_own_data_that_a_yaml_lacks():
+    (finding,) = doctor.check_yaml("projects/xformer/eval/gvt_coco_oc.yaml", [])
+    assert finding.verdict == "WRONG"
+    assert "set datasets.gvt_coco_oc.splits.test.annotations" in finding.found
+
+
 @pytest.mark.parametrize("wrong", [True, False])
 def test_exit_status_says_whether_something_is_wrong(wrong: bool, monkeypatch, capsys):
     finding = doctor.Finding("numpy", "WRONG" if wrong else "note", "2.0", "mend it")

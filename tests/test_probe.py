@@ -201,7 +201,7 @@ def test_the_figure_of_pixels_alone_has_no_curves(tmp_path):
 def test_command_writes_table_figures_and_json(smoke, tmp_path, monkeypatch):
     monkeypatch.setattr(spectrum, "CUTOFFS", (2, 8))
     out = tmp_path / "probe"
-    small = ["--scenes", "40", "--held-out", "40", "--steps", "2", "--seeds", "2"]
+    small = ["--scenes", "40", "--held-out", "40", "--steps", "1", "--seeds", "2"]
     assert run.main(["--set", str(smoke), "--out", str(out), *small]) == 0
     said = (out / "probe.md").read_text()
     assert "C+M minus C two layers" in said
