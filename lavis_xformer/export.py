@@ -181,6 +181,7 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
     else:
         path = find("model", arch, "--model").default_config_path(choose_model_type(arch, model_type))
         cfg = OmegaConf.load(path)
+        logger.warning("%s doesn't record its settings: those of %s are taken", checkpoint, path)
     parts = cfg.model.get("train_only")  # the file may hold no fusion then
     has_fusion = cfg.model.get("fusion", "dual") != "none"
     state = read_checkpoint(str(checkpoint), key="pretrained")

@@ -92,7 +92,7 @@ def load_state(
         state: the file's weights.
         source: the file's name, for messages.
         may_miss: regular expression of trainable weights that the file may lack.
-        ignored: regular expression of the file's weights that are not loaded.
+        ignored: regular expression of the file's weights that are not loaded, unless they are trainable here.
         held: weights that the file may lack because an earlier file provided them.
 
     Raises:
@@ -100,7 +100,7 @@ def load_state(
     """
     own = model.state_dict()
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    unused = {name for name in state if re.match(ignored, name)}
+    unused = {name for name in state if re.match(ignored, name)} - trainable
     given = state.keys() - unused
     missing = own.keys() - given
     wanted = (missing & trainable) - set(held)

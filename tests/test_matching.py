@@ -55,6 +55,8 @@ def test_both_heads_see_m(head: str, make_itm: Any, batch: dict[str, Any]) -> No
 def test_an_unknown_head_is_named(make_itm: Any, batch: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="match_head: 'itk'; did you mean 'itm'"):
         make_itm("none")(batch, match_head="itk")
+    with pytest.raises(TypeError, match="match_hed"):
+        make_itm("none")(batch, match_hed="itc")
 
 
 class Loader(list[dict[str, torch.Tensor]]):

@@ -24,9 +24,12 @@ def jpeg(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "La", "RGBa"]
+)
 def test_every_mode_becomes_rgb(mode: str) -> None:
-    rgb = to_rgb(Image.new("RGB", (5, 7), "red").convert("L" if mode == "PA" else "RGB").convert(mode))
+    by = {"PA": "L", "La": "LA", "RGBa": "RGBA"}.get(mode, "RGB")
+    rgb = to_rgb(Image.new("RGB", (5, 7), "red").convert(by).convert(mode))
     assert rgb.mode == "RGB"
     assert rgb.size == (5, 7)
 

@@ -131,17 +131,58 @@ def test_a_training_on_the_frozen_image_encoder_of_a_blip2_file_comes_back_with_
 def test_an_image_encoder_is_known_again_at_another_size_and_through_half_precision(
     make_stage2: Any, tmp_path: Path
 ) -> None:
-    source = trainable_state(make_stage2("opt", "none", freeze_vit=False))
+    source = trainable_state(perturb(make_stage2("opt", "none", freeze_vit=False)))
     grid = torch.nn.functional.pad(torch.ones(1, 36, 20), (0, 0, 1, 0))  # 6 x 6 places
-    model = make_stage2("opt", "none")
     marks = []
     for change in ({}, {"visual_encoder.pos_embed": grid}, {"visual_encoder.cls_token": torch.ones(1, 1, 20)}):
         torch.save({"model": source | change}, tmp_path / "blip2.pth")
+        model = make_stage2("opt", "none")
         model.visual_encoder.blocks.half()  # as on a GPU
         load_pretrained(model, config(pretrained=str(tmp_path / "blip2.pth")))
         marks.append(model.state_dict()["brought_clip"])
     assert torch.equal(marks[0], marks[1])
     assert not torch.equal(marks[0], marks[2])
+
+
+def test_a_file_with_every_weight_is_no_file_with_another_image_encoder(
+    make_stage2: Any, batch: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = perturb(make_stage2("opt")).eval()
+    torch.save(whole.state_dict(), tmp_path / "whole.pth")
+    torch.save({f"module.{name}": weight for name, weight in whole.state_dict().items()}, tmp_path / "ddp.pth")
+    for name in ("whole.pth", "ddp.pth"):
+        again = make_stage2("opt").eval()
+        report = again.load_checkpoint(tmp_path / name)
+        assert torch.equal(again(batch)["loss"], whole(batch)["loss"])
+        assert again.state_dict().keys() == whole.state_dict().keys()
+        assert not any(loaded.startswith("visual_encoder.") for loaded in report.loaded), "else an export has it too"
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_language_model_trained_by_the_user_is_loaded_where_it_is_trainable_and_told_elsewhere(
+    make_stage2: Any, batch: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tuned = make_stage2("opt").eval()
+    tuned.opt_model.requires_grad_(True)
+    torch.save({"model": perturb(tuned).state_dict()}, tmp_path / "tuned.pth")
+    again = make_stage2("opt").eval()
+    again.load_checkpoint(tmp_path / "tuned.pth")
+    assert "tuned.pth holds another language model, which is not loaded (opt_model.model.decoder" in caplog.text
+    assert not torch.equal(again(batch)["loss"], tuned(batch)["loss"])
+    again.opt_model.requires_grad_(True)
+    again.load_checkpoint(tmp_path / "tuned.pth")
+    assert torch.equal(again(batch)["loss"], tuned(batch)["loss"])
+
+
+def test_a_model_that_is_given_a_file_of_stage_1_keeps_its_projection_and_says_so(
+    stage1: Any, make_stage2: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save({"model": trainable_state(stage1)}, tmp_path / "stage1.pth")
+    model = make_stage2("opt")
+    kept = model.opt_proj.weight.clone()
+    model.load_checkpoint(tmp_path / "stage1.pth")
+    assert "stage1.pth has no opt_proj.bias, opt_proj.weight, which stay as they are" in caplog.text
+    assert torch.equal(model.opt_proj.weight, kept)
 
 
 def test_blip2_stage1_files_start_both_stages(

@@ -64,6 +64,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return _grey(levels if eight_bits else levels / 257)  # 65535 -> 255
     if image.mode == "F" and (shares := np.asarray(image)).max() <= 1:
         return _grey(255 * shares)
+    if image.mode == "La":  # grey, multiplied by its opacity
+        image = image.convert("LA")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")

@@ -203,6 +203,8 @@ class XFormerBase(CheckpointLoading, Blip2Base):
 
     def _run_clip(self, pixels: Tensor) -> Tensor:
         if not is_frozen(self.visual_encoder):
+            if any(weight.dtype != torch.float32 for weight in self.visual_encoder.parameters()):
+                self.visual_encoder.float()  # cast while it was still frozen
             return self.visual_encoder(pixels)
         with computing(self.visual_encoder, self.device, self.vit_precision):
             return self.visual_encoder(pixels).float()

@@ -24,6 +24,7 @@ from lavis.common.utils import is_url
 from lavis.models.eva_vit import interpolate_pos_embed
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from lavis_xformer.assets import resolve
 from lavis_xformer.errors import UserError
@@ -63,6 +64,8 @@ class CheckpointLoading:
             UserError: the file can't be read, doesn't fit, or is BLIP-2's although the model has a fusion.
         """
         report = _load_own(self, str(url_or_filename), key="load_checkpoint", cfg=self.built_from)
+        if report.missing_new:
+            logger.warning("%s has no %s, which stay as they are", url_or_filename, listing(report.missing_new))
         self.load_report += report
         return report
 
@@ -170,15 +173,20 @@ def _load_either_stage(
     """Load a file of the model's own stage or of stage 1; it holds CLIP's weights only if CLIP was trained."""
     if _any(model.STAGE1_WEIGHTS, state):
         may_miss += f"|{model.NEW_WEIGHTS}"
-    known = state.pop(BROUGHT_CLIP, None)
-    brought = _fingerprint(state)
-    if brought is None:
-        _check_clip(model, known, source=source, key=key)
-        may_miss += f"|{CLIP}"
     if CLIP_POSITIONS in state and hasattr(model.visual_encoder, "pos_embed"):  # perhaps of another image size
         positions = {"pos_embed": state[CLIP_POSITIONS]}
         interpolate_pos_embed(model.visual_encoder, positions)
         state[CLIP_POSITIONS] = positions["pos_embed"]
+    known = state.pop(BROUGHT_CLIP, None)
+    same = is_frozen(model.visual_encoder) and _same_clip(model, state)  # of a file with every weight
+    if same:
+        state = {name: weight for name, weight in state.items() if not re.match(CLIP, name)}
+    brought = _fingerprint(state)
+    if brought is None:
+        may_miss += f"|{CLIP}"
+        if not same:
+            _check_clip(model, known, source=source, key=key)
+    _tell_other_language_model(model, state, source=source)
     ignored = f"{LANGUAGE_MODEL}|{model.STAGE1_WEIGHTS}"
     report = load_state(model, state, source=source, may_miss=may_miss, ignored=ignored, held=held)
     if brought is not None:
@@ -199,6 +207,29 @@ def _fingerprint(state: dict[str, Tensor]) -> Tensor | None:
         digest.update(name.encode())
         digest.update(state[name].float().contiguous().numpy().data)
     return torch.tensor(int.from_bytes(digest.digest()[:8], "big", signed=True))
+
+
+def _same_clip(model: Any, state: dict[str, Tensor]) -> bool:
+    """Whether a file holds the CLIP that the model already has."""
+    own = {name: weight for name, weight in model.state_dict().items() if re.match(CLIP, name)}
+    return all(name in state and _equal(state[name], weight) for name, weight in own.items())
+
+
+def _equal(theirs: Tensor, ours: Tensor) -> bool:
+    """Whether a file's weight is the model's, in the model's precision."""
+    return theirs.shape == ours.shape and torch.equal(theirs.to(ours), ours)
+
+
+def _tell_other_language_model(model: Any, state: dict[str, Tensor], *, source: str) -> None:
+    """Warn if a file holds a trained language model, whose weights a frozen one doesn't take."""
+    own = {name: weight for name, weight in model.named_parameters() if not weight.requires_grad}
+    names = [name for name in state if re.match(LANGUAGE_MODEL, name) and name in own]
+    if other := [name for name in names if not _equal(state[name], own[name])]:
+        logger.warning(
+            "%s holds another language model, which is not loaded (%s): set requires_grad of its weights first",
+            source,
+            listing(other),
+        )
 
 
 def _check_clip(model: Any, known: Tensor | None, *, source: str, key: str) -> None:
@@ -266,6 +297,7 @@ def _read(source: str, *, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     state, config = content.get("model", content), content.get("config")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"model.{key}: '{path}' has no weights under its key 'model'")
+    consume_prefix_in_state_dict_if_present(state, "module.")  # of a model in DistributedDataParallel
     return state, config.get("model", {}) if isinstance(config, dict) else {}
 
 

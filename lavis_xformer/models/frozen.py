@@ -67,12 +67,12 @@ def computing(
     *,
     layers: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv2d),
 ) -> contextlib.AbstractContextManager[Any]:
-    """Cast a frozen part to its precision on this device, permanently; return the autocast context to run it in.
+    """Cast a part's frozen weights to its precision on this device, for good; return the autocast context to run it in.
 
     On a GPU, it computes in its own precision whatever the outer autocast; on a CPU, the outer one holds.
 
     Args:
-        module: the frozen part.
+        module: the part; weights of it that a user trains stay as they are.
         device: where it is.
         precision: of its weights on a GPU.
         layers: whose weights are cast; an encoder's others, such as layer norms, stay in fp32.
@@ -80,8 +80,9 @@ def computing(
     dtype = compute_dtype(device, precision)
     with torch.inference_mode(False):  # the weights could not be trained later if they were cast within
         for part in module.modules():
-            if isinstance(part, layers) and any(weight.dtype != dtype for weight in part.parameters()):
-                part.to(dtype)
+            for weight in part.parameters(recurse=False) if isinstance(part, layers) else ():
+                if weight.dtype != dtype and weight.is_floating_point() and not weight.requires_grad:
+                    weight.data = weight.data.to(dtype)
     if dtype == torch.float32 and device.type == "cpu":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

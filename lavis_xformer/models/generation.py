@@ -55,7 +55,8 @@ class GenerativeModel(XFormerBase):
         text("model.prompt", prompt)
         template("model.vqa_prompt", vqa_prompt)
         self.drop_text_branch()
-        self.language = language
+        self._language = language
+        self.max_txt_len = language.max_txt_len
         self.add_module(f"{language.kind}_model", language.model)
         setattr(self, f"{language.kind}_tokenizer", language.tokenizer)
         self.add_module(f"{language.kind}_proj", nn.Linear(self.Qformer.config.hidden_size, language.width))
@@ -65,9 +66,18 @@ class GenerativeModel(XFormerBase):
         self.apply_lemmatizer = apply_lemmatizer
 
     @property
+    def language(self) -> LanguageModel:
+        """The language model; as in LAVIS, what is assigned to ``opt_model`` or its like and ``max_txt_len`` counts."""
+        language = self._language
+        language.model = getattr(self, f"{language.kind}_model")
+        language.tokenizer = getattr(self, f"{language.kind}_tokenizer")
+        language.max_txt_len = self.max_txt_len
+        return language
+
+    @property
     def projection(self) -> nn.Linear:
         """From Z' to the language model: ``opt_proj`` or ``t5_proj``."""
-        return getattr(self, f"{self.language.kind}_proj")
+        return getattr(self, f"{self._language.kind}_proj")
 
     @torch.no_grad()
     def generate(

@@ -23,14 +23,17 @@ registry.register_model("xformer_feature_extractor")(XFormer)
 class XFormerITM(XFormer):
     """Does a text fit an image? The interface of LAVIS's ``Blip2ITM``."""
 
-    def forward(self, samples: dict[str, Any], match_head: str = "itm", **unused: Any) -> Any:
+    def forward(
+        self, samples: dict[str, Any], match_head: str = "itm", *, noise: Any = None, generator: Any = None
+    ) -> Any:
         """Score B pairs.
 
         Args:
             samples: ``image`` (B, 3 or 6, S, S) and ``text_input``, B strings.
             match_head: ``itm``: logits (B, 2), column 1 says "they match"; ``itc``: cosine similarity (B, 1) of the
                 best query.
-            unused: keywords of stage 1's ``forward``, ignored.
+            noise: of stage 1's ``forward``, ignored.
+            generator: likewise.
 
         Raises:
             UserError: an unknown head.

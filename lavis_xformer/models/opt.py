@@ -69,7 +69,6 @@ class OptLanguage(LanguageModel):
         """Take what :class:`LanguageModel` takes."""
         super().__init__(**parts)
         attend_by_kernel(self.model)
-        self.tokenizer.padding_side = "left"  # prompts of different lengths must all end where the answer begins
         self.end_id = self.tokenizer("\n", add_special_tokens=False).input_ids[0]
 
     @staticmethod
@@ -135,6 +134,7 @@ class OptLanguage(LanguageModel):
         transformers applies its lengths and penalties to the ids it is given: the last ``counted`` tokens of every
         prompt. Earlier tokens, including padding, are passed as embeddings together with the image.
         """
+        self.tokenizer.padding_side = "left"  # prompts of different lengths must all end where the answer begins
         text = self.tokenizer(list(prompts), padding=True, return_tensors="pt").to(visual.device)
         self._check_length(visual.shape[1] + text.input_ids.shape[1] + options["max_new_tokens"])
         check_fewest(options, counted)
