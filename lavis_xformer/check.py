@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from lavis_xformer.config.load import load_config
 from lavis_xformer.errors import UserError
@@ -28,15 +29,29 @@ def check(runs: Sequence[tuple[str, str, Sequence[str], bool]]) -> str:
     for name, path, options, evaluates in runs:
         try:
             run = load_config(path, options)
-            if evaluates:
-                to_evaluate(run.run_cfg)
-            check_run(run)
-            check_weights(run.model_cfg, made)
-            device_of(str(run.run_cfg.get("device", "auto")))
+            run.run_cfg.evaluate |= evaluates
+            check_configuration(run, made)
         except UserError as error:
             return f"{name}: {error}"
         made.add(Path(run.run_cfg.output_dir) / str(run.run_cfg.get("job_id")))
     return ""
+
+
+def check_configuration(config: Any, made: Collection[Path] = ()) -> None:
+    """Check everything about a run that can be known before its model and datasets are built.
+
+    Args:
+        config: a ``RunConfig``, which an evaluation completes.
+        made: folders in which earlier runs will have written checkpoints.
+
+    Raises:
+        UserError: a key, name or file is missing or wrong.
+    """
+    if config.run_cfg.evaluate:
+        to_evaluate(config.run_cfg)
+    check_run(config)
+    check_weights(config.model_cfg, made)
+    device_of(str(config.run_cfg.get("device", "auto")))
 
 
 if __name__ == "__main__":

@@ -55,8 +55,6 @@ print(json.dumps({
     "bf16": bool(gpu and torch.cuda.is_bf16_supported()),
 }))
 """
-#: keys that name a file or a folder, never a model of the hub
-WEIGHTS = ("model.pretrained", "model.finetuned", "model.blip2_pretrained", "model.vit_weights")
 
 
 @dataclass(frozen=True)
@@ -204,38 +202,31 @@ def check_imports(result: tuple[list[str], str]) -> Iterator[Finding]:
 
 
 def check_yaml(cfg_path: str, options: Sequence[str]) -> Iterator[Finding]:
-    """Check a run's names, keys and files, as the run itself would, and its weights as well."""
+    """Check a run's names, keys and files, as the run itself would, and the shipped files that it names."""
     from lavis_xformer import register
+    from lavis_xformer.check import check_configuration
     from lavis_xformer.config.load import load_config
-    from lavis_xformer.evaluate import to_evaluate
     from lavis_xformer.nested import nodes
-    from lavis_xformer.train import check_run
 
     register()
     try:
         config = load_config(cfg_path, options)
-        if config.run_cfg.evaluate:
-            to_evaluate(config.run_cfg)
-        check_run(config)
+        check_configuration(config)
     except UserError as error:
         yield Finding("YAML", "WRONG", str(error), "correct it, or override it with --options")
         return
-    yield Finding("YAML", "ok", f"{cfg_path}: names, keys and data paths")
+    yield Finding("YAML", "ok", f"{cfg_path}: names, keys and paths")
     for key, value in nodes(config.config, leaves=True).items():
-        if isinstance(value, str) and key.startswith(("model.", "datasets.")):
+        if isinstance(value, str) and key.startswith("model."):
             yield from check_reference(key, value)
 
 
 def check_reference(key: str, value: str) -> Iterator[Finding]:
-    """Check a value that says where something is: a path, or a file that ships with this package."""
-    is_path = value.startswith(("/", "./", "../", "~")) or (key in WEIGHTS and "://" not in value)
-    is_path |= value.endswith((".pth", ".pt", ".safetensors")) and "://" not in value
+    """Check a value of the model that names a file that ships with this package, or a model of the hub."""
     if value.startswith("assets://"):
         try:
             resolve(value)
         except (UserError, OSError) as error:
             yield Finding(key, "WRONG", str(error), "reinstall this package")
-    elif is_path and not Path(value).expanduser().exists():
-        yield Finding(key, "WRONG", f"there is no {value}", f"set {key} to its path")
-    elif key.startswith("model.") and re.fullmatch(r"[\w.-]+/[\w.-]+", value) and not os.path.exists(value):
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", value) and not os.path.exists(value):
         yield Finding(key, "note", f"{value}: downloaded from the hub unless it is in its cache")

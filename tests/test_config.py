@@ -320,18 +320,21 @@ def test_a_schedule_takes_the_keys_that_it_reads(load):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("run.accum_grad_iters=0", r"run\.accum_grad_iters is 0; it must be at least 1"),
-        ("run.batch_size_train=0", r"run\.batch_size_train is 0; it must be at least 1"),
-        ("run.num_workers=-1", r"run\.num_workers is -1; it must be at least 0"),
+        ("run.accum_grad_iters=0", r"run\.accum_grad_iters is 0; it must be a whole number, 1 or more"),
+        ("run.batch_size_train=0", r"run\.batch_size_train is 0; it must be a whole number, 1 or more"),
+        ("run.num_workers=-1", r"run\.num_workers is -1; it must be a whole number, 0 or more"),
         ("run.init_lr=.nan", r"run\.init_lr is nan; it must be a finite number"),
         ("run.max_epoch=True", r"run\.max_epoch is True; it must be a whole number"),
-        ("run.num_beams=0", r"run\.num_beams is 0; it must be at least 1"),
+        ("run.num_beams=0", r"run\.num_beams is 0; it must be a whole number, 1 or more"),
         ("run.max_epoch=1.7", r"run\.max_epoch is 1\.7; it must be a whole number"),
         ("run.beta2=1", r"run\.beta2 is 1; it must be less than 1"),
-        ("run.init_lr=abc", r"run\.init_lr is 'abc'; it must be of type float"),
+        ("run.init_lr=abc", r"run\.init_lr is 'abc'; it must be a finite number"),
         ("run.valid_splits=val", r"run\.valid_splits is 'val'; it must be a list: \[val\]"),
         ("run.train_dataset_ratios=3", r"run\.train_dataset_ratios is 3; it must be a list: \[3\]"),
-        ("run.log_freq=x", r"run\.log_freq is 'x'; it must be of type int"),
+        ("run.log_freq=x", r"run\.log_freq is 'x'; it must be a whole number"),
+        ("run.max_len='40'", r"run\.max_len is '40'; it must be a whole number"),  # as the tasks want it
+        ("run.num_beams=2.0", r"run\.num_beams is 2\.0; it must be a whole number"),
+        ("run.init_lr=-1", r"run\.init_lr is -1; it must be at least 0"),
         ("run.evaluate=Flase", r"run\.evaluate is 'Flase'; it must be True or False"),
     ],
 )
@@ -350,6 +353,9 @@ def test_impossible_values_of_laviss_keys(option: str, message: str):
         ("fusion: null", "model.fusion: 'None'; did you mean 'none'?"),
         ("max_txt_len: 2", "model.max_txt_len is 2; it must be a whole number, 3 or more"),
         ("max_txt_len: 2.5", "model.max_txt_len is 2.5; it must be a whole number"),
+        ("itg_source: xfomer", "model.itg_source: 'xfomer'; did you mean 'xformer'?"),
+        ("mask_ratio: 2", "model.mask_ratio is 2; it must lie in [0, 1)"),
+        ("loss_weights: {recc: 1}", "model.loss_weights: 'recc'; did you mean 'rec'?"),
         ("fusoin: dual", "model.fusoin: no configuration knows this key: did you mean 'model.fusion'?"),
     ],
 )

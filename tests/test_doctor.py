@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -93,18 +94,33 @@ def test_a_folder_below_one_that_cant_be_read(tmp_path: Path, monkeypatch):
     assert doctor.check_folder("cache", tmp_path / "locked" / "home" / "cache", "set it").verdict == "WRONG"
 
 
-def test_paths_of_a_yaml(tmp_path: Path):
-    assert not list(doctor.check_reference("model.bert", str(tmp_path)))
-    (missing,) = doctor.check_reference("model.bert", str(tmp_path / "bert"))
-    assert missing.verdict == "WRONG"
-    assert missing.subject == "model.bert"
+def test_models_of_the_hub_are_told():
     (hub,) = doctor.check_reference("model.mae_model", "facebook/vit-mae-huge")
     assert hub.verdict == "note"
-    for key, value in (("model.pretrained", "output/nothing.pth"), ("model.blip2_pretrained", "stage2.pth")):
-        (missing,) = doctor.check_reference(key, value)
-        assert (missing.verdict, missing.found) == ("WRONG", f"there is no {value}")
-    assert not list(doctor.check_reference("model.pretrained", "https://host/file.pth"))
     assert not list(doctor.check_reference("model.vqa_prompt", "Answer yes/no:"))
+
+
+@pytest.mark.parametrize(
+    ("option", "fault"),
+    [
+        ("model.pretrained=output/nothing.pth", "model.pretrained: there is no output/nothing.pth"),
+        ("model.bert=weights/of/bert", "model.bert: there is no weights/of/bert"),
+        ("model.bert=~/no-such-folder", r"model.bert: there is no /.*/no-such-folder"),
+        ("run.device=tpu", "run.device"),
+    ],
+)
+def test_what_a_run_would_stumble_over(option: str, fault: str):
+    (finding,) = doctor.check_yaml("projects/xformer/pretrain.yaml", [option])
+    assert finding.verdict == "WRONG"
+    assert re.match(fault, finding.found)
+
+
+def test_a_folder_in_the_home_folder_is_found(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "bert").mkdir()
+    assert {found.verdict for found in doctor.check_yaml("projects/xformer/pretrain.yaml", ["model.bert=~/bert"])} == {
+        "ok"
+    }
 
 
 def test_own_data_that_a_yaml_lacks():

@@ -16,7 +16,7 @@ from lavis_xformer import losses
 from lavis_xformer.errors import UserError
 from lavis_xformer.images import clip_to_mae
 from lavis_xformer.models.fusion import FUSIONS
-from lavis_xformer.models.stage1 import LOSSES, XFormer
+from lavis_xformer.models.stage1 import XFormer
 
 
 @pytest.fixture
@@ -486,7 +486,7 @@ def test_what_a_configuration_says_reaches_the_model(stage2_config: Any) -> None
 
 def test_what_a_configuration_leaves_out_is_as_in_the_paper(stage2_config: Any) -> None:
     model = XFormer.from_config(stage2_config.model)
-    assert (model.mask_ratio, model.mask_vl, model.loss_weights) == (0.5, True, dict.fromkeys(LOSSES, 1))
+    assert (model.mask_ratio, model.mask_vl, model.loss_weights) == (0.5, True, XFormer.LOSS_WEIGHTS)
     assert (model.itg_reader, model.max_txt_len, model.vision_proj.out_features) == (None, 32, 256)  # BLIP-2's
     assert model.temp.item() == pytest.approx(0.07)
     assert not any(parameter.requires_grad for parameter in model.visual_encoder.parameters())

@@ -31,15 +31,15 @@ from lavis_xformer.config.files import check_data_files, check_file
 from lavis_xformer.config.keys import check_keys
 from lavis_xformer.errors import UserError, fault_in_yaml, nearest, one_of
 from lavis_xformer.models.checkpoints import check_loading
-from lavis_xformer.models.parts import check_values
+from lavis_xformer.models.parts import check_values, weights_of
 from lavis_xformer.nested import nodes
-from lavis_xformer.paths import project_path
+from lavis_xformer.paths import PARTS, project_path
 
 logger = logging.getLogger(__name__)
 
 SECTIONS = ("model", "datasets", "run")
 DEFAULT_RUNNER = "xformer_runner"
-WEIGHT_PATHS = {"run": ("resume_ckpt_path",), "model": ("pretrained", "finetuned", "blip2_pretrained")}
+WEIGHT_PATHS = {"run": ("resume_ckpt_path",), "model": ("pretrained", "finetuned", "blip2_pretrained", *PARTS)}
 
 
 def load_config(cfg_path: str, options: Sequence[str] | None = None) -> RunConfig:
@@ -79,6 +79,7 @@ class RunConfig(Config):
         if classes["model"].__module__.startswith("lavis_xformer."):
             check_values(self.config.model)
             check_loading(self.config.model)
+            weights_of(self.config.model.get("loss_weights"), getattr(classes["model"], "LOSS_WEIGHTS", {}))
         _check_processors(self.config)
         check_data_files(self.config.datasets, user.datasets)
         check_file("run.resume_ckpt_path", self.config.run.get("resume_ckpt_path"))
@@ -260,7 +261,7 @@ def _drop_null(section: Any) -> None:
 
 
 def _expand_home(config: DictConfig) -> None:
-    """Replace ``~`` in the paths of checkpoints, as the shell does for those that stand alone."""
+    """Replace ``~`` in the paths of checkpoints and parts, as the shell does for those that stand alone."""
     for section, keys in WEIGHT_PATHS.items():
         for key in keys:
             if str(value := config[section].get(key)).startswith("~"):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lavis_xformer.errors import UserError, one_of, switch, text
+from lavis_xformer.errors import UserError, number, one_of, switch, text, whole
 
 AMP_MODES = {"False": "no", "no": "no", "True": "fp16", "fp16": "fp16", "bf16": "bf16", "auto": "auto"}
 RESUME_MODES = {"False": "no", "no": "no", "auto": "auto"}
@@ -90,8 +89,8 @@ def check_lavis_keys(run_cfg: Mapping[str, Any]) -> None:
     if missing:
         raise UserError(f"{', '.join(missing)}: missing, and there is no default; docs/engine.md explains every key")
     for name, (kind, least) in NUMBERS.items():
-        if run_cfg.get(name) is not None and _number(name, run_cfg[name], kind) < least:
-            raise UserError(f"run.{name} is {run_cfg[name]!r}; it must be at least {least}")
+        if run_cfg.get(name) is not None:
+            _number(name, run_cfg[name], kind, least=least)
     if float(run_cfg.get("beta2") or 0) >= 1:
         raise UserError(f"run.beta2 is {run_cfg['beta2']!r}; it must be less than 1")
     for name in SWITCHES:
@@ -148,19 +147,12 @@ def _checked(name: str, value: object, kind: type) -> object:
         return text(f"run.{name}", value)
     if kind is bool:
         return bool(switch(f"run.{name}", value))
-    converted = _number(name, value, kind)
-    if kind in (int, float) and converted < 0:
-        raise UserError(f"run.{name} is {value!r}; it can't be negative")
-    return converted
+    return _number(name, value, kind, least=0)
 
 
-def _number(name: str, value: Any, kind: type) -> Any:
-    try:
-        converted = kind(value)
-    except (TypeError, ValueError, OverflowError):
-        raise UserError(f"run.{name} is {value!r}; it must be of type {kind.__name__}") from None
-    if kind is int and (isinstance(value, bool) or (isinstance(value, float) and converted != value)):
-        raise UserError(f"run.{name} is {value!r}; it must be a whole number")
-    if kind is float and (isinstance(value, bool) or not math.isfinite(converted)):
-        raise UserError(f"run.{name} is {value!r}; it must be a finite number")
+def _number(name: str, value: Any, kind: type, *, least: float) -> float:
+    if kind is int:
+        return whole(f"run.{name}", value, least=int(least))
+    if (converted := number(f"run.{name}", value)) < least:
+        raise UserError(f"run.{name} is {value!r}; it must be at least {least}")
     return converted

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.models.base import XFormerBase
 from lavis_xformer.models.fusion import CrossAttentionBlock, Init
+from lavis_xformer.models.parts import ITG_SOURCES
 from lavis_xformer.models.samples import check_order, check_sampling, check_whole, take, texts_of
 
 MODES = ("multimodal", "image", "text")
-ITG_SOURCES = ("qformer", "xformer")
 
 
 class FeatureModel(XFormerBase):

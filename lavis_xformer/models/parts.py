@@ -17,6 +17,7 @@ from lavis_xformer.paths import PARTS
 
 ENCODERS = ("clip", "mae")
 SOURCES = ("mae", "random", "clip")  # of M: MAE, an untrained MAE, or CLIP
+ITG_SOURCES = ("qformer", "xformer")  # of stage 1's captions, see `features`
 #: keys whose values the fusions take, and ``XFormerBase`` takes, under these names
 FUSION_OPTIONS = ("fusion_depth", "fusion_self_attention", "fusion_init")
 OPTIONS = ("freeze_vit", "vit_precision", "max_txt_len", "token_positions", "clip_layer", "shuffle_mae")
@@ -43,6 +44,12 @@ def _check_positions(key: str, value: Any) -> None:
         one_of(key, encoder, ENCODERS)
 
 
+def check_mask_ratio(key: str, value: Any) -> None:
+    """Check that a value is a share of the patches that leaves some."""
+    if not 0 <= number(key, value) < 1:
+        raise UserError(f"{key} is {value}; it must lie in [0, 1)")
+
+
 #: what the values of keys must be, of either stage's model
 CHECKS: dict[str, Callable[[str, Any], Any]] = {
     **dict.fromkeys((*PARTS, "prompt", "vqa_prompt"), text),
@@ -52,7 +59,9 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "max_txt_len": partial(whole, least=3),  # a text's start, one token and its end
     **dict.fromkeys("freeze_vit mask_vl shuffle_mae fusion_self_attention use_grad_checkpoint".split(), switch),
     **dict.fromkeys("mae_norm_pix_loss load_pretrained load_finetuned prefix_lm apply_lemmatizer".split(), switch),
-    **dict.fromkeys("mask_ratio drop_path_rate vqa_length_penalty".split(), number),
+    **dict.fromkeys("drop_path_rate vqa_length_penalty".split(), number),
+    "mask_ratio": check_mask_ratio,
+    "itg_source": partial(one_of, options=ITG_SOURCES),
     "fusion": partial(one_of, options=FUSIONS),
     "fusion_init": partial(one_of, options=get_args(Init)),
     **dict.fromkeys("vit_precision llm_precision".split(), partial(one_of, options=DTYPES)),

@@ -15,14 +15,12 @@ from torch import Tensor, nn
 
 from lavis_xformer import losses
 from lavis_xformer.distributed import gather, own_rows, token_mean
-from lavis_xformer.errors import UserError
 from lavis_xformer.models.base import Tokens
 from lavis_xformer.models.checkpoints import load_pretrained
 from lavis_xformer.models.features import FeatureModel
-from lavis_xformer.models.parts import build_parts, given, weights_of
+from lavis_xformer.models.parts import build_parts, check_mask_ratio, given, weights_of
 from lavis_xformer.models.samples import take, texts_of
 
-LOSSES = ("itc", "itm", "itg", "rec")
 #: keys that the constructor takes
 OPTIONS = ("embed_dim", "itg_source", "fusion_init", "mask_ratio", "mask_vl", "loss_weights")
 
@@ -41,6 +39,8 @@ class XFormer(FeatureModel):
         "pretrain": "models/xformer_pretrain.yaml",
     }
     CONFIG_KEYS = FeatureModel.CONFIG_KEYS | {*OPTIONS}
+    #: by default
+    LOSS_WEIGHTS: ClassVar[dict[str, float]] = {"itc": 1.0, "itm": 1.0, "itg": 1.0, "rec": 1.0}
 
     def __init__(
         self,
@@ -65,11 +65,10 @@ class XFormer(FeatureModel):
             UserError: a wrong weight, weights with which nothing would be trained, or a mask ratio outside [0, 1).
         """
         super().__init__(**parts)
-        if not 0 <= mask_ratio < 1:
-            raise UserError(f"model.mask_ratio is {mask_ratio}; it must lie in [0, 1)")
+        check_mask_ratio("model.mask_ratio", mask_ratio)
         self.temp = nn.Parameter(0.07 * torch.ones([]))
         self.mask_vl = mask_vl
-        self.weigh_losses(weights_of(loss_weights, dict.fromkeys(LOSSES, 1.0)), mask_ratio)
+        self.weigh_losses(weights_of(loss_weights, self.LOSS_WEIGHTS), mask_ratio)
 
     def forward(
         self,

@@ -43,6 +43,8 @@ class XFormerStage2(GenerativeModel):
     )
     NEW_WEIGHTS = PROJECTION
     CONFIG_KEYS = GenerativeModel.CONFIG_KEYS | {"llm_precision", *OPTIONS}
+    #: by default
+    LOSS_WEIGHTS: ClassVar[dict[str, float]] = {"lm": 1.0, "rec": 0.0}
 
     def __init__(
         self,
@@ -67,7 +69,7 @@ class XFormerStage2(GenerativeModel):
         if not 0 < mask_ratio < 1:
             raise UserError(f"model.mask_ratio is {mask_ratio}; it must lie between 0 and 1")
         self.prefix_lm = prefix_lm
-        self.weigh_losses(weights_of(loss_weights, {"lm": 1.0, "rec": 0.0}), mask_ratio)
+        self.weigh_losses(weights_of(loss_weights, self.LOSS_WEIGHTS), mask_ratio)
 
     def forward(
         self, samples: dict[str, Any], *, noise: Tensor | None = None, generator: torch.Generator | None = None
