@@ -16,9 +16,12 @@ import pytest
 import torch
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
+from PIL import Image
 from pycocoevalcap.cider.cider import Cider
 
 import lavis_xformer
+from lavis_xformer.data.image_text import Pair
+from lavis_xformer.data.image_text_datasets import PairEvalDataset
 from lavis_xformer.errors import UserError
 from lavis_xformer.tasks import caption_scores
 from lavis_xformer.tasks.captions import XFormerCaptionTask, XFormerRetrievalTask
@@ -61,6 +64,9 @@ def setup(cls: Any, folder: Path, dataset: str = "coco_caption", **run: Any) -> 
 
 class Captioner:
     """Says the same of every image, and keeps what it was asked with."""
+
+    def before_evaluation(self, **kwargs: Any) -> None:
+        """LAVIS's tasks tell a model what comes."""
 
     def generate(self, samples: dict[str, Any], **options: Any) -> list[str]:
         self.asked = {"prompt": samples["prompt"], **options}
@@ -214,6 +220,45 @@ def test_a_file_of_truths_asks_for_scores_and_coco_has_its_own(tmp_path: Path, m
     assert fetched == [str(tmp_path / "cache" / "coco_gt" / "coco_karpathy_test_gt.json")]
 
 
+def own_captions(folder: Path, ids: list[Any]) -> PairEvalDataset:
+    """Two photos with captions of the user's own."""
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (4, 4)).save(folder / name)
+    pairs = [
+        Pair("a.png", ("A cat on a mat.", "The cat sits."), str(ids[0]), 1),
+        Pair("b.png", ("Two dogs run.",), str(ids[1]), 2),
+    ]
+    tensors = torch.zeros(3, 4, 4)
+    return PairEvalDataset(pairs=pairs, vis_root=folder, vis_processor=lambda image: tensors, text_processor=str.lower)
+
+
+@pytest.mark.usefixtures("no_java")
+@pytest.mark.parametrize("ids", [[5, 3], ["a", "b"]])
+def test_captions_of_own_photos_are_scored_against_those_of_their_file(tmp_path: Path, ids: list[Any]) -> None:
+    dataset = own_captions(tmp_path, ids)
+    task = setup(XFormerCaptionTask, tmp_path, "image_text_json", test_splits=["test"], **ASKED)
+    task.check_split("test", dataset)
+    model = Captioner()
+    task.before_evaluation(model, dataset)
+    said = task.valid_step(model, dataset.collater([dataset[0], dataset[1]]))
+    figures = task.after_evaluation(said, "test", "best")
+    first, second = json.loads((tmp_path / "result" / "test_image_text_json.json").read_text())["answers"]
+    assert [(row["image"], row["truth"]) for row in (first, second)] == [
+        ("a.png", "A cat on a mat."),
+        ("b.png", "Two dogs run."),
+    ]
+    assert first["correct"] > second["correct"]
+    assert figures["Bleu_1"] > 0
+
+
+def test_references_are_found_by_the_images_own_ids_alone(tmp_path: Path) -> None:
+    truths = str(write_truths(tmp_path / "truths.json"))
+    task = setup(XFormerCaptionTask, tmp_path, "image_text_json", **ASKED, caption_truths=truths)
+    task.check_split("val", own_captions(tmp_path, [5, 3]))
+    with pytest.raises(UserError, match=r"images of 'val' have no ids of their own: set id_key .* or leave"):
+        task.check_split("val", own_captions(tmp_path, ["a", "b"]))
+
+
 @pytest.mark.usefixtures("no_java")
 def test_scores_by_domain_and_without_what_spice_needs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     truths = write_truths(tmp_path / "truths.json", TRUTHS | {9: ["a tree"]}, domain=DOMAINS | {9: "in-domain"})
@@ -224,7 +269,7 @@ def test_scores_by_domain_and_without_what_spice_needs(tmp_path: Path, caplog: p
     assert {name for name in figures if "domain" in name} == {"CIDEr_in-domain", "CIDEr_out-domain"}
     assert "SPICE" not in figures
     assert "SPICE is skipped, the other scores are valid: it needs Stanford CoreNLP" in caplog.text
-    assert "has 5 images; only the 4 captioned are scored" in caplog.text
+    assert "5 images have references; only the 4 captioned are scored" in caplog.text
     assert [row["image_id"] for row in rows] == list(SAID)
     some = write_truths(tmp_path / "some.json", {3: TRUTHS[3]})
     with pytest.raises(UserError, match=r"some\.json has captions for only 1 of 4 images"):

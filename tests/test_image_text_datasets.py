@@ -89,6 +89,21 @@ def test_rows_of_one_image_are_one_image(photos: Path) -> None:
     assert datasets["val"].text[3:] == ["c1", "c3", "c5"]
 
 
+@pytest.mark.parametrize(
+    ("ids", "numbers"), [([30, 10], [30, 10]), (["30", "010"], [30, 10]), (["1", "01"], None), (["a", "b"], None)]
+)
+def test_images_keep_the_ids_of_their_file_where_these_are_numbers(
+    ids: list[Any], numbers: list[int] | None, photos: Path
+) -> None:
+    path = photos.parent / "rows.json"
+    path.write_text(json.dumps([{"image": f"{i}.png", "caption": "c", "id": own} for i, own in enumerate(ids)]))
+    dataset = build("image_text_json", image_root=str(photos), id_key="id", splits={"val": {"annotations": str(path)}})
+    samples = [dataset["val"][i] for i in range(2)]
+    assert dataset["val"].has_ids == (numbers is not None)
+    assert [sample["image_id"] for sample in samples] == (numbers or [0, 1])
+    assert dataset["val"].collater(samples)["image_path"] == ["0.png", "1.png"]
+
+
 def test_each_split_has_its_processor_and_its_own_folder_of_images(photos: Path, captions: Path) -> None:
     own = {"annotations": str(captions), "image_root": str(photos)}
     sizes = {"train": {"image_size": 16}, "eval": {"image_size": 24}}

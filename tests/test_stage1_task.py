@@ -34,5 +34,15 @@ def test_what_pads_a_rank_is_no_caption():
     assert [(row["question"], row["image"]) for row in task.scores] == [("i2t", "i0"), ("t2i", "i0")]
 
 
+def test_all_captions_of_an_image_are_ranked():
+    task, model = stage1.Stage1Task(), toy_training.ToyModel()
+    pairs = {"image": torch.rand(2, toy_training.WIDTH), "text_input": ["c0", "c1"], "image_path": ["a.png", "b.png"]}
+    task.observe(model, pairs | {"captions": [["c0", "c2", "c3"], ["c1"]]}, [True, True])
+    task.observe(model, pairs | {"captions": [["c4"], ["c5"]]}, [False, False])  # which pad a rank
+    assert task.figures()["chance_i2t_r1"] == pytest.approx(50)
+    asked = [(row["question"], row["image"]) for row in task.scores]
+    assert asked == [("i2t", "a.png"), ("i2t", "b.png"), *[("t2i", "a.png")] * 3, ("t2i", "b.png")]
+
+
 def test_a_task_with_no_figures_of_its_own_is_judged_by_its_loss():
     assert NamedLossTask().after_evaluation({"loss": 2.0, "loss_itc": 1.5}, "val", 0)["agg_metrics"] == -2

@@ -15,7 +15,8 @@ from PIL import Image
 from torch.utils.data import ChainDataset, DataLoader, Dataset, DistributedSampler
 
 from lavis_xformer.data.guard import guard, guards_in
-from lavis_xformer.data.image_text_datasets import QuestionEvalDataset
+from lavis_xformer.data.image_text import Pair
+from lavis_xformer.data.image_text_datasets import PairEvalDataset, QuestionEvalDataset
 from lavis_xformer.engine.sampling import Mixture
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import read_json
@@ -241,6 +242,20 @@ def test_questions_without_answers_are_no_captions(make_stage2: Any) -> None:
             make_stage2("opt").eval()({**samples, **answers})
 
 
+def test_all_captions_of_an_image_are_references(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    pairs = [Pair("a.png", ("a red star", "one star"), "a.png", 1)]
+    shared = {"vis_root": tmp_path, "vis_processor": lambda picture: torch.zeros(3, 32, 32), "text_processor": str}
+    captions = PairEvalDataset(pairs=pairs, **shared)
+    assert references_of(captions.collater([captions[0]])) == [["a red star", "one star"]]
+    asked = {"image": "a.png", "image_id": 4, "question": "where?", "question_id": 7, "answers": ["left"]}
+    joined = CaptionsAndQuestions([captions, QuestionEvalDataset(annotation=[asked], **shared)])
+    batch = joined.collater([joined[0], joined[1]])
+    assert references_of(batch) == [["a red star", "one star"], ["left"]]
+    assert batch["weight"].tolist() == [0.5, 0.5, 1]
+    assert batch["image_id"] == ["a.png", "a.png"], "one photo in both"
+
+
 def test_own_questions_for_evaluation_are_scored_beside_captions(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     asked = {"image": "a.png", "image_id": 4, "question": "where?", "question_id": 7}
@@ -255,7 +270,7 @@ def test_own_questions_for_evaluation_are_scored_beside_captions(tmp_path: Path)
     assert asks(questions)
     batch = joined.collater([joined[0], joined[2]])
     assert references_of(batch) == [["a red star"], ["left"]]
-    assert batch["image_id"] == [1, 4]
+    assert batch["image_id"] == [1, "a.png"]
     with pytest.raises(UserError, match="questions without answers"):
         joined[3]
 

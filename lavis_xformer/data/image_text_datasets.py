@@ -82,9 +82,10 @@ class PairDataset(PhotoDataset):
 
 
 class PairEvalDataset(PhotoDataset):
-    """One sample per image with its first caption, and the tables that LAVIS's retrieval reads.
+    """One sample per image with its captions, and the tables that LAVIS's retrieval reads.
 
     Attributes:
+        has_ids: whether ``image_id`` is the file's own, a unique whole number, and not an image's position.
         text: every caption, processed.
         image: path of every image.
         img2txt: maps an image's position to the positions of its captions in ``text``.
@@ -97,6 +98,10 @@ class PairEvalDataset(PhotoDataset):
         for pair in pairs:
             row: Sample = {"image": pair.image, "caption": [], "image_id": len(by_id)}
             by_id.setdefault(pair.image_id, row)["caption"].extend(pair.captions)
+        numbers = {int(name) for name in by_id if name.isdecimal()}
+        self.has_ids = len(numbers) == len(by_id) and max(numbers, default=0) < 1 << 63
+        for name, row in by_id.items() if self.has_ids else ():
+            row["image_id"] = int(name)
         super().__init__(annotation=list(by_id.values()), **shared)
         self.image = [row["image"] for row in self.annotation]
         self.text: list[str] = []
@@ -107,14 +112,28 @@ class PairEvalDataset(PhotoDataset):
         self.txt2img = {text: image for image, texts in self.img2txt.items() for text in texts}
 
     def __getitem__(self, index: int) -> Sample:
-        """Return image, text_input, image_id, instance_id and index."""
+        """Return image, text_input (the first caption), captions, image_path, image_id, instance_id and index."""
+        row = self.annotation[index]
+        captions = [self.text[number] for number in self.img2txt[index]]
         return {
             "image": self.picture(index),
-            "text_input": self.text[self.img2txt[index][0]],
-            "image_id": index,
-            "instance_id": self.annotation[index]["instance_id"],
+            "text_input": captions[0],
+            "captions": captions,
+            "image_path": row["image"],
+            "image_id": row["image_id"],
+            "instance_id": row["instance_id"],
             "index": index,
         }
+
+    def collater(self, samples: Sequence[Sample]) -> Sample:
+        """Join samples as LAVIS does, but for the captions: a list for each image."""
+        captions = [sample["captions"] for sample in samples]
+        rest = [{key: value for key, value in sample.items() if key != "captions"} for sample in samples]
+        return {**super().collater(rest), "captions": captions}
+
+    def references(self) -> dict[int, list[str]]:
+        """The captions as they are in the file, by image_id."""
+        return {row["image_id"]: row["caption"] for row in self.annotation}
 
 
 class QuestionDataset(PhotoDataset):
@@ -158,13 +177,14 @@ class QuestionEvalDataset(PhotoDataset):
         return [position for position, row in enumerate(self.annotation) if not row["answers"]]
 
     def __getitem__(self, index: int) -> Sample:
-        """Return image, text_input, image_id, question_id, instance_id and answer (the most frequent, or None)."""
+        """Return image, text_input, image_path, image_id, question_id, instance_id and answer (or None)."""
         row = self.annotation[index]
         votes: Counter[str] = Counter(row["answers"])
         common = votes.most_common(1)
         return {
             "image": self.picture(index),
             "text_input": self.text_processor(row["question"]),
+            "image_path": row["image"],
             "image_id": row["image_id"],
             "question_id": row["question_id"],
             "instance_id": row["instance_id"],

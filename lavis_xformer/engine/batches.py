@@ -27,8 +27,8 @@ def count_samples(samples: Mapping[str, Any]) -> int:
 
 
 def image_ids(samples: Mapping[str, Any]) -> list[Any]:
-    """Return the ids of a batch's images as plain values; empty where there are none."""
-    ids = samples.get("image_id", samples.get("instance_id", []))
+    """Return the paths or ids of a batch's images as plain values; empty where there are none."""
+    ids: Any = next((samples[key] for key in ("image_path", "image_id", "instance_id") if key in samples), [])
     return ids.tolist() if isinstance(ids, Tensor) else list(ids)
 
 

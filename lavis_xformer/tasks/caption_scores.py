@@ -39,7 +39,7 @@ def check_scoring(truths: str | None, datasets: Sequence[str]) -> None:
     Raises:
         UserError: there are no reference captions, they are not in COCO's format, or there is no Java.
     """
-    if not truths and "coco_caption" not in datasets:
+    if not truths and not {"coco_caption", "image_text_json"} & set(datasets):
         raise UserError(
             f"run.report_metric: LAVIS has reference captions for coco_caption only, not for {', '.join(datasets)}; "
             "set run.caption_truths to a file in COCO's format, or run.report_metric to False"
@@ -86,11 +86,11 @@ def read_truths(file: Path) -> Truths:
     return Truths(dict(captions), domains)
 
 
-def scored(truths: str | Path, saved: str | Path) -> tuple[dict[str, float], list[Row]]:
+def scored(truths: str | Path | Truths, saved: str | Path) -> tuple[dict[str, float], list[Row]]:
     """Score captions by pycocoevalcap, as LAVIS does.
 
     Args:
-        truths: a file that :func:`read_truths` reads; it may hold more images.
+        truths: a file that :func:`read_truths` reads, or what it holds; there may be more images.
         saved: a file of ``[{"image_id", "caption"}]``, as LAVIS writes it.
 
     Returns:
@@ -100,11 +100,12 @@ def scored(truths: str | Path, saved: str | Path) -> tuple[dict[str, float], lis
     Raises:
         UserError: an image has no reference captions.
     """
-    known, said = read_truths(Path(truths)), {row["image_id"]: row for row in read_json(Path(saved))}
+    known = truths if isinstance(truths, Truths) else read_truths(Path(truths))
+    said = {row["image_id"]: row for row in read_json(Path(saved))}
     if unknown := said.keys() - known.captions.keys():
         raise UserError(f"{truths} has captions for only {len(said) - len(unknown)} of {len(said)} images")
     if len(said) < len(known.captions):
-        logger.warning("%s has %d images; only the %d captioned are scored", truths, len(known.captions), len(said))
+        logger.warning("%d images have references; only the %d captioned are scored", len(known.captions), len(said))
     references = tokens({image: known.captions[image] for image in said})
     candidates = tokens({image: [row["caption"]] for image, row in said.items()})
     bleu, _ = Bleu(4).compute_score(references, candidates, verbose=0)
@@ -116,7 +117,12 @@ def scored(truths: str | Path, saved: str | Path) -> tuple[dict[str, float], lis
     rows = [
         row
         | answer_row(
-            image, image=str(image), kind="caption", correct=float(score), guess=0.0, truth=known.captions[image][0]
+            image,
+            image=row.get("image", str(image)),
+            kind="caption",
+            correct=float(score),
+            guess=0.0,
+            truth=known.captions[image][0],
         )
         for (image, row), score in zip(said.items(), each, strict=True)
     ]

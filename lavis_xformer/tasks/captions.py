@@ -20,10 +20,11 @@ from lavis.tasks.captioning import CaptionTask
 from lavis.tasks.retrieval import RetrievalTask
 
 from lavis_xformer.distributed import is_main
+from lavis_xformer.engine.batches import image_ids
 from lavis_xformer.errors import UserError, first_line, whole
 from lavis_xformer.files import read_json, sha256
 from lavis_xformer.tasks import metrics
-from lavis_xformer.tasks.caption_scores import check_scoring, fetch_truths, read_truths, scored
+from lavis_xformer.tasks.caption_scores import Truths, check_scoring, fetch_truths, read_truths, scored
 from lavis_xformer.tasks.protocols import (
     CAPTION_PROTOCOLS,
     RETRIEVAL_PROTOCOLS,
@@ -41,13 +42,15 @@ logger = logging.getLogger(__name__)
 class XFormerCaptionTask(WithProtocol, CaptionTask):
     """COCO and NoCaps captions.
 
-    Scored against LAVIS's download for COCO or, for any dataset, ``run.caption_truths``, a file in COCO's format.
+    Scored against LAVIS's download for COCO, the file's own captions for ``image_text_json``, or, for any dataset whose
+    images have ids, ``run.caption_truths``, a file in COCO's format.
     """
 
     CONFIG_KEYS = WithProtocol.CONFIG_KEYS | {"report_metric", "caption_truths"}
     PROTOCOLS: ClassVar[Mapping[str, Protocol]] = CAPTION_PROTOCOLS
     report_metric: bool
     truths: Path | None
+    own_truths: Truths | None = None
 
     @classmethod
     def setup_task(cls, cfg: Any) -> XFormerCaptionTask:
@@ -82,13 +85,23 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
         """Check, before anything is captioned, that an image of a split has reference captions.
 
         Raises:
-            UserError: ``run.caption_truths`` has none for it.
+            UserError: ``run.caption_truths`` has none for it, or the images have no ids by which to find them.
         """
         if not (self.truths and len(dataset)):
             return
+        if not getattr(dataset, "has_ids", True):
+            raise UserError(
+                f"run.caption_truths: the images of '{name}' have no ids of their own: set id_key to a key that holds "
+                "a whole number, or leave caption_truths out: then the file's own captions are the references"
+            )
         image = int(dataset[0]["image_id"])
         if image not in read_truths(self.truths).captions:
             raise UserError(f"run.caption_truths: {self.truths} has no captions of image {image} of '{name}'")
+
+    def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
+        """Keep the captions of a split of own files."""
+        super().before_evaluation(model, dataset, **kwargs)
+        self.own_truths = Truths(dataset.references(), {}) if hasattr(dataset, "references") else None
 
     def valid_step(self, model: Any, samples: Row) -> list[Row]:
         """Caption a batch by the protocol, including its prompt and length penalty."""
@@ -99,8 +112,8 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
             min_length=self.protocol.min_len,
             length_penalty=self.protocol.length_penalty,
         )
-        ids = samples["image_id"]
-        return [{"caption": caption, "image_id": int(number)} for caption, number in zip(captions, ids, strict=True)]
+        said = zip(captions, samples["image_id"], image_ids(samples), strict=True)
+        return [{"caption": text, "image_id": int(number), "image": str(image)} for text, number, image in said]
 
     def after_evaluation(
         self, val_result: Sequence[Row], split_name: str, epoch: int | str, **unused: object
@@ -116,7 +129,7 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
     def _score(self, split: str, saved: Path) -> dict[str, float]:
         """Score, and write the captions again, with the metrics."""
         try:
-            truths = self.truths or fetch_truths(split)
+            truths = self.truths or self.own_truths or fetch_truths(split)
             figures, rows = scored(truths, saved)
         except (OSError, UserError) as error:
             raise UserError(
@@ -127,7 +140,8 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
         with open(Path(registry.get_path("output_dir")) / "evaluate.txt", "a", encoding="utf-8") as file:
             file.write(json.dumps({split: figures}) + "\n")  # as LAVIS does
         figures["agg_metrics"] = figures["CIDEr"] + figures["Bleu_4"]
-        self.write(split, figures, scorer="pycocoevalcap", said=rows, truth_sha256={str(truths): sha256(truths)})
+        used = {str(truths): sha256(truths)} if isinstance(truths, Path) else {}  # else those of the question file
+        self.write(split, figures, scorer="pycocoevalcap", said=rows, truth_sha256=used)
         return figures
 
 

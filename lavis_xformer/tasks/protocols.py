@@ -124,7 +124,8 @@ def write_result(
     """
     datasets = config["datasets"]
     name = next((name for name, dataset in datasets.items() if _files(dataset, split)), next(iter(datasets)))
-    storage = _files(datasets[name], split).get("storage") or []
+    files = _files(datasets[name], split)
+    storage = files.get("storage") or files.get("annotations") or []
     paths = [storage] if isinstance(storage, str) else storage
     if question_sha256 is None:
         question_sha256 = {file: sha256(Path(file)) for file in paths if Path(file).is_file()}

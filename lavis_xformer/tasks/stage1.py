@@ -42,9 +42,12 @@ class Stage1Task(NamedLossTask):
         """Keep the features of each image seen for the first time, and of every caption."""
         unnamed = [f"{rank()}/{len(self._owners) + i}" for i in range(len(fresh))]
         ids = image_ids(samples) or unnamed
-        texts = model.extract_features(samples, mode="text").text_embeds_proj[:, 0]  # (B, E)
-        self._texts.append(texts[torch.tensor(fresh, device=texts.device)].float().cpu())
-        self._owners += compress(ids, fresh)
+        captions = samples.get("captions", [[text] for text in samples["text_input"]])  # of each image
+        owned = [(name, text) for name, texts in compress(zip(ids, captions, strict=True), fresh) for text in texts]
+        if owned:
+            said = model.extract_features({**samples, "text_input": [text for _, text in owned]}, mode="text")
+            self._texts.append(said.text_embeds_proj[:, 0].float().cpu())  # (T, E)
+            self._owners += [name for name, _ in owned]
         new = [i for i, name in enumerate(ids) if name not in self._images and ids.index(name) == i]
         if new:
             images = model.extract_features(select(samples, new), mode="image").image_embeds_proj.float().cpu()

@@ -164,7 +164,7 @@ class CaptionsAndQuestions(ConcatDataset[Samples]):
     """Caption and question datasets joined as questions: a caption is the answer to an empty question."""
 
     def __getitem__(self, index: int) -> Samples:
-        """Return image, image_id (or None), text_input (the question or ""), answers, weights and kind.
+        """Return image, image_id (or path, or None), text_input (the question or ""), answers, weights and kind.
 
         Raises:
             UserError: a question without an answer, or neither question nor caption.
@@ -172,14 +172,16 @@ class CaptionsAndQuestions(ConcatDataset[Samples]):
         sample = super().__getitem__(index)
         if "text_input" not in sample:
             raise UserError(NO_CAPTIONS.format("one of the joined datasets"))
-        shown = {"image": sample["image"], "image_id": sample.get("image_id")}
+        shown = {"image": sample["image"], "image_id": sample.get("image_path", sample.get("image_id"))}
         answer = sample.get("answer")  # evaluation datasets give one, training datasets ``answers``
         if answers := sample.get("answers", [answer] if answer else None):
             asked = {"answers": answers, "weights": sample.get("weights", [1.0]), "kind": sample.get("kind", "answer")}
             return {**shown, "text_input": sample["text_input"], **asked}
         if "question_id" in sample:
             raise UserError("a dataset has questions without answers, which can't be scored; leave its split out")
-        return {**shown, "text_input": "", "answers": [sample["text_input"]], "weights": [1.0], "kind": CAPTION}
+        captions = sample.get("captions", [sample["text_input"]])
+        weights = [1 / len(captions)] * len(captions)
+        return {**shown, "text_input": "", "answers": captions, "weights": weights, "kind": CAPTION}
 
     def collater(self, samples: Sequence[Samples]) -> Samples:
         """Join samples into LAVIS's VQA batch: ``answer``, ``weight`` (A,), ``n_answers`` (B,); kinds and image ids."""
@@ -206,7 +208,8 @@ def asks(dataset: Any) -> bool:
 def references_of(samples: Samples) -> list[list[str]]:
     """Reference captions, answers, or continuations (``text_output``) of a batch, a list for each image."""
     if "text_output" in samples or "answer" not in samples:
-        return [[text] for text in samples.get("text_output") or samples["text_input"]]
+        single = [[text] for text in samples.get("text_output") or samples["text_input"]]
+        return single if "text_output" in samples else samples.get("captions", single)
     counts = samples.get("n_answers")
     counts = [1] * len(samples["answer"]) if counts is None else counts.tolist()
     answers = iter(samples["answer"])
