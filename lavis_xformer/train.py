@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
@@ -92,9 +93,14 @@ def build_runner(config: Any) -> Any:
     if options.resume != "auto" and not config.run_cfg.evaluate:
         jobs.check_unused(folder)  # the runner does so too, but after all models have been loaded
     rng.seed_everything(options.seed)
-    datasets = task.build_datasets(config)
-    check_splits(config.run_cfg, datasets)
-    model = task.build_model(config)
+    try:
+        datasets = task.build_datasets(config)
+        check_splits(config.run_cfg, datasets)
+        model = task.build_model(config)
+    except UserError:
+        with contextlib.suppress(OSError):  # it holds an earlier run, or another rank has removed it
+            folder.rmdir()
+        raise
     rng.seed_everything(rng.seed_of(options.seed, rank()))
     distributed.barrier()
     return runner_class(cfg=config, task=task, model=model, datasets=datasets, job_id=job_id)

@@ -728,6 +728,36 @@ def test_after_a_failed_run_no_other_begins(plan: Plan, monkeypatch: pytest.Monk
     assert len(begun) == 1
 
 
+def test_after_a_failed_run_the_other_variants_begin_if_told_to(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = []
+
+    def fail_a(cell: Cell) -> None:
+        begun.append((cell.variant, cell.seed, cell.stage.name))
+        if cell.variant == "a":
+            raise UserError(f"{cell.variant}, seed {cell.seed}, {cell.stage.name} failed: out of memory")
+        finish(cell)
+
+    monkeypatch.setattr(run, "run_cell", fail_a)
+    with pytest.raises(
+        UserError, match=r"^a, seed 1, first failed: out of memory; a, seed 2, first failed: out of memory$"
+    ):
+        run.run_all(plan.cells(["a", "b"], [1, 2]), keep_going=True)
+    stages = ("first", "second", "asked")
+    assert begun == [("a", 1, "first"), ("a", 2, "first"), *(("b", seed, stage) for seed in (1, 2) for stage in stages)]
+
+
+def test_stages_are_found_beside_the_yaml_that_names_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = content(tmp_path)
+    for stage in given["common"].values():
+        stage["config"] = Path(stage["config"]).name
+    make(tmp_path, given, "here")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert [Path(stage.config) for stage in read_plan("../here.yaml").stages] == [
+        tmp_path / "elsewhere" / ".." / name for name in ("stage1.yaml", "stage2.yaml", "stage2.yaml")
+    ]
+
+
 def test_a_wrong_key_of_any_run_stops_before_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[Cell] = []
     monkeypatch.setattr(run, "run_cell", begun.append)
@@ -828,7 +858,7 @@ def test_the_run_section_of_every_run_is_checked_as_the_run_does(evaluates: bool
 def test_what_was_finished_before_a_failure_is_reported(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(cells: Sequence[Cell], jobs: int) -> None:
+    def fail(cells: Sequence[Cell], jobs: int, **options: bool) -> None:
         pretend(plan)
         raise UserError("b, seed 2, first failed: out of memory")
 

@@ -455,6 +455,7 @@ def test_a_wrong_split_is_told_before_the_model_is_built(tmp_path: Path, monkeyp
     options = [f"run.output_dir={tmp_path}", "run.valid_splits=[vall]"]
     with pytest.raises(UserError, match=r"run\.valid_splits: 'vall'; did you mean 'val'\?"):
         build_runner(load_config("projects/xformer/pretrain.yaml", options))
+    assert not list(tmp_path.iterdir()), "an empty folder is left"
 
 
 @pytest.mark.parametrize("task", ["xformer_captioning", "xformer_vqa"])

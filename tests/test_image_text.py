@@ -121,6 +121,18 @@ def test_validate_exits_1_and_numbers_the_problems(photos: Path, capsys: pytest.
     assert "1 problems" in capsys.readouterr().out
 
 
+def test_validate_lists_rows_that_are_no_objects_beside_others(
+    photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = photos / "mixed.json"
+    path.write_text(json.dumps([{"image": "0.png", "caption": "a"}, 7, {"image": "gone.png", "caption": "b"}]))
+    assert main([str(path), "--image-root", str(photos)]) == 1
+    said = capsys.readouterr().out
+    assert "1 good rows, 1 images" in said
+    assert "row 2: not an object" in said
+    assert "row 3: no image file" in said
+
+
 def test_validate_questions(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"image": "1.png", "q": "how many?", "a": a} for a in (["2", "2"], 3, "2")]
     command = [str(write(photos, rows)), "--image-root", str(photos)]

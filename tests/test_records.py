@@ -67,6 +67,7 @@ def test_rows_key_chooses_among_several_lists(tmp_path: Path) -> None:
             "1 of 2 rows are wrong: row 2: more fields than the header; quote texts that contain commas",
         ),
         ("a.csv", "image;caption\na.jpg;one\n", "its columns are separated by semicolons; CSV needs commas"),
+        ("a.csv", "image\tcaption\na.jpg\tone, two\n", "its columns are separated by tabs; CSV needs commas"),
         ("a.csv", 'image,caption\n"a.jpg","one"\nb.jpg\n', "row 2: fewer fields than the header: no 'caption'"),
         ("a.csv", 'image,caption\na.jpg,"' + "x" * 200_000, "not CSV: field larger than field limit"),
     ],

@@ -249,6 +249,11 @@ def test_an_epoch_of_another_size_is_told_where_its_order_depends_on_it(tmp_path
     assert "its epochs had" not in caplog.text
     toy_training.make_runner(tmp_path, **within, iters_per_epoch=4, batch_size_train=4).train()
     assert "its epochs had 32 samples, now they have 16" in caplog.text
+    within["resume_ckpt_path"] = str(first.output_dir / "checkpoint_0_step2.pth")
+    shrunk = toy_training.make_runner(tmp_path, **within, iters_per_epoch=4, batch_size_train=4)
+    with pytest.raises(UserError, match=r"saved after 16 of its epoch's 32 samples, .* has 16: .* set it to 8, else"):
+        shrunk.train()
+    assert not list(shrunk.output_dir.glob("*.pth")), "it would count as finished"
 
 
 def test_a_checkpoint_of_another_model_is_no_start_of_this_run(unbroken, tmp_path):

@@ -245,6 +245,10 @@ def _read(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
             if not isinstance(name, str):
                 raise UserError(f"{file}: {section}: YAML doesn't read the name {name!r} as text; put it in quotes")
             _mapping(f"{file}: {section}.{name}", given)
+    for given in (content.get("common") or {}).values():
+        config = (given or {}).get("config")
+        if isinstance(config, str) and not Path(config).is_file() and (beside := file.parent / config).is_file():
+            given["config"] = str(beside.absolute())
     variants: dict[str, Any] = content.get("variants") or {}
     if "extends" not in content:
         return content | {"variants": {name: given or {} for name, given in variants.items()}}

@@ -50,8 +50,8 @@ def collect(plan: Plan) -> Json:
         "baseline": plan.baseline,
         "claim": plan.claim,
         "code": code(),
-        "planned": len(cells),
-        "finished": len(done),
+        "planned": len({cell.folder for cell in cells}),
+        "finished": len({cell.folder for cell in done}),
         "asked": {
             stage.name: distinct(way for of in variants.values() for way in of["asked"].get(stage.name, ()))
             for stage in plan.stages

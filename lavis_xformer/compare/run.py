@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--jobs", type=at_least(1), default=1, metavar="N", help="runs in parallel, even on one GPU (default: 1)"
     )
+    parser.add_argument("--keep-going", action="store_true", help="if a run fails, go on with the other variants")
     parser.add_argument("--list", action="store_true", help="list the runs and which are finished; run nothing")
     args = parser.parse_args(argv)
     plan = replace(read_plan(args.plan), lenient=args.lenient)
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     check_configurations(cells)
     folder_of(plan)
     try:
-        run_all(cells, args.jobs)
+        run_all(cells, args.jobs, keep_going=args.keep_going)
     except UserError:
         print(write(plan))  # what has been finished
         raise
@@ -72,27 +73,37 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def run_all(cells: Sequence[Cell], jobs: int = 1) -> None:
+def run_all(cells: Sequence[Cell], jobs: int = 1, *, keep_going: bool = False) -> None:
     """Run the unfinished cells: the stages of a variant's seed one after the other, ``jobs`` such chains in parallel.
 
     A run that several chains share is run by the first to reach it, while the others wait.
 
     Raises:
-        UserError: a run has failed; those in progress were waited for, and no other was started.
+        UserError: a run has failed; those in progress were waited for, and no other was started, or with
+            ``keep_going`` none that builds on it.
     """
     numbered = enumerate(cells, start=1)
     chains = [list(chain) for _, chain in itertools.groupby(numbered, key=lambda pair: (pair[1].variant, pair[1].seed))]
     locks = {cell.folder: threading.Lock() for cell in cells}
     halted = threading.Event()
+    failed: dict[Path, str] = {}
 
     def run_chain(chain: Sequence[tuple[int, Cell]]) -> None:
-        """Run the unfinished cells of a chain, unless another chain has failed."""
+        """Run the unfinished cells of a chain, up to one that fails, unless another chain has failed."""
         try:
             for number, cell in chain:
                 with locks[cell.folder]:
-                    if not halted.is_set() and not cell.finished:
+                    if halted.is_set() or cell.folder in failed:
+                        return
+                    if not cell.finished:
                         announce(cell, f"[{number}/{len(cells)}]")
                         run_cell(cell)
+        except UserError as error:
+            failed[cell.folder] = str(error)
+            if keep_going:
+                print(f"  {error}", flush=True)
+            else:
+                halted.set()
         except BaseException:
             halted.set()
             raise
@@ -104,6 +115,8 @@ def run_all(cells: Sequence[Cell], jobs: int = 1) -> None:
         except BaseException:  # also Ctrl-C, which every run receives as well
             halted.set()
             raise
+    if failed:
+        raise UserError("; ".join(failed.values()))
 
 
 @contextlib.contextmanager

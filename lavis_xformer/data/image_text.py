@@ -7,8 +7,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lavis_xformer.data.records import Row, absent_images, odd_entry, read_rows, refuse_wrong_rows, strings
+from lavis_xformer.data.records import (
+    NO_OBJECT,
+    Row,
+    absent_images,
+    odd_entry,
+    read_entries,
+    refuse_wrong_rows,
+    strings,
+)
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,7 @@ def load(
     """Read one annotation file and check every row before anything is trained on it.
 
     Args:
-        path: the annotation file, see :func:`lavis_xformer.data.records.read_rows`.
+        path: the annotation file, see :func:`lavis_xformer.data.records.read_entries`.
         keys: what the rows hold, and where.
         image_root: the folder that the rows' paths are relative to.
         rows_key: which key of a JSON object holds the list.
@@ -120,14 +129,14 @@ def load(
     Raises:
         UserError: the file, the image folder or some rows are wrong; the message names the first.
     """
-    rows = read_rows(path, rows_key=rows_key)
+    rows = read_entries(path, rows_key=rows_key)
     records, problems = check(rows, keys, image_root=image_root, check_files=check_files)
     refuse_wrong_rows(path, problems, len(rows))
     return records
 
 
 def check(
-    rows: Sequence[tuple[int, Row]],
+    rows: Sequence[tuple[int, Any]],
     keys: Keys,
     *,
     image_root: str | Path = "",
@@ -138,7 +147,7 @@ def check(
     Raises:
         UserError: the image folder does not exist.
     """
-    parsed = {number: keys.parse(number, row) for number, row in rows}
+    parsed = {number: keys.parse(number, row) if isinstance(row, dict) else NO_OBJECT for number, row in rows}
     problems = {number: what for number, what in parsed.items() if isinstance(what, str)}
     records = [record for record in parsed.values() if not isinstance(record, str)]
     if check_files:

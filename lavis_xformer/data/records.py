@@ -17,6 +17,7 @@ from typing import Any
 from lavis_xformer.errors import UserError
 
 Row = dict[str, Any]
+NO_OBJECT = "not an object"
 _SHOWN = 3  # problems that an error message spells out
 _LONGEST = 40  # characters of an entry that it shows
 
@@ -27,7 +28,18 @@ def expand(path: str | Path) -> Path:
 
 
 def read_rows(path: str | Path, *, rows_key: str | None = None) -> list[tuple[int, Row]]:
-    """Read the rows of a JSON, JSONL or CSV file.
+    """Read the rows of a file as :func:`read_entries` does, and check that each is an object.
+
+    Raises:
+        UserError: the file can't be read, or a row is not an object.
+    """
+    rows = read_entries(path, rows_key=rows_key)
+    refuse_wrong_rows(path, [(n, NO_OBJECT) for n, row in rows if not isinstance(row, dict)], len(rows))
+    return rows
+
+
+def read_entries(path: str | Path, *, rows_key: str | None = None) -> list[tuple[int, Any]]:
+    """Read the entries of a JSON, JSONL or CSV file.
 
     Args:
         path: a JSON list, a JSON object that holds a list, JSON lines (whatever the file's extension),
@@ -35,11 +47,11 @@ def read_rows(path: str | Path, *, rows_key: str | None = None) -> list[tuple[in
         rows_key: which key of a JSON object holds the list; may be left out if only one does.
 
     Returns:
-        Row numbers, from 1 (lines of a JSONL file), and the rows.
+        Row numbers, from 1 (lines of a JSONL file), and what stands there: objects, if the file is right.
 
     Raises:
-        UserError: the file is missing, has none of these formats, or holds no rows, a row that is not an
-            object, or a CSV row with more or fewer fields than the header.
+        UserError: the file is missing, has none of these formats, or holds no rows, or a CSV row with more or fewer
+            fields than the header.
     """
     path = expand(path)
     try:
@@ -53,7 +65,6 @@ def read_rows(path: str | Path, *, rows_key: str | None = None) -> list[tuple[in
     rows = _parse_csv(text, path) if path.suffix.lower() == ".csv" else _parse_json(text, path, rows_key)
     if not rows:
         raise UserError(f"{path}: holds no rows")
-    refuse_wrong_rows(path, [(n, "not an object") for n, row in rows if not isinstance(row, dict)], len(rows))
     return rows
 
 
@@ -79,8 +90,10 @@ def _parse_csv(text: str, path: Path) -> list[tuple[int, Any]]:
         rows = list(enumerate(table, start=1))
     except csv.Error as error:
         raise UserError(f"{path}: not CSV: {error}") from error
-    if len(names := list(table.fieldnames or ())) == 1 and ";" in names[0]:
-        raise UserError(f"{path}: its columns are separated by semicolons; CSV needs commas")
+    if len(names := list(table.fieldnames or ())) == 1:
+        for other, what in ((";", "semicolons"), ("\t", "tabs")):
+            if other in names[0]:
+                raise UserError(f"{path}: its columns are separated by {what}; CSV needs commas")
     refuse_wrong_rows(path, [(number, what) for number, row in rows if (what := _misfit(row))], len(rows))
     return rows
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from lavis_xformer.arguments import at_least, command_parser
 from lavis_xformer.data.image_text import Keys, Pair, PairKeys, Question, QuestionKeys, Record, check, wrong_ids
 from lavis_xformer.data.photos import PhotoError, open_photo
-from lavis_xformer.data.records import expand, read_rows
+from lavis_xformer.data.records import expand, read_entries
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.question_key
         else PairKeys(image=options.image_key, caption=options.caption_key, image_id=options.id_key)
     )
-    rows = read_rows(options.file, rows_key=options.rows_key)
+    rows = read_entries(options.file, rows_key=options.rows_key)
     records, problems = check(rows, keys, image_root=options.image_root)
     if options.question_key and options.id_key:
         problems += wrong_ids([record for record in records if isinstance(record, Question)], options.id_key)

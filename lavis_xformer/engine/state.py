@@ -160,17 +160,27 @@ class TrainingState:
         if before != now:
             logger.warning("%s: the batch over all processes was %d samples, now it is %d", source, before, now)
         if not content["epoch_done"]:
-            self._warn_of_another_epoch(content, source)
+            self._compare_epochs(content, position, source)
         return position
 
-    def _warn_of_another_epoch(self, content: dict[str, Any], source: str) -> None:
-        """Warn if the rest of an epoch is drawn from another order, as the data or the size of a mixture changed."""
+    def _compare_epochs(self, content: dict[str, Any], position: Position, source: str) -> None:
+        """Warn if the rest of an epoch is drawn from another order, as the data or the size of a mixture changed.
+
+        Raises:
+            UserError: the epoch has become so short that nothing of it would be left.
+        """
         sizes = content["joined_batch"], self.joined_batch
         before = sizes[0] * content.get("batches_per_epoch", self.batches_per_epoch)
         now = sizes[1] * self.batches_per_epoch
         mixed = any(self.config["run"].get(key) for key in ("train_dataset_ratios", "iters_per_epoch", "max_iters"))
         kept = mixed or sizes[0] == sizes[1]  # else the same data fill more or fewer batches
         if abs(before - now) >= (1 if kept else max(sizes)):
+            if position.batches >= self.batches_per_epoch:
+                raise UserError(
+                    f"{source} was saved after {position.batches * sizes[1]} of its epoch's {before} samples, but here "
+                    f"an epoch has {now}: nothing of it is left to train; with run.iters_per_epoch, set it to "
+                    f"{-(-before // sizes[1])}, else give the run the data it had"
+                )
             logger.warning(
                 "%s: its epochs had %d samples, now they have %d: are the training data, and run.iters_per_epoch times "
                 "the batch, the same? The rest of this epoch repeats some samples and omits others",
