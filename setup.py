@@ -89,7 +89,7 @@ setup(
         "packaging>=21",
         "pycocoevalcap>=1.2",
     ],
-    extras_require={"dev": ["pytest>=7", "ruff>=0.6", "mypy>=1.8"]},
+    extras_require={"dev": ["pytest>=7", "pytest-xdist>=3", "ruff>=0.6", "mypy>=1.8"]},
     packages=find_packages(include=["lavis_xformer", "lavis_xformer.*"]),
     package_dir={"": "."},
     package_data={"lavis_xformer": ["assets/**", "py.typed"]},

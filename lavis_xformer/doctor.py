@@ -70,7 +70,7 @@ class Finding:
 def main(argv: Sequence[str]) -> int:
     """Run all checks, print a line for each, and return 1 where something is wrong, else 0."""
     parser = command_parser("doctor", __doc__)
-    parser.add_argument("--cfg-path", help="a run's YAML, whose names, keys and files are checked too")
+    parser.add_argument("--cfg-path", help="a run's YAML, whose names, keys and paths are checked too")
     parser.add_argument("--options", nargs="+", action="extend", default=[], help="section.key=value, as for the run")
     arguments = parser.parse_args(argv)
     if arguments.options and not arguments.cfg_path:

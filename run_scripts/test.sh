@@ -5,4 +5,4 @@ source "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/setup_env.sh"
 cd "$ROOT"
 "$PYTHON" -m ruff check .
 "$PYTHON" -m mypy
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@" # two processes; -n 0 for a debugger

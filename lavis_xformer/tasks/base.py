@@ -62,8 +62,9 @@ class NamedLossTask(BaseTask):
         """Return the metrics of a split, equal on all ranks.
 
         Terms are averaged over batches, weighted by their samples; in a rank's last batch, which repeats samples to be
-        full, the repeats enter its mean. Terms that contrast the samples of a batch (ITC, ITM) depend on
-        the global batch size (``batch_size_eval`` times the processes): compare them at equal sizes only.
+        full, the repeats enter its mean. Terms that contrast the samples of a batch (ITC, ITM), and means over its
+        tokens (ITG, LM), depend on the global batch size (``batch_size_eval`` times the processes): compare them at
+        equal sizes only.
         """
         self._divided = hasattr(data_loader.sampler, "num_replicas")
         device = next(model.parameters()).device
