@@ -184,7 +184,7 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
         logger.warning("%s doesn't record its settings: those of %s are taken", checkpoint, path)
     parts = cfg.model.get("train_only")  # the file may hold no fusion then
     has_fusion = cfg.model.get("fusion", "dual") != "none"
-    state = read_checkpoint(str(checkpoint), key="pretrained")
+    state, _ = read_checkpoint(str(checkpoint), key="pretrained")
     blip2 = has_fusion and not parts and is_blip2(state)
     said = _training(content) | _figures(checkpoint, content)
     if BROUGHT_CLIP in state and not cfg.model.get("blip2_pretrained"):

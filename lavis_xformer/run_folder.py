@@ -13,7 +13,7 @@ from typing import Any
 
 from lavis_xformer.errors import UserError
 
-LOG, CONFIG, SUMMARY = "log.jsonl", "config.json", "summary.json"
+LOG, CONFIG, SUMMARY, BEST = "log.jsonl", "config.json", "summary.json", "checkpoint_best.pth"
 
 Record = dict[str, Any]
 

@@ -28,7 +28,7 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.files import make_folder
 from lavis_xformer.models.parts import reads_mae
 from lavis_xformer.paths import PARTS, checkpoints_of
-from lavis_xformer.run_folder import LOG, SUMMARY
+from lavis_xformer.run_folder import BEST, LOG, SUMMARY
 from lavis_xformer.tasks.benchmark import BenchmarkTask
 
 #: what tasks call to evaluate a model: LAVIS's, with ours derived from them, and our own
@@ -155,18 +155,11 @@ def task_of(config: Any) -> Any:
         task = setup_task(config)
     except ConfigAttributeError as error:
         raise UserError(f"{error.full_key}: missing; run.task {run.task} needs it") from error
-    if run.get("valid_splits") or run.get("test_splits"):
-        for kind, method in METHODS.items():
-            if isinstance(task, kind):
-                _check_method(config, method)
+    arch, evaluates = config.model_cfg.arch, run.get("valid_splits") or run.get("test_splits")
+    for kind, method in METHODS.items():
+        if evaluates and isinstance(task, kind) and not hasattr(registry.get_model_class(arch), method):
+            raise UserError(f"run.task: {run.task} needs a model with {method}(), which model.arch {arch} lacks")
     return task
-
-
-def _check_method(config: Any, method: str) -> None:
-    """Check that the configuration's model has a method that its task calls."""
-    task, arch = config.run_cfg.task, config.model_cfg.arch
-    if not hasattr(registry.get_model_class(arch), method):
-        raise UserError(f"run.task: {task} needs a model with {method}(), which model.arch {arch} lacks")
 
 
 def runner_of(run_cfg: Mapping[str, Any]) -> Any:
@@ -194,7 +187,7 @@ def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
         drawn = f"\nreport      can't be written: {error}"
     except UserError:
         pass  # nothing was left to train: the log here has no step
-    best = folder / checkpoint.BEST
+    best = folder / BEST
     newest = best if best.exists() else next(iter(checkpoint.listed(folder)), None)
     print(f"\ncheckpoint  {show(newest)}\nlog         {show(folder / LOG)}{drawn}")
     if runner.options.next_command:

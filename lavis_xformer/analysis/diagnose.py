@@ -74,6 +74,7 @@ def main(argv: Sequence[str]) -> int:
 def run(config: Any, split: str, *, batches: int) -> str:
     """Make all checks, write ``diagnosis.json`` and return what to print; the runner does not outlive this call."""
     runner = build_runner(config)
+    runner.check_splits_to_come()
     model = runner.unwrap_dist_model(runner.model).eval()
     pair = two_images(split, runner.dataloaders[split].dataset) if model.fusion.needs_mae else None
     other: Mapping[str, float] = {}

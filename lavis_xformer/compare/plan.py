@@ -21,12 +21,12 @@ from lavis_xformer.compare.inputs import SOFTWARE, changes, inputs_of, read_yaml
 from lavis_xformer.errors import UserError, nearest, whole
 from lavis_xformer.files import read_json
 from lavis_xformer.paths import project_path, shipped_folder
+from lavis_xformer.run_folder import BEST
 
 KEYS = ("extends", "output", "seeds", "baseline", "claim", "processes", "common", "variants")
 STAGE_KEYS = ("config", "evaluate", "options")
 #: of a variant, besides options of single stages: options of every stage, stages to skip, seeds of its own
 VARIANT_KEYS = ("every", "skip", "seeds")
-BEST = "checkpoint_best.pth"
 INPUTS, CELL = "inputs.json", "cell.json"
 WEIGHTS = "model.pretrained (sha256)"  # among the inputs
 

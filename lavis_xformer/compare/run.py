@@ -26,13 +26,13 @@ from pathlib import Path
 from lavis_xformer.arguments import at_least, command_parser
 from lavis_xformer.compare import inputs
 from lavis_xformer.compare.figures import draw
-from lavis_xformer.compare.plan import BEST, CELL, INPUTS, Cell, Plan, read_plan
+from lavis_xformer.compare.plan import CELL, INPUTS, Cell, Plan, read_plan
 from lavis_xformer.compare.results import collect
 from lavis_xformer.compare.tables import markdown
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import make_folder, read_json, write_json, write_text
 from lavis_xformer.paths import project_path
-from lavis_xformer.run_folder import SUMMARY
+from lavis_xformer.run_folder import BEST, SUMMARY
 
 SAID = "console.txt"
 EARLIER = "spent.json"  # time and memory of a run so far, over all restarts

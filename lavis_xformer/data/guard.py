@@ -22,11 +22,10 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from lavis_xformer.data.packed import PackedRows
 from lavis_xformer.data.photos import describe, strict_decoding
-from lavis_xformer.errors import UserError, one_of
+from lavis_xformer.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-ON_CORRUPT = ("skip", "raise")
 MANY = 100_000  # from this many annotations on, they are packed
 SHOWN = 20  # warnings about bad samples; after that, one for every thousand
 
@@ -62,12 +61,9 @@ class GuardedDataset(Dataset):
             on_corrupt: ``skip`` or ``raise``.
             max_in_a_row: raise on this many bad samples in a row, which are no accident but a dataset
                 that vanished or a wrong configuration.
-
-        Raises:
-            UserError: ``on_corrupt`` is neither.
         """
         self.dataset = dataset
-        self.on_corrupt = one_of("on_corrupt", on_corrupt, ON_CORRUPT)
+        self.on_corrupt = on_corrupt
         self.max_in_a_row = max_in_a_row
         self._noted = 0  # by this process
         # One flag per sample, in memory that the loader's workers share with this process.

@@ -21,13 +21,13 @@ import torch
 
 from lavis_xformer.errors import UserError, first_line
 from lavis_xformer.files import flush_folder, replacing, temporary_of
+from lavis_xformer.run_folder import BEST
 
 FORMAT = "lavis_xformer/checkpoint/1"
 #: transient errors of the machine, a disk or a network
 PASSING = frozenset(
     {errno.EIO, errno.ENOMEM, errno.ESTALE, errno.EACCES, errno.EPERM, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}
 )
-BEST = "checkpoint_best.pth"
 _NAME = re.compile(r"checkpoint_(\d+)(?:_step(\d+))?\.pth")
 
 logger = logging.getLogger(__name__)

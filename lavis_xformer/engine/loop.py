@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
@@ -25,13 +25,6 @@ from lavis_xformer.errors import UserError, first_line, lost_worker, worker_is_g
 from lavis_xformer.state_dicts import trainable_state
 
 logger = logging.getLogger(__name__)
-
-
-class Schedule(Protocol):
-    """LAVIS's interface for a learning rate schedule."""
-
-    def step(self, cur_epoch: int, cur_step: int) -> None:
-        """Set the learning rate of a step."""
 
 
 @dataclass
@@ -75,7 +68,7 @@ class EpochLoop:
         self,
         *,
         stepper: Stepper,
-        schedule: Schedule,
+        schedule: Any,
         position: Position,
         averages: Averages,
         options: RunOptions,

@@ -13,7 +13,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -23,27 +23,11 @@ from webdataset.shardlists import expand_urls
 
 from lavis_xformer.distributed import rank, world_size
 from lavis_xformer.engine import rng
-from lavis_xformer.engine.sampling import permutation, shielded
+from lavis_xformer.engine.sampling import ReplayLoader, permutation, shielded
 from lavis_xformer.errors import UserError
 from lavis_xformer.state_dicts import listing
 
 logger = logging.getLogger(__name__)
-
-
-class FaultHandler(Protocol):
-    """Decides what happens to samples that can't be read."""
-
-    def shard_fault(self, error: Exception) -> bool:
-        """Handle an error in reading shards: return True to skip, or raise."""
-
-    def sample_fault(self, error: Exception) -> bool:
-        """Handle an error in decoding or processing the current sample: return True to skip it, or raise."""
-
-    def remember(self, samples: Iterator[Any]) -> Iterator[Any]:
-        """Pass samples through, remembering the last one as the current sample."""
-
-    def watch(self, samples: Iterator[Any], *, source: str) -> Iterator[Any]:
-        """Pass fully processed samples through; raise if ``source`` yielded none."""
 
 
 class ShardStream(IterableDataset[Any]):
@@ -52,7 +36,7 @@ class ShardStream(IterableDataset[Any]):
     Its shard source, ``split_by_*`` stages, shuffling seeds and error handlers are replaced; its other stages stay.
     """
 
-    def __init__(self, pipeline: Any, *, seed: int, guard: FaultHandler, lanes: int = 1) -> None:
+    def __init__(self, pipeline: Any, *, seed: int, guard: Any, lanes: int = 1) -> None:
         """Take a ``webdataset.DataPipeline`` apart; ``lanes`` counts the lanes of all processes.
 
         Raises:
@@ -141,23 +125,10 @@ class StreamLoader(DataLoader[Any]):
         return iterator
 
 
-class EpochLoader(Protocol):
-    """A training loader: ``ReplayLoader``, ``StreamLoader`` or ``JoinedLoader``."""
-
-    def __len__(self) -> int:
-        """Return the number of batches in an epoch."""
-
-    def __iter__(self) -> Iterator[Any]:
-        """Yield the batches from where ``start`` has set the loader."""
-
-    def start(self, *, epoch: int, skip_batches: int = 0) -> None:
-        """Choose where the next iteration begins."""
-
-
 class JoinedLoader:
     """Loaders that take turns, batch by batch, in an order seeded by (seed, epoch), the same on all ranks."""
 
-    def __init__(self, loaders: Sequence[EpochLoader], *, seed: int) -> None:
+    def __init__(self, loaders: Sequence[Any], *, seed: int) -> None:
         self.loaders, self.seed = loaders, seed
         self.start(epoch=0)
 
@@ -179,3 +150,7 @@ class JoinedLoader:
         iterators = [iter(loader) for loader in self.loaders]
         for turn in self._turns:
             yield next(iterators[turn])
+
+
+#: a training loader
+EpochLoader = ReplayLoader | StreamLoader | JoinedLoader

@@ -142,7 +142,7 @@ def _load_own(
     may_miss: str = NOTHING,
     held: Sequence[str] = (),
 ) -> LoadReport:
-    state, trained = _read(source, key=key)
+    state, trained = read_checkpoint(source, key=key)
     if is_blip2(state) and not is_frozen(model.fusion):
         raise UserError(
             f"model.{key}: '{source}' is a checkpoint of BLIP-2, without X-Former's fusion; "
@@ -159,7 +159,7 @@ def _load_own(
 
 def _load_blip2(model: Any, source: str, cfg: DictConfig) -> LoadReport:
     key = "blip2_pretrained"
-    state, trained = _read(source, key=key)
+    state, trained = read_checkpoint(source, key=key)
     if not is_blip2(state):
         raise UserError(f"model.{key}: '{source}' is a checkpoint of X-Former; set model.pretrained to it instead")
     if trained:
@@ -270,22 +270,20 @@ def _setting(config: Any, name: str) -> Any:
     return Path(value).name if isinstance(value, str) else value
 
 
-def read_checkpoint(source: str, *, key: str) -> dict[str, Tensor]:
-    """Read the weights of a checkpoint; pickled code is refused.
+def read_checkpoint(source: str, *, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint; pickled code is refused.
 
     Args:
         source: a URL, a ``.safetensors`` file, an exported folder, a LAVIS ``.pth`` file, or a shipped one
             (``assets://...``).
         key: the configuration key that named it, for messages.
 
+    Returns:
+        Its weights, and the ``model`` configuration that they were trained with, empty if the file doesn't have it.
+
     Raises:
         UserError: the file is missing or truncated, or holds more than tensors and plain values.
     """
-    return _read(source, key=key)[0]
-
-
-def _read(source: str, *, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights, and the ``model`` configuration that they were trained with, empty if the file doesn't have it."""
     path = Path(download(source, key=key) if is_url(source) else resolve(source))
     config: Any = {}
     if path.is_dir():

@@ -213,7 +213,7 @@ class XFormerRunner(PortableRunner):
 
     def _load_evaluated(self) -> None:
         """Load what ``resume_ckpt_path`` names, else this folder's best if no weights but its start's are named."""
-        best, ran = self.output_dir / checkpoint.BEST, self.output_dir / run_folder.CONFIG
+        best, ran = self.output_dir / run_folder.BEST, self.output_dir / run_folder.CONFIG
         started_from = checkpoints_of(read_json(ran)["model"]) if ran.exists() else {}
         none_else = checkpoints_of(self.config.model_cfg).items() <= started_from.items()
         path = self.resume_ckpt_path or (str(best) if best.exists() and none_else else None)
@@ -278,7 +278,7 @@ class XFormerRunner(PortableRunner):
         """Give the checkpoint from an epoch's end its second name, that of the best."""
         saved = self.output_dir / checkpoint.name_of(epoch)
         if is_main() and saved.exists():
-            checkpoint.alias(saved, self.output_dir / checkpoint.BEST)
+            checkpoint.alias(saved, self.output_dir / run_folder.BEST)
 
     def _save_checkpoint(self) -> None:
         """Save the current position; must be called on all ranks."""
@@ -333,7 +333,7 @@ class XFormerRunner(PortableRunner):
     def _go_on_from(self, path: str) -> None:
         """Resume from a checkpoint, which may be one of LAVIS's own runner."""
         self.state.restore(checkpoint.read(Path(path)), source=path)
-        if not distributed.share((self.output_dir / checkpoint.BEST).exists()):
+        if not distributed.share((self.output_dir / run_folder.BEST).exists()):
             self.state.best = {}  # its weights are in another folder
         position = self.state.position
         logger.info("resuming from %s: epoch %d, step %d", path, position.epoch, position.steps)
@@ -342,7 +342,7 @@ class XFormerRunner(PortableRunner):
 
     def _load_best(self) -> None:
         """Load the weights of the best checkpoint; without one, keep the last and say so."""
-        path = self.output_dir / checkpoint.BEST
+        path = self.output_dir / run_folder.BEST
         if path.exists():
             load_trainable(self.unwrap_dist_model(self.model), checkpoint.read(path)["model"], source=str(path))
         else:

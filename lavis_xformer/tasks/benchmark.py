@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from lavis_xformer.tasks.protocols import (
     tell_unanswered,
     write_result,
 )
+from lavis_xformer.tasks.rows import truth_of
 
 logger = logging.getLogger(__name__)
 
@@ -86,22 +87,14 @@ class BenchmarkTask(BaseTask):
         Raises:
             UserError: the scorer doesn't support this kind of question.
         """
-        self._check_kinds(dataset)
-
-    def _check_kinds(self, dataset: Any) -> None:
         reads, kinds = SCORERS[self.scorer], {kind_of(dataset, row) for row in dataset.annotation}
         if reads is not None and not kinds <= reads:
             unread = ", ".join(sorted(kinds - reads))
             raise UserError(f"run.scorer: '{self.scorer}' can't score answers of kind {unread}; use strict")
 
     def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
-        """Keep the dataset, which holds the true answers.
-
-        Raises:
-            UserError: as for :meth:`check_split`.
-        """
+        """Keep the dataset, which holds the true answers."""
         super().before_evaluation(model, dataset, **kwargs)
-        self._check_kinds(dataset)
         self._dataset = dataset
 
     def evaluation(self, model: Any, data_loader: DataLoader[Any], cuda_enabled: bool = True) -> dict[int, str]:
@@ -185,13 +178,6 @@ def items(dataset: Any, answers: Mapping[int, str]) -> list[Item]:
 def kind_of(dataset: Any, row: Row) -> str:
     """Return the kind of a question: its own, the dataset's, or ``exact``."""
     return str(row.get("kind") or getattr(dataset, "kind", "exact"))
-
-
-def truth_of(row: Row) -> str:
-    """Return the most frequent of the answers that annotators gave to a question, the first of equals; "" if none."""
-    given = row.get("answers", row.get("answer")) or []
-    votes = Counter(map(str, [given] if isinstance(given, str) else given))
-    return votes.most_common(1)[0][0] if votes else ""
 
 
 def grouped(found: Sequence[Item]) -> dict[str, list[Item]]:

@@ -22,17 +22,13 @@ from lavis_xformer.distributed import is_main
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import read_json
 from lavis_xformer.tasks.protocols import Row, tell_unanswered
-from lavis_xformer.tasks.rows import answer_row
+from lavis_xformer.tasks.rows import answer_row, truth_of
 from lavis_xformer.tasks.vqa import AsksByProtocol
 from lavis_xformer.tasks.vqa_files import check_unique, tell_skipped
 
 logger = logging.getLogger(__name__)
 
 TYPES = ("structural", "semantic")
-NO_TRUTHS = (
-    "run.task: xformer_gqa needs samples with the true answer, which this dataset's have not; "
-    "for questions in VQA's format, such as coco_vqa, use xformer_vqa"
-)
 
 
 @registry.register_task("xformer_gqa")
@@ -46,36 +42,22 @@ class XFormerGQATask(AsksByProtocol, GQATask):
     CONFIG_KEYS = AsksByProtocol.CONFIG_KEYS | {"question_types"}
 
     def check_split(self, name: str, dataset: Any) -> None:
-        """Check, before training, the first sample of a split and the file of the questions' types.
+        """Check, before training, the first sample of a split, its ids and the file of the questions' types.
 
         Raises:
-            UserError: it has no true answer, not even None; the file lacks questions; or it has nothing to rank.
+            UserError: it has no true answer, not even None; two questions have the same id; the file lacks questions;
+                or there is nothing to rank.
         """
         super().check_split(name, dataset)
-        if len(dataset) and {"answer", "answers"}.isdisjoint(dataset[0]):
-            raise UserError(NO_TRUTHS)
-        if self.config["run"].get("question_types"):
-            self._types({str(row["question_id"]): row for row in dataset.annotation})
-
-    def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
-        """Keep the dataset.
-
-        Raises:
-            UserError: two questions have the same id.
-        """
         if isinstance(rows := getattr(dataset, "annotation", None), list):  # not scenes, which number theirs
             check_unique(row["question_id"] for row in rows)
-        super().before_evaluation(model, dataset, **kwargs)
-
-    def valid_step(self, model: Any, samples: Row) -> list[Row]:
-        """Ask as LAVIS does.
-
-        Raises:
-            UserError: the samples have no true answers, not even None.
-        """
-        if "answer" not in samples:
-            raise UserError(NO_TRUTHS)
-        return super().valid_step(model, samples)
+        if len(dataset) and {"answer", "answers"}.isdisjoint(dataset[0]):
+            raise UserError(
+                "run.task: xformer_gqa needs samples with the true answer, which this dataset's have not; "
+                "for questions in VQA's format, such as coco_vqa, use xformer_vqa"
+            )
+        if self.config["run"].get("question_types"):
+            self._types({str(row["question_id"]): row for row in dataset.annotation})
 
     def _report_metrics(self, result_file: str, split: str) -> dict[str, float] | None:
         """Score as LAVIS does, and by type; questions without a true answer are kept, and None if there are no others.
@@ -97,7 +79,7 @@ class XFormerGQATask(AsksByProtocol, GQATask):
         asked = {str(result["question_id"]) for result in results}
         rows = [row for row in self.dataset.annotation if str(row["question_id"]) not in asked]
         tell_skipped(len(rows))
-        return [{"question_id": row["question_id"], "pred_ans": "", "gt_ans": true_answer(row)} for row in rows]
+        return [{"question_id": row["question_id"], "pred_ans": "", "gt_ans": truth_of(row) or None} for row in rows]
 
     def _answers(self, results: Iterable[Row]) -> list[Row]:
         """Return a row per answer; ``correct`` is left out where there is no true answer, as in a test split."""
@@ -161,9 +143,3 @@ def gqa_figures(answers: Iterable[Row]) -> dict[str, float]:
         figures |= {f"majority{end}": 100 * most / len(members), f"n{end}": len(members)}
     figures["majority"] = 100 * sum(max(counter.values()) for counter in truths.values()) / figures["n"]
     return {"agg_metrics": figures["accuracy"], **figures}
-
-
-def true_answer(row: Row) -> str | None:
-    """Return the true answer of an annotation for GQA's task, the most frequent if there are several, or None."""
-    given = row.get("answers") or row.get("answer")
-    return Counter(given).most_common(1)[0][0] if isinstance(given, list) else given

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -31,3 +33,10 @@ def answer_row(
     row = {"question_id": number, "image": image, "question": question, "kind": kind, "group": group or kind}
     scores = {"correct": correct, "guess": guess}
     return {**row, **more, **{name: score for name, score in scores.items() if score is not None}}
+
+
+def truth_of(row: Mapping[str, Any]) -> str:
+    """Return the most frequent of the answers that annotators gave to a question, the first of equals; "" if none."""
+    given = row.get("answers") or row.get("answer") or []
+    votes = Counter(map(str, given if isinstance(given, list) else [given]))
+    return votes.most_common(1)[0][0] if votes else ""

@@ -151,15 +151,6 @@ class XFormerVQATask(AsksByProtocol, VQATask):
         super().check_split(name, dataset)
         check_vqa(dataset)
 
-    def before_evaluation(self, model: Any, dataset: Any, **kwargs: Any) -> None:
-        """Keep the dataset.
-
-        Raises:
-            UserError: as for :meth:`check_split`.
-        """
-        check_vqa(dataset)
-        super().before_evaluation(model, dataset, **kwargs)
-
     def _report_metrics(self, result_file: str, split: str) -> dict[str, float] | None:
         """Score with LAVIS's VQA tools, and keep every question's accuracy; None for a split without true answers."""
         if not is_main():
