@@ -73,35 +73,35 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_xformer(vocab_folder: Path, tiny_mae_model: Any) -> Any:
-    """A factory of stage-1 models at toy size, ``make_xformer(fusion="dual", **arguments)``; always the same seed."""
+def make_parts(vocab_folder: Path, tiny_mae_model: Any) -> Any:
+    """A factory of a model's parts at toy size, ``make_parts(fusion, init)``; always the same seed."""
     from copy import deepcopy
 
+    from toy_xformer import toy_parts
     from transformers import BertConfig
 
     from lavis_xformer.models import towers
-    from lavis_xformer.models.fusion import build_fusion
-    from lavis_xformer.models.mae import MaskedAutoencoder
+
+    def make(fusion: str, init: str) -> dict[str, Any]:
+        torch.manual_seed(0)
+        return toy_parts(
+            bert=BertConfig.from_pretrained(vocab_folder),
+            mae=lambda: deepcopy(tiny_mae_model),
+            tokenizer=towers.build_tokenizer(str(vocab_folder)),
+            fusion=fusion,
+            init=init,
+        )
+
+    return make
+
+
+@pytest.fixture
+def make_xformer(make_parts: Any) -> Any:
+    """A factory of stage-1 models at toy size, ``make_xformer(fusion="dual", **arguments)``; always the same seed."""
     from lavis_xformer.models.stage1 import XFormer
 
     def make(fusion: str = "dual", init: str = "identity", **arguments: Any) -> XFormer:
-        torch.manual_seed(0)
-        config = towers.qformer_config(
-            BertConfig.from_pretrained(vocab_folder), num_queries=4, vision_width=20, cross_attention_freq=2
-        )
-        return XFormer(
-            visual_encoder=towers.eva_vit(
-                img_size=32, patch_size=8, embed_dim=20, depth=2, num_heads=2, mlp_ratio=2, qkv_bias=True
-            ),
-            mae=MaskedAutoencoder(model=deepcopy(tiny_mae_model)),
-            qformer=towers.QFormer(config),
-            tokenizer=towers.build_tokenizer(str(vocab_folder)),
-            fusion=build_fusion(fusion, query_width=32, clip_width=20, mae_width=24, heads=4, init=init),
-            image_size=32,
-            max_txt_len=12,
-            embed_dim=16,
-            **arguments,
-        )
+        return XFormer(**make_parts(fusion, init), embed_dim=16, **arguments)
 
     return make
 
@@ -179,37 +179,14 @@ def t5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_stage2(vocab_folder: Path, tiny_mae_model: Any, opt_folder: Path, t5_folder: Path) -> Any:
+def make_stage2(make_parts: Any, opt_folder: Path, t5_folder: Path) -> Any:
     """A factory of stage-2 models at toy size, ``make_stage2("opt", fusion="dual", **arguments)``; one seed."""
-    from copy import deepcopy
-
-    from transformers import BertConfig
-
-    from lavis_xformer.models import towers
-    from lavis_xformer.models.fusion import build_fusion
-    from lavis_xformer.models.mae import MaskedAutoencoder
     from lavis_xformer.models.stage2 import XFormerOPT, XFormerT5
 
     def make(kind: str = "opt", fusion: str = "dual", init: str = "identity", **arguments: Any) -> Any:
         cls, folder = {"opt": (XFormerOPT, opt_folder), "t5": (XFormerT5, t5_folder)}[kind]
         language = cls.LANGUAGE.from_source(str(folder), max_txt_len=24)
-        torch.manual_seed(0)
-        config = towers.qformer_config(
-            BertConfig.from_pretrained(vocab_folder), num_queries=4, vision_width=20, cross_attention_freq=2
-        )
-        return cls(
-            visual_encoder=towers.eva_vit(
-                img_size=32, patch_size=8, embed_dim=20, depth=2, num_heads=2, mlp_ratio=2, qkv_bias=True
-            ),
-            mae=MaskedAutoencoder(model=deepcopy(tiny_mae_model)),
-            qformer=towers.QFormer(config),
-            tokenizer=towers.build_tokenizer(str(vocab_folder)),
-            fusion=build_fusion(fusion, query_width=32, clip_width=20, mae_width=24, heads=4, init=init),
-            image_size=32,
-            max_txt_len=12,
-            language=language,
-            **arguments,
-        )
+        return cls(**make_parts(fusion, init), language=language, **arguments)
 
     return make
 

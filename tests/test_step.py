@@ -139,12 +139,13 @@ def test_a_norm_that_is_not_finite_is_a_scalers_affair_and_a_loss_is_not(tmp_pat
 
 
 def test_options_are_typed_and_checked():
-    options = RunOptions.from_config({"amp": True, "max_grad_norm": "1.5", "keep_last": None, "x": 1})
+    options = RunOptions.from_config({"amp": True, "max_grad_norm": 1.5, "keep_last": None, "x": 1})
     assert (options.amp, options.max_grad_norm, options.keep_last) == ("fp16", 1.5, 3)
     for wrong, message in (
         ({"amp": "fp8"}, "run.amp is 'fp8'; it must be one of"),
-        ({"keep_last": -1}, "run.keep_last is -1; it can't be negative"),
-        ({"save_every_steps": "often"}, "run.save_every_steps is 'often'; it must be of type int"),
+        ({"keep_last": -1}, "run.keep_last is -1; it must be a whole number, 0 or more"),
+        ({"save_every_steps": "often"}, "run.save_every_steps is 'often'; it must be a whole number"),
+        ({"max_grad_norm": "1.5"}, "run.max_grad_norm is '1.5'; it must be a finite number"),
     ):
         with pytest.raises(UserError, match=message):
             RunOptions.from_config(wrong)

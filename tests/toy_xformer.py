@@ -18,12 +18,27 @@ from lavis_xformer import distributed
 from lavis_xformer.distributed import rank, world_size
 from lavis_xformer.engine.step import Stepper
 from lavis_xformer.models import towers
-from lavis_xformer.models.fusion import DualCrossAttention
+from lavis_xformer.models.fusion import build_fusion
 from lavis_xformer.models.mae import MaskedAutoencoder
 from lavis_xformer.models.stage1 import XFormer
 
 STEPS, BATCH = 20, 8  # samples of all processes
 WORDS = "a the red blue green circle square star two three left right".split()
+
+
+def toy_parts(*, bert, mae, tokenizer, fusion="dual", init="identity"):
+    """The parts of a model of either stage, of 32 px, by a BERT's configuration, what makes an MAE, and a tokenizer."""
+    return {
+        "visual_encoder": towers.eva_vit(
+            img_size=32, patch_size=8, embed_dim=20, depth=2, num_heads=2, mlp_ratio=2, qkv_bias=True
+        ),
+        "mae": MaskedAutoencoder(model=mae()),
+        "qformer": towers.QFormer(towers.qformer_config(bert, num_queries=4, vision_width=20, cross_attention_freq=2)),
+        "tokenizer": tokenizer,
+        "fusion": build_fusion(fusion, query_width=32, clip_width=20, mae_width=24, heads=4, init=init),
+        "image_size": 32,
+        "max_txt_len": 12,
+    }
 
 
 def build():
@@ -42,18 +57,8 @@ def build():
     with TemporaryDirectory() as folder:
         Path(folder, "vocab.txt").write_text("\n".join(tokens))
         tokenizer = towers.build_tokenizer(folder)
-    return XFormer(
-        visual_encoder=towers.eva_vit(
-            img_size=32, patch_size=8, embed_dim=20, depth=2, num_heads=2, mlp_ratio=2, qkv_bias=True
-        ),
-        mae=MaskedAutoencoder(model=ViTMAEForPreTraining(mae)),
-        qformer=towers.QFormer(towers.qformer_config(bert, num_queries=4, vision_width=20, cross_attention_freq=2)),
-        tokenizer=tokenizer,
-        fusion=DualCrossAttention(query_width=32, mae_width=24, heads=4, init="normal"),
-        image_size=32,
-        max_txt_len=12,
-        embed_dim=16,
-    )
+    parts = toy_parts(bert=bert, mae=lambda: ViTMAEForPreTraining(mae), tokenizer=tokenizer, init="normal")
+    return XFormer(**parts, embed_dim=16)
 
 
 def joined_batches():
