@@ -129,6 +129,28 @@ def test_frozen_parts_named_by_a_relative_path_are_found_from_anywhere(
     assert_equal(lavis_xformer.from_folder(folder)[0], trained)
 
 
+def test_a_file_saved_by_hand_keeps_the_settings_that_it_records(
+    stage2_config: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = OmegaConf.merge(stage2_config.model, {"token_positions": ["clip"]})
+    model = perturb(XFormerOPT.from_config(cfg))
+    told = {
+        "model": OmegaConf.to_container(model.built_from),
+        "preprocess": OmegaConf.to_container(stage2_config.preprocess),
+    }
+    torch.save({"model": model.state_dict(), "config": told}, tmp_path / "own.pth")
+    folder = export(tmp_path / "own.pth", tmp_path / "own")
+    again = lavis_xformer.from_folder(folder)[0]
+    assert_equal(again, model)
+    assert again.token_positions == {"clip"}
+    assert "vit_model" in elsewhere(folder), "the frozen encoder stays where it is"
+    assert "record its settings" not in caplog.text
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(UserError, match="doesn't fit XFormerOPT"):  # of toy size
+        export(tmp_path / "bare.pth", tmp_path / "bare", arch="xformer_opt", model_type="mini")
+    assert "bare.pth doesn't record its settings: those of " in caplog.text
+
+
 def test_half_of_the_size_rounds_the_weights(trained: XFormerOPT, checkpoint: Path, tmp_path: Path) -> None:
     sizes = []
     for options in ([], ["--half"]):

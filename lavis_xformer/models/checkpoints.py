@@ -178,13 +178,12 @@ def _load_either_stage(
         interpolate_pos_embed(model.visual_encoder, positions)
         state[CLIP_POSITIONS] = positions["pos_embed"]
     known = state.pop(BROUGHT_CLIP, None)
-    same = is_frozen(model.visual_encoder) and _same_clip(model, state)  # of a file with every weight
-    if same:
-        state = {name: weight for name, weight in state.items() if not re.match(CLIP, name)}
+    had_clip = _any(CLIP, state)
+    state = _without_known(model, state)
     brought = _fingerprint(state)
     if brought is None:
         may_miss += f"|{CLIP}"
-        if not same:
+        if not had_clip:
             _check_clip(model, known, source=source, key=key)
     _tell_other_language_model(model, state, source=source)
     ignored = f"{LANGUAGE_MODEL}|{model.STAGE1_WEIGHTS}"
@@ -209,10 +208,14 @@ def _fingerprint(state: dict[str, Tensor]) -> Tensor | None:
     return torch.tensor(int.from_bytes(digest.digest()[:8], "big", signed=True))
 
 
-def _same_clip(model: Any, state: dict[str, Tensor]) -> bool:
-    """Whether a file holds the CLIP that the model already has."""
-    own = {name: weight for name, weight in model.state_dict().items() if re.match(CLIP, name)}
-    return all(name in state and _equal(state[name], weight) for name, weight in own.items())
+def _without_known(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A file's weights, but for frozen parts that the model already has: the file of a user may hold every weight."""
+    own = model.state_dict()
+    for part, module in model.named_children():
+        names = {name for name in own if name.startswith(f"{part}.")}
+        if is_frozen(module) and all(name in state and _equal(state[name], own[name]) for name in names):
+            state = {name: weight for name, weight in state.items() if name not in names}
+    return state
 
 
 def _equal(theirs: Tensor, ours: Tensor) -> bool:
