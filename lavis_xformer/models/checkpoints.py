@@ -40,6 +40,7 @@ CLIP = r"visual_encoder\."
 CLIP_POSITIONS = "visual_encoder.pos_embed"
 BROUGHT_CLIP = "brought_clip"  # a buffer: fingerprint of an image encoder that came from a file, not from vit_model
 LANGUAGE_MODEL = r"(opt|t5)_model\."  # frozen; LAVIS's files nevertheless hold its tied weights
+ELSEWHERE = ("visual_encoder", "mae", "opt_model", "t5_model")  # parts that come from files of their own
 PROJECTION = r"(opt|t5)_proj\."  # to the language model: stage 2 has it, stage 1 doesn't
 #: keys of ``model`` that change what the weights mean without changing their shapes; the second kind only with M
 SETTINGS = ("vit_model", "opt_model", "t5_model", "token_positions")
@@ -209,10 +210,10 @@ def _fingerprint(state: dict[str, Tensor]) -> Tensor | None:
 
 
 def _without_known(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A file's weights, but for frozen parts that the model already has: the file of a user may hold every weight."""
+    """A file's weights without frozen parts that the model already has, for a user may save every weight."""
     own = model.state_dict()
     for part, module in model.named_children():
-        names = {name for name in own if name.startswith(f"{part}.")}
+        names = {name for name in own if name.startswith(f"{part}.") and part in ELSEWHERE}
         if is_frozen(module) and all(name in state and _equal(state[name], own[name]) for name in names):
             state = {name: weight for name, weight in state.items() if name not in names}
     return state
