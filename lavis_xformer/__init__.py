@@ -41,7 +41,7 @@ _REGISTERING = (
 
 
 def register() -> None:
-    """Add the models, data, tasks, schedules and runner of this package to LAVIS's registry.
+    """Add the models, data, tasks, schedules and runner of this package to LAVIS's registry, and import the user's own.
 
     May be called any number of times. LAVIS's hard-coded cache folder is replaced by
     :func:`lavis_xformer.paths.cache_folder`; its lists of models and datasets, which are snapshots, are refreshed.
@@ -52,10 +52,10 @@ def register() -> None:
     from lavis.common.registry import registry
     from lavis.datasets import builders
 
-    from lavis_xformer.paths import LAVIS_CACHE, cache_folder
+    from lavis_xformer.paths import LAVIS_CACHE, cache_folder, own_modules
 
-    for name in _REGISTERING:
-        import_module(name)
+    for name in (*_REGISTERING, *own_modules()):
+        import_module(name)  # one that isn't there is named
     paths = registry.mapping["paths"]
     if paths["cache_root"] == LAVIS_CACHE:
         paths["cache_root"] = str(cache_folder())

@@ -27,6 +27,7 @@ from lavis_xformer.paths import PARTS
 from lavis_xformer.run_folder import LOG, read_log
 
 CONFIG, WEIGHTS, CARD = "config.yaml", "model.safetensors", "README.md"
+NORMALISATION = ("mean", "std", "mae_mean", "mae_std")  # keys of an image processor
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ def from_folder(folder: str | Path, *, is_eval: bool = True, device: str = "cpu"
         arch = OmegaConf.select(OmegaConf.load(path), "model.arch")
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} can't be read: {first_line(error)}") from error
-    if not str(arch).startswith("xformer"):
+    lavis_xformer.register()
+    if not _is_ours(arch):
         raise UserError(f"{folder} is not an exported model: its {CONFIG} names no model.arch of this package")
     absolute = str(path.parent.resolve())  # never the name of a type, such as mini
     return lavis_xformer.load_model_and_preprocess(arch, absolute, is_eval=is_eval, device=device)
@@ -161,7 +163,7 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
     from lavis_xformer.models.weight_files import load_torch_file
 
     cfg: Any
-    if arch is not None and not arch.startswith("xformer"):
+    if arch is not None and not _is_ours(arch):
         find("model", arch, "--model")
         raise UserError(f"--model {arch} is no X-Former; choose xformer, xformer_opt or xformer_t5")
     content: dict[str, Any] = {}
@@ -169,12 +171,13 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
         content = load_torch_file(checkpoint, key="pretrained")
     content["config"] = config = config if isinstance(config := content.get("config"), dict) else {}
     its_arch = str(trained.get("arch") or "") if isinstance(trained := config.get("model"), dict) else ""
-    told = its_arch.startswith("xformer") and "preprocess" in config
+    told = _is_ours(its_arch) and "preprocess" in config
     if told and (arch is None or _related(arch, its_arch)):
         if model_type not in (None, its_type := config["model"].get("model_type")):
             raise UserError(f"--type {model_type}: {checkpoint} is of type {its_type}; leave --type out")
         cfg = OmegaConf.create({name: config[name] for name in ("model", "preprocess")})
         cfg.model.arch = arch or its_arch
+        _take_normalisation(cfg, config.get("datasets", {}))
     elif arch is None:
         what = f"is of LAVIS's {its_arch}" if its_arch else "doesn't name its model"
         raise UserError(f"{checkpoint} {what}; choose one of this package's with --model and --type")
@@ -194,6 +197,28 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
     if not (blip2 or parts or BROUGHT_CLIP in state):
         cfg.model.blip2_pretrained = None  # training began from it and has changed all of it
     return cfg, said
+
+
+def _is_ours(arch: Any) -> bool:
+    """Whether a model is one of this package, or derived from one."""
+    from lavis.common.registry import registry
+
+    from lavis_xformer.models.base import XFormerBase
+
+    found = registry.get_model_class(str(arch))
+    return found is not None and issubclass(found, XFormerBase)
+
+
+def _take_normalisation(cfg: Any, datasets: Mapping[str, Any]) -> None:
+    """Give the processors the means and deviations of the run's datasets, which leave no trace in the weights."""
+    evaluating = [(dataset.get("vis_processor") or {}).get("eval") or {} for dataset in datasets.values()]
+    used = [{key: given[key] for key in NORMALISATION if given.get(key) is not None} for given in evaluating]
+    if any(other != used[0] for other in used):
+        logger.warning(
+            "the run's datasets were normalised in several ways; the folder has those of %s", next(iter(datasets))
+        )
+    for processor in cfg.preprocess.vis_processor.values() if used else ():
+        processor |= used[0]
 
 
 def _related(one: str, other: str) -> bool:

@@ -6,6 +6,7 @@ In a clone, ``configs/`` and ``projects/`` lie beside the package; in an install
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,14 @@ from typing import Any
 from lavis_xformer.errors import UserError, nearest
 
 CACHE_VARIABLE = "LAVIS_XFORMER_CACHE"
+OWN_MODULES_VARIABLE = "LAVIS_XFORMER_IMPORT"
 LAVIS_CACHE = "/export/home/.cache/lavis"  # hard-coded in LAVIS 1.0.2
 _PACKAGE = Path(__file__).resolve().parent
+
+
+def own_modules() -> list[str]:
+    """Return the names of the user's own modules, ``$LAVIS_XFORMER_IMPORT``, which register with LAVIS."""
+    return [name for name in re.split(r"[,\s]+", os.environ.get(OWN_MODULES_VARIABLE, "")) if name]
 
 
 def shipped_folder(name: str) -> Path:

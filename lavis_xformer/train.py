@@ -18,6 +18,7 @@ from omegaconf.errors import ConfigAttributeError
 
 from lavis_xformer import distributed, launch, register
 from lavis_xformer.analysis.report import write_report
+from lavis_xformer.config.keys import is_ours
 from lavis_xformer.config.load import DEFAULT_RUNNER, load_config
 from lavis_xformer.data.image_text_datasets import LocalFilesBuilder
 from lavis_xformer.distributed import is_main, rank
@@ -135,7 +136,7 @@ def check_weights(model_cfg: Mapping[str, Any], made: Collection[Path] = ()) -> 
     Raises:
         UserError: one does not exist.
     """
-    if not registry.get_model_class(model_cfg["arch"]).__module__.startswith("lavis_xformer."):
+    if not is_ours(registry.get_model_class(model_cfg["arch"])):
         return  # LAVIS's own names need not be files
     names = {key: str(model_cfg.get(key) or "") for key in PARTS if key != "mae_model" or reads_mae(model_cfg)}
     local = {key: named for key, named in names.items() if named.count("/") > 1 or named.startswith((".", "/"))}

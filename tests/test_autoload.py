@@ -178,18 +178,19 @@ def test_the_entry_points_run():
 
 
 @needs_install
-def test_a_program_that_registers_its_own_things_runs_the_entry_point(tmp_path: Path):
+def test_modules_of_ones_own_are_imported_by_every_command(tmp_path: Path):
     """As docs/engine.md says."""
     (tmp_path / "my_things.py").write_text(
         "from lavis_xformer.models.fusion import FUSIONS, NoFusion\nFUSIONS['mine'] = NoFusion\n"
     )
-    (tmp_path / "my_train.py").write_text(
-        "import runpy\n\nimport my_things\n\nrunpy.run_module('lavis.train', run_name='__main__', alter_sys=True)\n"
+    train = ("-m", "lavis.train", "--cfg-path", str(ROOT / "projects/xformer/pretrain.yaml"), "--options")
+    wrong, gone = (
+        python(*train, "model.fusion=mime", path=tmp_path, LAVIS_XFORMER_IMPORT=name) for name in ("my_things", "gone")
     )
-    arguments = ["--cfg-path", str(ROOT / "projects/xformer/pretrain.yaml"), "--options", "model.fusion=mime"]
-    done = python(str(tmp_path / "my_train.py"), *arguments)
-    assert done.returncode == 2
-    assert "model.fusion: 'mime'; did you mean 'mine'?" in done.stderr
+    assert wrong.returncode == 2
+    assert "model.fusion: 'mime'; did you mean 'mine'?" in wrong.stderr
+    assert gone.returncode != 0
+    assert "No module named 'gone'" in gone.stderr
 
 
 def test_the_version_is_that_of_the_installation():

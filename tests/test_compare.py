@@ -311,6 +311,10 @@ def test_a_change_in_any_part_that_runs_execute_is_another_code(
     (tmp_path / "compare").mkdir()
     (tmp_path / "compare" / "tables.py").write_text("x = 1\n")
     assert inputs.code_now() == before, "tables are made of what runs have left"
+    (tmp_path / "my_things.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("LAVIS_XFORMER_IMPORT", "my_things")
+    assert inputs.code_now() != before, "a module of the user's own that runs import"
 
 
 def test_a_yaml_may_state_its_difference_alone(tmp_path: Path) -> None:

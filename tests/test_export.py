@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image
 from test_checkpoints import Malicious, perturb, trainable_state
@@ -17,6 +18,7 @@ from lavis_xformer import cli
 from lavis_xformer.errors import UserError
 from lavis_xformer.export import export
 from lavis_xformer.files import sha256
+from lavis_xformer.images import CLIP_MEAN
 from lavis_xformer.models.stage1 import XFormer
 from lavis_xformer.models.stage2 import XFormerOPT
 from lavis_xformer.state_dicts import trainable_state as runner_state
@@ -149,6 +151,30 @@ def test_a_file_saved_by_hand_keeps_the_settings_that_it_records(
     with pytest.raises(UserError, match="doesn't fit XFormerOPT"):  # of toy size
         export(tmp_path / "bare.pth", tmp_path / "bare", arch="xformer_opt", model_type="mini")
     assert "bare.pth doesn't record its settings: those of " in caplog.text
+
+
+def test_the_folder_normalises_images_as_the_run_did(checkpoint: Path, tmp_path: Path) -> None:
+    content = torch.load(checkpoint)
+    given = {"name": "xformer_image_eval", "image_size": 16, "mae_mean": [0.5] * 3, "mae_std": [0.25] * 3, "mean": None}
+    content["config"]["datasets"]["scenes"]["vis_processor"] = {"eval": given}
+    torch.save(content, checkpoint)
+    _, vis, _ = lavis_xformer.from_folder(export(checkpoint, tmp_path / "out"))
+    assert [vis[mode].mae_normalize.mean for mode in ("train", "eval")] == [[0.5] * 3] * 2
+    assert vis["eval"].clip_normalize.mean == CLIP_MEAN
+    assert vis["eval"](Image.new("RGB", (50, 40)))[3:].unique() == -2  # (0 - 0.5) / 0.25
+
+
+def test_a_model_of_ones_own_is_exported_under_its_name(
+    trained: XFormerOPT, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lavis_xformer.register()
+    monkeypatch.setitem(registry.mapping["model_name_mapping"], "mine", type("Mine", (XFormerOPT,), {}))
+    content = torch.load(checkpoint)
+    content["config"]["model"]["arch"] = "mine"
+    torch.save(content, checkpoint)
+    again = lavis_xformer.from_folder(export(checkpoint, tmp_path / "out"))[0]
+    assert type(again).__name__ == "Mine"
+    assert_equal(again, trained)
 
 
 def test_half_of_the_size_rounds_the_weights(trained: XFormerOPT, checkpoint: Path, tmp_path: Path) -> None:

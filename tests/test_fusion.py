@@ -12,7 +12,14 @@ import torch
 from omegaconf import OmegaConf
 
 from lavis_xformer.errors import UserError
-from lavis_xformer.models.fusion import Attention, CrossAttentionBlock, DualCrossAttention, build_fusion
+from lavis_xformer.models.fusion import (
+    FUSIONS,
+    Attention,
+    CrossAttentionBlock,
+    DualCrossAttention,
+    EarlyCrossAttention,
+    build_fusion,
+)
 from lavis_xformer.models.parts import check_values
 from lavis_xformer.models.stage1 import XFormer
 
@@ -248,3 +255,30 @@ def test_what_a_fusion_does_not_know_is_refused(stage2_config: Any) -> None:
 def test_values_of_a_wrong_kind_are_named(stage2_config: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_values(OmegaConf.merge(stage2_config.model, changes))
+
+
+class Gated(DualCrossAttention):
+    """A fusion of a user's own: it passes on what it doesn't name, and has an option."""
+
+    def __init__(self, *, gate: float = 1.0, **passed_on: Any) -> None:
+        super().__init__(**passed_on)
+        self.gate = gate
+
+
+def test_a_derived_fusion_gets_what_its_base_takes_and_its_own_option(
+    stage2_config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FUSIONS, "gated", Gated)
+    given = {"fusion": "gated", "fusion_depth": 3, "fusion_self_attention": False, "fusion_gate": 0.3}
+    cfg = OmegaConf.merge(stage2_config.model, {"arch": "xformer", "opt_model": None}, given)
+    fusion = XFormer.from_config(cfg).fusion
+    assert (len(fusion.align_blocks), fusion.gate) == (3, 0.3)
+    assert not any("self_attention" in name for name, _ in fusion.named_modules())
+    with pytest.raises(UserError, match="model: 'fusion_gaet'; did you mean 'fusion_gate'"):
+        check_values(OmegaConf.merge(cfg, {"fusion_gaet": 0.3}))
+
+
+def test_heads_are_those_of_the_module_that_attends(stage2_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FUSIONS, "mine", type("Mine", (EarlyCrossAttention,), {}))
+    cfg = OmegaConf.merge(stage2_config.model, {"arch": "xformer", "opt_model": None, "fusion": "mine"})
+    assert XFormer.from_config(cfg).fusion.blocks[0].cross_attention.heads == 2, "CLIP's, not the Q-Former's 4"

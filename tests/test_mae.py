@@ -166,6 +166,17 @@ def test_metas_models_have_their_published_sizes(width: int, depth: int, heads: 
     assert config.layer_norm_eps == 1e-6  # of Meta's code; transformers' default is another
 
 
+@pytest.mark.parametrize(("width", "decoder"), [(96, 512), (768, 48), (24, 512)])
+def test_files_that_are_none_of_metas_are_refused_since_they_name_no_heads(width: int, decoder: int) -> None:
+    state = {
+        "patch_embed.proj.weight": torch.zeros(width, 3, 16, 16),
+        "decoder_embed.weight": torch.zeros(decoder, width),
+        "pos_embed": torch.zeros(1, 197, width),
+    }
+    with pytest.raises(UserError, match=f"a MAE of width {width} and {decoder} is none of Meta's, .* hub's format"):
+        meta_config(state, norm_pix_loss=True)
+
+
 def test_metas_file_of_unknown_kind_asks_which(meta_model: Any, tmp_path: Path) -> None:
     from lavis_xformer.models.towers import build_mae
 

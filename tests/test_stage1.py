@@ -484,6 +484,23 @@ def test_what_a_configuration_says_reaches_the_model(stage2_config: Any) -> None
         XFormer.from_config(OmegaConf.create({**cfg, "max_txt_len": 500}))
 
 
+def test_options_of_a_class_of_ones_own_reach_its_constructor(stage2_config: Any) -> None:
+    class Mine(XFormer):
+        OPTIONS = (*XFormer.OPTIONS, "aux_weight")
+        CONFIG_KEYS = XFormer.CONFIG_KEYS | {"aux_weight"}
+
+        def __init__(self, *, aux_weight: float = 0.1, **parts: Any) -> None:
+            super().__init__(**parts)
+            self.aux_weight = aux_weight
+
+    assert Mine.from_config(OmegaConf.merge(stage2_config.model, {"aux_weight": 0.7})).aux_weight == 0.7
+
+
+def test_an_image_whose_border_clip_would_not_see_is_refused(stage2_config: Any) -> None:
+    with pytest.raises(UserError, match=r"image_size is 36; .* not see the border: take a multiple of 8"):
+        XFormer.from_config(OmegaConf.merge(stage2_config.model, {"image_size": 36}))
+
+
 def test_what_a_configuration_leaves_out_is_as_in_the_paper(stage2_config: Any) -> None:
     model = XFormer.from_config(stage2_config.model)
     assert (model.mask_ratio, model.mask_vl, model.loss_weights) == (0.5, True, XFormer.LOSS_WEIGHTS)

@@ -31,6 +31,7 @@ from lavis_xformer.models.frozen import DTYPES
 from lavis_xformer.models.fusion import FUSIONS
 from lavis_xformer.models.generation import SPACY_MODEL, lemmatize
 from lavis_xformer.models.opt import KernelAttention
+from lavis_xformer.models.t5 import T5Language
 from lavis_xformer.models.texts import Prompts, continuation, split, texts_to_learn
 
 KINDS = ("opt", "t5")
@@ -841,3 +842,13 @@ def test_lengths_and_penalties_that_make_no_sense_are_named(make_stage2: Any, ba
         for ask in (model.generate, model.predict_answers):
             with pytest.raises(UserError, match=r"length_penalty is .*; it must be a finite number"):
                 ask(samples, length_penalty=penalty)
+
+
+@pytest.mark.parametrize(("kept", "now"), [("gated-gelu", "gelu"), ("relu", "relu"), ("gated-silu", "silu")])
+def test_only_flan_t5s_activation_is_laviss(kept: str, now: str, t5_folder: Path, tmp_path: Path) -> None:
+    model = T5ForConditionalGeneration.from_pretrained(t5_folder)
+    sizes = {key: value for key, value in model.config.to_dict().items() if key not in ("dense_act_fn", "is_gated_act")}
+    config = T5Config(**{**sizes, "feed_forward_proj": kept})
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes((t5_folder / "tokenizer.json").read_bytes())
+    assert T5Language.from_source(str(tmp_path)).model.config.dense_act_fn == now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -242,6 +243,15 @@ def test_language_models_that_are_not_there_or_of_another_kind(
     weights = torch.load(opt_folder / "pytorch_model.bin", weights_only=True)
     torch.save({name: weights[name] for name in weights if "layers.1.fc1" not in name}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"lacks weights, .*layers\.1\.fc1"):
+        build(str(tmp_path))
+    vocabulary = json.loads((opt_folder / "vocab.json").read_text())
+    said = json.loads((opt_folder / "tokenizer_config.json").read_text())
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    (tmp_path / "vocab.json").write_text(json.dumps({**vocabulary, "more": len(vocabulary)}))
+    with pytest.raises(UserError, match=rf"has {len(vocabulary) + 1} tokens, its model only {len(vocabulary)}"):
+        build(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in said.items() if k != "pad_token"}))
+    with pytest.raises(UserError, match=r"tokenizer of '.*' has no pad_token; add it to its tokenizer_config\.json"):
         build(str(tmp_path))
     with pytest.raises(UserError, match=r"model\.llm_precision: 'fp8'"):
         build(str(opt_folder), precision="fp8")  # type: ignore[arg-type]

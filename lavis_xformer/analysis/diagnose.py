@@ -137,8 +137,10 @@ def enrichment(model: Any, image: Tensor) -> Figures:
     found: Figures = {}
     for name, weights in maps.items():
         if name.startswith("fusion."):
-            _, blocks, layer, _ = name.split(".")
-            place = f"{ATTENTIONS[blocks]}, layer {int(layer) + 1}"
+            place = name.removeprefix("fusion.").removesuffix(".cross_attention")  # of a fusion of the user's own
+            blocks, _, layer = place.partition(".")
+            if blocks in ATTENTIONS and layer.isdecimal():
+                place = f"{ATTENTIONS[blocks]}, layer {int(layer) + 1}"
             found |= {f"{place}: {figure}": value for figure, value in spread(weights).items()}
     for name, changed, original in (("Z'", z, zq), ("M'", aligned, tokens.mae_tokens)):
         if changed is not original:

@@ -27,7 +27,7 @@ import yaml
 from lavis_xformer import assets
 from lavis_xformer.errors import UserError, fault_in_yaml
 from lavis_xformer.files import read_json, sha256
-from lavis_xformer.paths import cache_folder, project_path, shipped_folder
+from lavis_xformer.paths import cache_folder, own_modules, project_path, shipped_folder
 from lavis_xformer.versions import versions_of
 
 PACKAGE = Path(assets.__file__).parent
@@ -175,8 +175,17 @@ def code_now() -> str:
         for path in sorted(PACKAGE.rglob("*.py")):
             name = path.relative_to(PACKAGE)
             if name.parts[0].removesuffix(".py") not in APART:
-                trees[name.as_posix()] = ast.dump(without_comments(ast.parse(path.read_text(encoding="utf-8"))))
+                trees[name.as_posix()] = _tree(path)
+        for own in own_modules():
+            origin = getattr(importlib.util.find_spec(own), "origin", None)
+            path = Path(origin or own)
+            files = path.parent.rglob("*.py") if path.name == "__init__.py" else [path]
+            trees |= {f"{own}: {file.name}": _tree(file) for file in sorted(files) if file.is_file()}
     return _digest(trees)
+
+
+def _tree(path: Path) -> str:
+    return ast.dump(without_comments(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def without_comments(tree: ast.AST) -> ast.AST:

@@ -56,7 +56,7 @@ def check_keys(project: DictConfig, chosen: DictConfig, defaults: DictConfig, cl
     """
     allowed = _optional_keys(classes)
     exist = set(nodes(defaults))
-    ours = [section for section, cls in classes.items() if _is_ours(cls)]
+    ours = [section for section, cls in classes.items() if is_ours(cls)]
     if "runner" in ours:
         ours.append("run")
     for key in nodes(project, leaves=True):
@@ -69,8 +69,9 @@ def check_keys(project: DictConfig, chosen: DictConfig, defaults: DictConfig, cl
             raise UserError(f"--options {key}={value}: expected a value like {usual[key]}")
 
 
-def _is_ours(cls: Any) -> bool:
-    return bool(cls.__module__.startswith("lavis_xformer."))
+def is_ours(cls: Any) -> bool:
+    """Whether a class is of this package, or derived from one."""
+    return any(base.__module__.startswith("lavis_xformer.") for base in cls.__mro__)
 
 
 def _check_key(source: str, key: str, exist: set[str], allowed: Iterable[str], task: Any) -> None:
@@ -97,7 +98,7 @@ def _optional_keys(classes: dict[str, Any]) -> list[str]:
 
     keys = {"run": RUN_KEYS | _own("runner", "task", "lr_sched"), "model": MODEL_KEYS | _own("model")}
     for role, names in LAVIS_KEYS.items():
-        if role in classes and not _is_ours(classes[role]):
+        if role in classes and not is_ours(classes[role]):
             keys["run"] |= names
     if not _own("model"):
         keys["model"] = frozenset("*")

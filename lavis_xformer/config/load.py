@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis_xformer.config.files import check_data_files, check_file
-from lavis_xformer.config.keys import check_keys
+from lavis_xformer.config.keys import check_keys, is_ours
 from lavis_xformer.errors import UserError, fault_in_yaml, nearest, one_of
 from lavis_xformer.models.checkpoints import check_loading
 from lavis_xformer.models.parts import check_values, weights_of
@@ -76,7 +76,7 @@ class RunConfig(Config):
         output = str(self.config.run.get("output_dir") or "output")
         self.config.run.output_dir = str(Path(output).expanduser().absolute())
         _expand_home(self.config)
-        if classes["model"].__module__.startswith("lavis_xformer."):
+        if is_ours(classes["model"]):
             check_values(self.config.model)
             check_loading(self.config.model)
             weights_of(self.config.model.get("loss_weights"), getattr(classes["model"], "LOSS_WEIGHTS", {}))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import partial
+from math import isqrt
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def attention_maps(model: XFormerBase, samples: dict[str, Any], *, layer: int = 
     Returns:
         Means over heads (B, Q, side, side) with N = side ** 2, CLS left out: ``C``, the Q-Former's attention to
         CLIP; ``M'``, that of the fusion's last layer to the aligned M, or ``M``, the Q-Former's where it reads that
-        too (``concat``).
+        too (``concat``); none of tokens that are no CLS and square of patches.
 
     Raises:
         UserError: there is no such layer.
@@ -58,7 +59,7 @@ def attention_maps(model: XFormerBase, samples: dict[str, Any], *, layer: int = 
     means = {name: weights.detach().mean(dim=1) for name, weights in wanted.items()}  # (B, Q, K)
     if isinstance(model.fusion, Concat):
         means["C"], means["M"] = model.split_tokens(means["C"], dim=-1)
-    return {name: _square(weights) for name, weights in means.items()}
+    return {name: _square(weights) for name, weights in means.items() if _is_square(weights)}
 
 
 @contextlib.contextmanager
@@ -76,7 +77,7 @@ def recording(model: XFormerBase) -> Iterator[dict[str, Tensor]]:
 
     hooks = []
     for name, module in model.named_modules():
-        if name.startswith("fusion.") and name.endswith(".cross_attention"):
+        if name.startswith("fusion.") and name.endswith(".cross_attention") and isinstance(module, Attention):
             hooks.append(module.register_forward_hook(partial(_ours, name)))
         elif name.startswith("Qformer.") and name.endswith(".crossattention.self"):
             hooks.append(module.register_forward_hook(partial(_the_qformers, name)))
@@ -117,7 +118,12 @@ def _score(model: Any, samples: dict[str, Any]) -> Tensor:
     return model.match(tokens.clip, tokens.mae_tokens, text.input_ids, text.attention_mask).diff(dim=1).sum()
 
 
+def _is_square(weights: Tensor) -> bool:
+    """Whether the keys can be CLS and a square of patches, as those of a fusion's other tokens perhaps can't."""
+    return isqrt(weights.shape[-1] - 1) ** 2 == weights.shape[-1] - 1
+
+
 def _square(weights: Tensor) -> Tensor:
     """(B, Q, 1 + N), CLS first, -> (B, Q, side, side)."""
-    side = int((weights.shape[-1] - 1) ** 0.5)
+    side = isqrt(weights.shape[-1] - 1)
     return weights[..., 1:].unflatten(-1, (side, side))

@@ -126,6 +126,8 @@ class Fusion(nn.Module):
     #: whether ``align`` changes M: only then is M of use beyond ``visual_tokens``, and its reconstruction trains
     #: something
     aligns_mae: bool = False
+    #: whether ``heads`` is by default CLIP's number, not the Q-Former's
+    clip_heads: bool = False
 
     def visual_tokens(self, clip: Tensor, mae: Tensor | None) -> Tensor:
         """What the Q-Former reads, C and M -> C or other tokens: (B, Nc, Dc) and (B, Nm, Dm) -> (B, any, Dc)."""
@@ -227,6 +229,8 @@ class Concat(Fusion):
 class EarlyCrossAttention(Fusion):
     """The paper's ablation "early cross-attention": C attends to M before the Q-Former reads C."""
 
+    clip_heads = True
+
     def __init__(
         self,
         *,
@@ -260,8 +264,20 @@ FUSIONS: dict[str, type[Fusion]] = {
 
 def build_fusion(name: str, **offered: Any) -> Fusion:
     """Make the fusion of this name, with those of the sizes and options offered that its constructor names."""
-    wanted = inspect.signature(FUSIONS[name]).parameters
+    wanted = parameters_of(FUSIONS[name])
     return FUSIONS[name](**{key: value for key, value in offered.items() if key in wanted})
+
+
+def parameters_of(fusion: type[Fusion]) -> set[str]:
+    """Names that a fusion's constructor takes, with those that it passes on to the class it derives from."""
+    names: set[str] = set()
+    for cls in fusion.__mro__:
+        if "__init__" in vars(cls):
+            given = inspect.signature(vars(cls)["__init__"]).parameters.values()
+            names |= {parameter.name for parameter in given if parameter.kind is not parameter.VAR_KEYWORD}
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in given):
+                break
+    return names - {"self"}
 
 
 def _stack(depth: int, **block: Any) -> nn.ModuleList:

@@ -94,6 +94,11 @@ class LanguageModel(ABC):
             raise offline_error(name, f"{cls.kind}_model", error) from error
         if problems := [*report["missing_keys"], *report["mismatched_keys"]]:
             raise UserError(f"{key}: '{name}' lacks weights, or has some of another shape: {problems[:5]}")
+        if tokenizer.pad_token_id is None:
+            raise UserError(f"{key}: the tokenizer of '{name}' has no pad_token; add it to its tokenizer_config.json")
+        needed = max(tokenizer.vocab_size, tokenizer.pad_token_id + 1)  # T5's sentinels are never used
+        if needed > (known := model.get_input_embeddings().num_embeddings):
+            raise UserError(f"{key}: the tokenizer of '{name}' has {needed} tokens, its model only {known}")
         return cls(model=model, tokenizer=tokenizer, precision=precision, max_txt_len=max_txt_len)
 
     @staticmethod

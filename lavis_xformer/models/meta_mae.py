@@ -88,10 +88,16 @@ def meta_config(state: dict[str, Tensor], *, norm_pix_loss: bool) -> ViTMAEConfi
     def _depth(prefix: str) -> int:
         return 1 + max(int(k.split(".")[1]) for k in state if k.startswith(f"{prefix}."))
 
+    head = 80 if width == VIT_H else 64
+    if width % head or decoder_width % 32:
+        raise UserError(
+            f"model.mae_model: a MAE of width {width} and {decoder_width} is none of Meta's, with heads {head} and 32 "
+            "wide; save it in the hub's format, which says how many heads it has"
+        )
     return ViTMAEConfig(
         hidden_size=width,
         num_hidden_layers=_depth("blocks"),
-        num_attention_heads=width // (80 if width == VIT_H else 64),
+        num_attention_heads=width // head,
         intermediate_size=state["blocks.0.mlp.fc1.weight"].shape[0],
         layer_norm_eps=1e-6,
         image_size=grid * patch,

@@ -11,22 +11,23 @@ from omegaconf import DictConfig, OmegaConf
 from lavis_xformer.errors import UserError, number, one_of, switch, text, whole
 from lavis_xformer.models import towers
 from lavis_xformer.models.frozen import DTYPES
-from lavis_xformer.models.fusion import FUSIONS, Init, build_fusion
+from lavis_xformer.models.fusion import FUSIONS, Init, build_fusion, parameters_of
 from lavis_xformer.models.mae import MaskedAutoencoder
 from lavis_xformer.paths import PARTS
 
 ENCODERS = ("clip", "mae")
 SOURCES = ("mae", "random", "clip")  # of M: MAE, an untrained MAE, or CLIP
 ITG_SOURCES = ("qformer", "xformer")  # of stage 1's captions, see `features`
-#: keys whose values the fusions take, and ``XFormerBase`` takes, under these names
+#: keys whose values the shipped fusions take; one of your own may take other ``fusion_...``
 FUSION_OPTIONS = ("fusion_depth", "fusion_self_attention", "fusion_init")
+#: keys whose values ``XFormerBase`` takes
 OPTIONS = ("freeze_vit", "vit_precision", "max_txt_len", "token_positions", "clip_layer", "shuffle_mae")
 #: all keys that are read here
 KEYS = frozenset(
     {
         *"vit_model vit_weights image_size drop_path_rate use_grad_checkpoint bert num_query_token".split(),
         *"cross_attention_freq qformer_layers mae_model mae_norm_pix_loss mae_image_size mae_source".split(),
-        *("fusion", "fusion_heads", *FUSION_OPTIONS, *OPTIONS),
+        *("fusion", "fusion_heads", *FUSION_OPTIONS, "fusion_*", *OPTIONS),
     }
 )
 
@@ -84,6 +85,10 @@ def check_values(cfg: DictConfig) -> None:
     for key, check in CHECKS.items():
         if values.get(key) is not None or key in REQUIRED:
             check(f"model.{key}", values.get(key))
+    for key in _fusion_options(values):
+        if key not in FUSION_OPTIONS:
+            options = [f"fusion_{name}" for name in parameters_of(FUSIONS[values["fusion"]])]
+            one_of("model", key, [*FUSION_OPTIONS, *options])
     if reads_mae(values):
         text("model.mae_model", values.get("mae_model", ""))  # LAVIS's own classes have no such key
     if (values.get("mae_source"), values["fusion"]) == ("clip", "concat"):
@@ -130,7 +135,7 @@ def build_parts(cfg: DictConfig) -> dict[str, Any]:
         mae_width=visual_encoder.num_features if mae is None else mae.width,
         heads=cfg.get("fusion_heads") or _heads(name, visual_encoder, qformer),
         std=qformer.config.initializer_range,
-        **{key.removeprefix("fusion_"): value for key, value in given(cfg, *FUSION_OPTIONS).items()},
+        **{key.removeprefix("fusion_"): value for key, value in given(cfg, *_fusion_options(cfg)).items()},
     )
     return {
         "visual_encoder": visual_encoder,
@@ -160,9 +165,15 @@ def weights_of(weights: Mapping[str, Any] | None, defaults: Mapping[str, float])
     return {**defaults, **(weights or {})}
 
 
+def _fusion_options(cfg: Mapping[Any, Any]) -> list[str]:
+    """The keys of a ``model`` configuration that a fusion takes under these names, without the prefix."""
+    return [str(key) for key in cfg if str(key).startswith("fusion_") and key != "fusion_heads"]
+
+
 def _heads(fusion: str, visual_encoder: Any, qformer: Any) -> int:
     """Number of heads of the attending module: CLIP in early cross-attention, otherwise the Q-Former."""
-    return towers.heads_of(visual_encoder) if fusion == "early" else qformer.config.num_attention_heads
+    clip = FUSIONS[fusion].clip_heads
+    return towers.heads_of(visual_encoder) if clip else qformer.config.num_attention_heads
 
 
 def _build_mae(cfg: DictConfig, visual_encoder: Any) -> MaskedAutoencoder | None:

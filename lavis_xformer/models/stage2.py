@@ -28,9 +28,6 @@ from lavis_xformer.models.samples import take
 from lavis_xformer.models.t5 import T5Language
 from lavis_xformer.models.texts import Prompts, texts_to_learn
 
-#: keys that the constructor takes
-OPTIONS = "prompt vqa_prompt vqa_length_penalty apply_lemmatizer mask_ratio loss_weights prefix_lm".split()
-
 
 class XFormerStage2(GenerativeModel):
     """The second-stage model over any :class:`LanguageModel`."""
@@ -42,6 +39,16 @@ class XFormerStage2(GenerativeModel):
         r"|Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\."
     )
     NEW_WEIGHTS = PROJECTION
+    #: keys that the constructor takes
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "prompt",
+        "vqa_prompt",
+        "vqa_length_penalty",
+        "apply_lemmatizer",
+        "mask_ratio",
+        "loss_weights",
+        "prefix_lm",
+    )
     CONFIG_KEYS = GenerativeModel.CONFIG_KEYS | {"llm_precision", *OPTIONS}
     #: by default
     LOSS_WEIGHTS: ClassVar[dict[str, float]] = {"lm": 1.0, "rec": 0.0}
@@ -123,7 +130,7 @@ class XFormerStage2(GenerativeModel):
             precision=cfg.get("llm_precision"),
             **given(cfg, "max_txt_len"),
         )
-        model = cls(language=language, **given(cfg, *OPTIONS), **build_parts(cfg))
+        model = cls(language=language, **given(cfg, *cls.OPTIONS), **build_parts(cfg))
         model.load_report = load_pretrained(model, cfg)
         return model
 

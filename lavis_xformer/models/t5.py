@@ -27,9 +27,10 @@ class T5Language(LanguageModel):
 
     @staticmethod
     def load(path: str) -> tuple[Any, dict[str, Any]]:
-        """Load transformers' own T5, whose cache works, with exact GELU as its activation, as in LAVIS."""
+        """Load transformers' own T5, whose cache works, with exact GELU in FlanT5's place for it, as in LAVIS."""
         config = T5Config.from_pretrained(path)
-        config.dense_act_fn = "gelu"
+        if config.dense_act_fn == "gelu_new":  # FlanT5's; another T5 keeps its own
+            config.dense_act_fn = "gelu"
         return T5ForConditionalGeneration.from_pretrained(path, config=config, torch_dtype="auto", **REPORTING)
 
     @staticmethod
