@@ -99,6 +99,19 @@ def test_mmvp_pairs(tmp_path: Path, index: str) -> None:
     assert column(dataset, "options") == [options] * 2
     assert truths(dataset) == ["(a)", "(b)"]
     assert column(dataset, "question")[0] == f"Open, or not? {options}"
+    for odd in (rows.splitlines()[0], rows + rows.splitlines()[0]):
+        (tmp_path / "Questions.csv").write_text(f"{index},Question,Options,Correct Answer\n{odd}\n")
+        with pytest.raises(UserError, match=r"mmvp: Questions: rows 1 and 2, a pair, are not there once each"):
+            build("mmvp", tmp_path / "Questions.csv", tmp_path)
+
+
+def test_files_are_told_apart_by_their_names(tmp_path: Path) -> None:
+    files = [tmp_path / folder / "random.json" for folder in "ab"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text(json.dumps([YES_NO]))
+    with pytest.raises(UserError, match=r"pope: two files are called random, which names their results; rename one"):
+        build("pope", files, tmp_path)
 
 
 def test_another_benchmarks_published_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -393,6 +393,12 @@ def test_retrieval_by_hand_with_its_protocol(tmp_path: Path) -> None:
         setup(XFormerRetrievalTask, tmp_path).check_split(
             "val", SimpleNamespace(**vars(dataset), text="abc", image="ab")
         )
+    for odd in ("a kite", []):
+        rows = [{"caption": ["a star"]}, {"caption": odd}]
+        with pytest.raises(
+            UserError, match=r"'val': row 2: its captions are .*; to be ranked, it needs a list of them"
+        ):
+            task.check_split("val", SimpleNamespace(**vars(dataset), text="abc", image="ab", annotation=rows))
     with pytest.raises(UserError, match=r"run\.task: xformer_retrieval ranks images and captions"):
         task.check_split("val", [{"image": 0}])
     with pytest.raises(UserError, match=r"run\.protocol: 'blip'"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -349,6 +350,9 @@ def test_vqa_needs_files_in_vqas_format(tmp_path: Path) -> None:
         ("a", "annotations", "no annotations; VQA's format has annotations"),
         ("a", "answer_type", "annotations: row 1 has no answer_type, which VQA's scoring needs"),
         ("a", "", "can't be read: Expecting value"),
+        ("a", "answers=[]", r"row 1: its answers are \[\]; VQA's format has"),
+        ("a", 'answers=["2", "2"]', r"row 1: its answers are \['2', '2'\]; VQA's format has"),
+        ("a", 'answers=[{"answer": 2}]', r"row 1: its answers are \[\{'answer': 2\}\]; VQA's format has"),
     ],
 )
 def test_files_that_vqas_scoring_cannot_read_are_refused_before_training(
@@ -361,8 +365,11 @@ def test_files_that_vqas_scoring_cannot_read_are_refused_before_training(
     data = SimpleNamespace(coco_fmt_qust_file=files["q"], coco_fmt_anno_file=files["a"], annotation=rows)
     task.check_split("val", data)
     content = read_json(Path(files[file]))
+    name, changed, value = key.partition("=")
     for holder in (content, *content.get("annotations", [])):
-        holder.pop(key, None)
+        if name in holder:
+            holder.pop(name)
+            holder |= {name: json.loads(value)} if changed else {}
     (tmp_path / "damaged.json").write_text(json.dumps(content) if key else "?")
     vars(data)["coco_fmt_qust_file" if file == "q" else "coco_fmt_anno_file"] = str(tmp_path / "damaged.json")
     with pytest.raises(UserError, match=rf"damaged\.json: {message}"):
@@ -462,6 +469,25 @@ class Rows(list[dict[str, Any]]):
     @property
     def annotation(self) -> list[dict[str, Any]]:
         return list(self)
+
+
+@pytest.mark.parametrize(("answer", "module", "fault"), [
+    (5, "mine", "row 4: its answer is 5; it must be text"),
+    (None, "lavis.datasets", "row 4 has no answer, which LAVIS's dataset can't batch; use image_question_json"),
+    (None, "mine", ""),
+])  # fmt: skip
+def test_gqas_true_answers_are_text(tmp_path: Path, answer: Any, module: str, fault: str) -> None:
+    task = setup(XFormerGQATask, tmp_path)
+    rows = type("Rows", (Rows,), {"__module__": module})([*GQA, {**GQA[0], "question_id": 9, "answer": answer}])
+    with pytest.raises(UserError, match=fault) if fault else nullcontext():
+        task.check_split("val", rows)
+
+
+def test_three_files_are_one_too_few_for_vqa(tmp_path: Path) -> None:
+    files = {"build_info": {"annotations": {"train": {"storage": ["a"]}, "val": {"storage": ["e", "q", "a"]}}}}
+    config = OmegaConf.create({"run": {"inference_method": "generate"}, "datasets": {"coco_vqa": files}})
+    with pytest.raises(UserError, match=r"coco_vqa\.build_info\.annotations\.val\.storage has three files: it takes"):
+        XFormerVQATask.setup_task(SimpleNamespace(run_cfg=config.run, to_dict=lambda: OmegaConf.to_container(config)))
 
 
 def test_gqas_questions_have_ids_of_their_own(tmp_path: Path) -> None:

@@ -39,7 +39,10 @@ logger = logging.getLogger(__name__)
 
 SECTIONS = ("model", "datasets", "run")
 DEFAULT_RUNNER = "xformer_runner"
-WEIGHT_PATHS = {"run": ("resume_ckpt_path",), "model": ("pretrained", "finetuned", "blip2_pretrained", *PARTS)}
+PATHS = {
+    "run": ("resume_ckpt_path", "caption_truths", "question_types"),
+    "model": ("pretrained", "finetuned", "blip2_pretrained", *PARTS),
+}
 
 
 def load_config(cfg_path: str, options: Sequence[str] | None = None) -> RunConfig:
@@ -261,8 +264,8 @@ def _drop_null(section: Any) -> None:
 
 
 def _expand_home(config: DictConfig) -> None:
-    """Replace ``~`` in the paths of checkpoints and parts, as the shell does for those that stand alone."""
-    for section, keys in WEIGHT_PATHS.items():
+    """Replace ``~`` in the paths of checkpoints, parts and files, as the shell does for those that stand alone."""
+    for section, keys in PATHS.items():
         for key in keys:
             if str(value := config[section].get(key)).startswith("~"):
                 config[section][key] = str(Path(value).expanduser())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -144,12 +145,22 @@ class BenchmarkBuilder(LocalFilesBuilder):
             raise UserError(f"{self.name} is a benchmark: name its files under splits.test or splits.val")
         template = one_of(f"datasets.{self.name}.template", self.config.get("template", "raw"), TEMPLATES)
         files = self.files(split)
+        if again := next((f for f, n in Counter(Path(file).stem for file in files).items() if n > 1), None):
+            raise UserError(
+                f"datasets.{self.name}: two files are called {again}, which names their results; rename one"
+            )
         tables = [read_rows(file, rows_key=self.config.get("rows_key")) for file in files]
         digests = {file: self.fingerprint(file) for file in files}  # first: another benchmark's file is rejected whole
         root = self.image_root(split)
         annotation = [s for file, rows in zip(files, tables, strict=True) for s in self.samples(file, rows, root)]
         for number, sample in enumerate(annotation):
             sample["question_id"] = number
+        pairs = Counter((sample["subset"], sample["pair"]) for sample in annotation if "pair" in sample)
+        if odd := next((pair for pair, count in pairs.items() if count != 2), None):
+            first = 2 * odd[1] + 1
+            raise UserError(
+                f"datasets.{self.name}: {odd[0]}: rows {first} and {first + 1}, a pair, are not there once each"
+            )
         return BenchmarkDataset(
             kind=BENCHMARKS[self.name][0],
             question_sha256=digests,

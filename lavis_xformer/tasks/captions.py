@@ -175,6 +175,12 @@ class XFormerRetrievalTask(RetrievalTask):
         """
         if not hasattr(dataset, "txt2img"):
             raise UserError(f"run.task: xformer_retrieval ranks images and captions, but '{name}' is no set of both")
+        for number, row in enumerate(getattr(dataset, "annotation", []), start=1):
+            given = row.get("caption", [""])
+            if not isinstance(given, list) or not given:  # LAVIS's would rank a text letter by letter
+                raise UserError(
+                    f"'{name}': row {number}: its captions are {given!r}; to be ranked, it needs a list of them"
+                )
         smaller = min(len(dataset.text), len(dataset.image))
         if whole("run.k_test", self.protocol["k_test"], least=1) > smaller:
             raise UserError(f"run.k_test is {self.protocol['k_test']}, but '{name}' has only {smaller} candidates")

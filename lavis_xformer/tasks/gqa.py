@@ -51,6 +51,7 @@ class XFormerGQATask(AsksByProtocol, GQATask):
         super().check_split(name, dataset)
         if isinstance(rows := getattr(dataset, "annotation", None), list):  # not scenes, which number theirs
             check_unique(row["question_id"] for row in rows)
+            _check_answers(name, dataset, rows)
         if len(dataset) and {"answer", "answers"}.isdisjoint(dataset[0]):
             raise UserError(
                 "run.task: xformer_gqa needs samples with the true answer, which this dataset's have not; "
@@ -143,3 +144,17 @@ def gqa_figures(answers: Iterable[Row]) -> dict[str, float]:
         figures |= {f"majority{end}": 100 * most / len(members), f"n{end}": len(members)}
     figures["majority"] = 100 * sum(max(counter.values()) for counter in truths.values()) / figures["n"]
     return {"agg_metrics": figures["accuracy"], **figures}
+
+
+def _check_answers(split: str, dataset: Any, rows: Sequence[Row]) -> None:
+    """Check that true answers are text, which they are compared as, and that LAVIS's own dataset has one everywhere."""
+    of_lavis = type(dataset).__module__.startswith("lavis.")
+    for number, row in enumerate(rows, start=1):
+        answer = row.get("answer", row.get("answers"))
+        if answer is None and of_lavis:
+            raise UserError(
+                f"the split '{split}': row {number} has no answer, which LAVIS's dataset can't batch; use "
+                "image_question_json, whose questions may have none"
+            )
+        if not isinstance(answer, (str, list, tuple, type(None))):
+            raise UserError(f"the split '{split}': row {number}: its answer is {answer!r}; it must be text")

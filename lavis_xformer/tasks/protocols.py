@@ -124,11 +124,12 @@ def write_result(
     """
     datasets = config["datasets"]
     name = next((name for name, dataset in datasets.items() if _files(dataset, split)), next(iter(datasets)))
-    files = _files(datasets[name], split)
-    storage = files.get("storage") or files.get("annotations") or []
+    given = _files(datasets[name], split)
+    storage = given.get("storage") or given.get("annotations") or []
     paths = [storage] if isinstance(storage, str) else storage
     if question_sha256 is None:
-        question_sha256 = {file: sha256(Path(file)) for file in paths if Path(file).is_file()}
+        files = {file: Path(file).expanduser() for file in paths}
+        question_sha256 = {file: sha256(path) for file, path in files.items() if path.is_file()}
     report = {
         "benchmark": name,
         "split": split,

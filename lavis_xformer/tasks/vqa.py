@@ -134,11 +134,20 @@ class XFormerVQATask(AsksByProtocol, VQATask):
         """Read LAVIS's settings, the protocol and ``run.scorer``.
 
         Raises:
-            UserError: there is no such protocol or scorer.
+            UserError: there is no such protocol or scorer, or a dataset of LAVIS's lacks one of its files.
         """
         scorer = one_of("run.scorer", cfg.run_cfg.get("scorer", "lavis"), SCORERS)
         task: XFormerVQATask = super().setup_task(cfg)
         task.scorer = scorer
+        for name, dataset in task.config.get("datasets", {}).items():
+            for split, files in (((dataset or {}).get("build_info") or {}).get("annotations") or {}).items():
+                if (
+                    split != "train" and len(files.get("storage") or ()) == 3
+                ):  # LAVIS would take it for one without truths
+                    raise UserError(
+                        f"datasets.{name}.build_info.annotations.{split}.storage has three files: it takes LAVIS's "
+                        "questions, the list of answers (which may be empty), VQA's own questions and VQA's annotations"
+                    )
         return task
 
     def check_split(self, name: str, dataset: Any) -> None:

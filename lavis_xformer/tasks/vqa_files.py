@@ -82,4 +82,17 @@ def check_vqa_file(file: str, keys: Sequence[str], row_keys: Sequence[str]) -> f
     for number, row in enumerate(content[keys[-1]], start=1):
         if lacks := [key for key in row_keys if key not in row]:
             raise UserError(f"{file}: {keys[-1]}: row {number} has no {', '.join(lacks)}, which VQA's scoring needs")
+        if "answers" in row_keys and not _are_answers(given := row["answers"]):
+            raise UserError(
+                f'{file}: row {number}: its answers are {given!r}; VQA\'s format has [{{"answer": "text"}}, ...]'
+            )
     return frozenset(row["question_id"] for row in content[keys[-1]])
+
+
+def _are_answers(given: object) -> bool:
+    """Whether a row's answers are a list of mappings whose ``answer`` is text, which the scoring compares."""
+    return (
+        isinstance(given, list)
+        and bool(given)
+        and all(isinstance(each, dict) and isinstance(each.get("answer"), str) for each in given)
+    )
