@@ -117,6 +117,12 @@ def build_clip(
     return model
 
 
+def _check_side(side: int, patch: int, name: str) -> None:
+    """Refuse an image whose border would fill no patch."""
+    if side % patch:
+        raise UserError(f"model.image_size is {side}; '{name}' would not see the border: take a multiple of {patch}")
+
+
 def _eva_sizes(folder: Path) -> dict[str, Any]:
     config = load_json(folder / "config.json", "vit_model")
     if missing := [key for key in EVA_KEYS if key not in config]:
