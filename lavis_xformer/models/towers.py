@@ -107,11 +107,7 @@ def build_clip(
         )
     else:
         raise UserError(f"model.vit_model: no model or folder '{name}'; {nearest(name, VIT_MODELS)}")
-    (patch, _) = model.patch_embed.patch_size
-    if image_size % patch:
-        raise UserError(
-            f"model.image_size is {image_size}; '{name}' would not see the border: take a multiple of {patch}"
-        )
+    _check_side(image_size, model.patch_embed.patch_size[0], name)
     interpolate_pos_embed(model, state)
     load_exactly(model, state, source=f"vit_model '{name}'")
     return model
