@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,16 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 torch.set_num_threads(1)  # toy models lose more to waiting threads than they gain
 
 WORDS = "a the red blue green circle square star two three left right of above on one".split()
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """A test that starts a run redirects the package's messages: the next one finds them as they were."""
+    package = logging.getLogger("lavis_xformer")
+    before = package.level, package.propagate, package.handlers
+    yield
+    level, package.propagate, package.handlers = before
+    package.setLevel(level)
 
 
 @pytest.fixture(scope="session")
