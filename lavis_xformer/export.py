@@ -211,7 +211,7 @@ def _is_ours(arch: Any) -> bool:
 
 def _take_normalisation(cfg: Any, datasets: Mapping[str, Any]) -> None:
     """Give the processors the means and deviations of the run's datasets, which leave no trace in the weights."""
-    evaluating = [(dataset.get("vis_processor") or {}).get("eval") or {} for dataset in datasets.values()]
+    evaluating = [((dataset or {}).get("vis_processor") or {}).get("eval") or {} for dataset in datasets.values()]
     used = [{key: given[key] for key in NORMALISATION if given.get(key) is not None} for given in evaluating]
     if any(other != used[0] for other in used):
         logger.warning(
