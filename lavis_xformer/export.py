@@ -177,7 +177,7 @@ def _configuration(checkpoint: Path, arch: str | None, model_type: str | None) -
             raise UserError(f"--type {model_type}: {checkpoint} is of type {its_type}; leave --type out")
         cfg = OmegaConf.create({name: config[name] for name in ("model", "preprocess")})
         cfg.model.arch = arch or its_arch
-        _take_normalisation(cfg, config.get("datasets", {}))
+        _take_normalisation(cfg, config.get("datasets") or {})
     elif arch is None:
         what = f"is of LAVIS's {its_arch}" if its_arch else "doesn't name its model"
         raise UserError(f"{checkpoint} {what}; choose one of this package's with --model and --type")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import logging
 import os
 import shlex
 import shutil
@@ -31,7 +30,6 @@ from lavis_xformer.files import make_folder
 from lavis_xformer.models.parts import reads_mae
 from lavis_xformer.paths import PARTS, checkpoints_of
 from lavis_xformer.run_folder import BEST, LOG, SUMMARY
-from lavis_xformer.state_dicts import listing
 from lavis_xformer.tasks.benchmark import BenchmarkTask
 
 #: what tasks call to evaluate a model: LAVIS's, with ours derived from them, and our own
@@ -42,8 +40,6 @@ METHODS = {
     MultimodalClassificationTask: "predict",
     BenchmarkTask: "predict_answers",
 }
-
-logger = logging.getLogger(__name__)
 
 
 def arguments(argv: Sequence[str], doc: str | None) -> argparse.Namespace:
@@ -106,9 +102,6 @@ def build_runner(config: Any) -> Any:
         with contextlib.suppress(OSError):  # it holds an earlier run, or another rank has removed it
             folder.rmdir()
         raise
-    untrained = getattr(getattr(model, "load_report", None), "missing_new", ())
-    if config.run_cfg.evaluate and untrained:
-        logger.warning("weights that no file has trained are evaluated: %s", listing(untrained))
     rng.seed_everything(rng.seed_of(options.seed, rank()))
     distributed.barrier()
     return runner_class(cfg=config, task=task, model=model, datasets=datasets, job_id=job_id)

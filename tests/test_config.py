@@ -333,7 +333,7 @@ def test_a_schedule_takes_the_keys_that_it_reads(load):
         ("run.train_dataset_ratios=3", r"run\.train_dataset_ratios is 3; it must be a list: \[3\]"),
         ("run.log_freq=x", r"run\.log_freq is 'x'; it must be a whole number"),
         ("run.max_len='40'", r"run\.max_len is '40'; it must be a whole number"),  # as the tasks want it
-        ("run.num_beams=2.0", r"run\.num_beams is 2\.0; it must be a whole number"),
+        ("run.num_beams=2.5", r"run\.num_beams is 2\.5; it must be a whole number"),
         ("run.init_lr=-1", r"run\.init_lr is -1; it must be at least 0"),
         ("run.evaluate=Flase", r"run\.evaluate is 'Flase'; it must be True or False"),
     ],
@@ -344,6 +344,12 @@ def test_impossible_values_of_laviss_keys(option: str, message: str):
     check_lavis_keys(given)
     with pytest.raises(UserError, match=message):
         check_lavis_keys(given | {key: yaml.safe_load(value)})
+
+
+def test_a_whole_number_may_be_written_as_one_with_an_exponent():
+    given = dict.fromkeys((*NEEDED, *NEEDED_TO_TRAIN), 1) | {"warmup_steps": 1e2, "num_beams": 2.0}
+    check_lavis_keys(given)
+    assert repr((given["warmup_steps"], given["num_beams"])) == "(100, 2)"
 
 
 @pytest.mark.parametrize(

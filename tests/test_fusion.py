@@ -276,6 +276,9 @@ def test_a_derived_fusion_gets_what_its_base_takes_and_its_own_option(
     assert not any("self_attention" in name for name, _ in fusion.named_modules())
     with pytest.raises(UserError, match="model: 'fusion_gaet'; did you mean 'fusion_gate'"):
         check_values(OmegaConf.merge(cfg, {"fusion_gaet": 0.3}))
+    for key in ("fusion_std", "fusion_args"):
+        with pytest.raises(UserError, match=f"model: '{key}'"):
+            check_values(OmegaConf.merge(cfg, {key: 1}))
 
 
 def test_heads_are_those_of_the_module_that_attends(stage2_config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,5 +44,15 @@ def test_all_captions_of_an_image_are_ranked():
     assert asked == [("i2t", "a.png"), ("i2t", "b.png"), *[("t2i", "a.png")] * 3, ("t2i", "b.png")]
 
 
+def test_a_rank_may_have_nothing_but_repeats():
+    task, model = stage1.Stage1Task(), toy_training.ToyModel()
+    pairs = {"image": torch.rand(1, toy_training.WIDTH), "text_input": ["c0"], "image_id": [0]}
+    task.observe(model, pairs, [False])
+    assert [len(part) for part in task._texts] == [0]
+    task.observe(model, pairs, [True])
+    assert len(task.scores) == 0
+    assert task.figures()["chance_i2t_r1"] == 100
+
+
 def test_a_task_with_no_figures_of_its_own_is_judged_by_its_loss():
     assert NamedLossTask().after_evaluation({"loss": 2.0, "loss_itc": 1.5}, "val", 0)["agg_metrics"] == -2

@@ -161,6 +161,19 @@ def test_a_file_with_every_weight_is_no_file_with_another_image_encoder(
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
+def test_a_blip2_file_with_the_models_own_image_encoder_marks_what_is_trained_on_it(
+    make_stage2: Any, tmp_path: Path
+) -> None:
+    torch.save(make_stage2("opt", "none").state_dict(), tmp_path / "blip2.pth")
+    trained = make_stage2("opt")
+    load_pretrained(trained, config(blip2_pretrained=str(tmp_path / "blip2.pth")))
+    torch.save({"model": runner_state(perturb(trained)) | {"brought_clip": trained.brought_clip}}, tmp_path / "run.pth")
+    again = make_stage2("opt")
+    keys = {"blip2_pretrained": str(tmp_path / "blip2.pth"), "pretrained": str(tmp_path / "run.pth")}
+    load_pretrained(again, config(**keys))
+    assert torch.equal(again.opt_proj.weight, trained.opt_proj.weight)
+
+
 def test_a_language_model_trained_by_the_user_is_loaded_where_it_is_trainable_and_told_elsewhere(
     make_stage2: Any, batch: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

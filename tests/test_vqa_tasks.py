@@ -20,6 +20,7 @@ from torchvision.transforms.functional import to_tensor
 
 from lavis_xformer import train
 from lavis_xformer.compare.results import tasks
+from lavis_xformer.data.guard import GuardedDataset
 from lavis_xformer.data.scene_question_datasets import SceneQuestionDataset
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import read_json
@@ -480,7 +481,7 @@ def test_gqas_true_answers_are_text(tmp_path: Path, answer: Any, module: str, fa
     task = setup(XFormerGQATask, tmp_path)
     rows = type("Rows", (Rows,), {"__module__": module})([*GQA, {**GQA[0], "question_id": 9, "answer": answer}])
     with pytest.raises(UserError, match=fault) if fault else nullcontext():
-        task.check_split("val", rows)
+        task.check_split("val", GuardedDataset(rows))
 
 
 def test_three_files_are_one_too_few_for_vqa(tmp_path: Path) -> None:

@@ -180,7 +180,8 @@ def code_now() -> str:
             origin = getattr(importlib.util.find_spec(own), "origin", None)
             path = Path(origin or own)
             files = path.parent.rglob("*.py") if path.name == "__init__.py" else [path]
-            trees |= {f"{own}: {file.name}": _tree(file) for file in sorted(files) if file.is_file()}
+            inside = [file for file in sorted(files) if file.is_file()]
+            trees |= {f"{own}: {file.relative_to(path.parent).as_posix()}": _tree(file) for file in inside}
     return _digest(trees)
 
 

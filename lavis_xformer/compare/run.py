@@ -95,15 +95,17 @@ def run_all(cells: Sequence[Cell], jobs: int = 1, *, keep_going: bool = False) -
                 with locks[cell.folder]:
                     if halted.is_set() or cell.folder in failed:
                         return
-                    if not cell.finished:
-                        announce(cell, f"[{number}/{len(cells)}]")
+                    if cell.finished:
+                        continue
+                    announce(cell, f"[{number}/{len(cells)}]")
+                    try:
                         run_cell(cell)
-        except UserError as error:
-            failed[cell.folder] = str(error)
-            if keep_going:
-                print(f"  {error}", flush=True)
-            else:
-                halted.set()
+                    except UserError as error:
+                        failed[cell.folder] = str(error)
+                        if keep_going:
+                            print(f"  {error}", flush=True)
+                            return
+                        halted.set()
         except BaseException:
             halted.set()
             raise

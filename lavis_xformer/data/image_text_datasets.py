@@ -279,6 +279,8 @@ class ImageTextBuilder(LocalFilesBuilder):
     """Pairs of image and caption from JSON, JSONL or CSV."""
 
     DATASET_CONFIG_DICT: ClassVar[dict[str, str]] = {"default": config_path("datasets/image_text_json.yaml")}
+    #: whether its splits for evaluation have ``references``, against which captions are scored
+    HAS_REFERENCES = True
 
     def build_split(self, split: str) -> BaseDataset:
         """Build pairs for training, images with all their captions for evaluation."""

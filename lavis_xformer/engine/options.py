@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -74,8 +74,10 @@ class RunOptions:
         return cls(**values)
 
 
-def check_lavis_keys(run_cfg: Mapping[str, Any]) -> None:
+def check_lavis_keys(run_cfg: MutableMapping[str, Any]) -> None:
     """Reject a ``run:`` section in which a LAVIS key without a default is missing, or one has an invalid value.
+
+    Whole numbers become integers, as LAVIS needs them.
 
     Raises:
         UserError: keys are missing, a number is invalid or too small, a switch is neither True nor False, or splits or
@@ -90,7 +92,8 @@ def check_lavis_keys(run_cfg: Mapping[str, Any]) -> None:
         raise UserError(f"{', '.join(missing)}: missing, and there is no default; docs/engine.md explains every key")
     for name, (kind, least) in NUMBERS.items():
         if run_cfg.get(name) is not None:
-            _number(name, run_cfg[name], kind, least=least)
+            checked = _number(name, run_cfg[name], kind, least=least)
+            run_cfg[name] = checked if kind is int else run_cfg[name]
     if float(run_cfg.get("beta2") or 0) >= 1:
         raise UserError(f"run.beta2 is {run_cfg['beta2']!r}; it must be less than 1")
     for name in SWITCHES:
@@ -152,6 +155,7 @@ def _checked(name: str, value: object, kind: type) -> object:
 
 def _number(name: str, value: Any, kind: type, *, least: float) -> float:
     if kind is int:
+        value = int(value) if isinstance(value, float) and value.is_integer() else value  # as YAML reads 1e3
         return whole(f"run.{name}", value, least=int(least))
     if (converted := number(f"run.{name}", value)) < least:
         raise UserError(f"run.{name} is {value!r}; it must be at least {least}")

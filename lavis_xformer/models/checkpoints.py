@@ -180,7 +180,8 @@ def _load_either_stage(
         state[CLIP_POSITIONS] = positions["pos_embed"]
     known = state.pop(BROUGHT_CLIP, None)
     had_clip = _any(CLIP, state)
-    state = _without_known(model, state)
+    if key != "blip2_pretrained":  # which marks the checkpoints that are trained on its image encoder
+        state = _without_known(model, state)
     brought = _fingerprint(state)
     if brought is None:
         may_miss += f"|{CLIP}"

@@ -274,7 +274,7 @@ def parameters_of(fusion: type[Fusion]) -> set[str]:
     for cls in fusion.__mro__:
         if "__init__" in vars(cls):
             given = inspect.signature(vars(cls)["__init__"]).parameters.values()
-            names |= {parameter.name for parameter in given if parameter.kind is not parameter.VAR_KEYWORD}
+            names |= {one.name for one in given if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)}
             if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in given):
                 break
     return names - {"self"}

@@ -20,6 +20,8 @@ SOURCES = ("mae", "random", "clip")  # of M: MAE, an untrained MAE, or CLIP
 ITG_SOURCES = ("qformer", "xformer")  # of stage 1's captions, see `features`
 #: keys whose values the shipped fusions take; one of your own may take other ``fusion_...``
 FUSION_OPTIONS = ("fusion_depth", "fusion_self_attention", "fusion_init")
+#: what every fusion is offered, see :func:`build_parts`
+OFFERED = frozenset({"query_width", "clip_width", "mae_width", "heads", "std"})
 #: keys whose values ``XFormerBase`` takes
 OPTIONS = ("freeze_vit", "vit_precision", "max_txt_len", "token_positions", "clip_layer", "shuffle_mae")
 #: all keys that are read here
@@ -87,8 +89,8 @@ def check_values(cfg: DictConfig) -> None:
             check(f"model.{key}", values.get(key))
     for key in _fusion_options(values):
         if key not in FUSION_OPTIONS:
-            options = [f"fusion_{name}" for name in parameters_of(FUSIONS[values["fusion"]])]
-            one_of("model", key, [*FUSION_OPTIONS, *options])
+            own = parameters_of(FUSIONS[values["fusion"]]) - OFFERED
+            one_of("model", key, {*FUSION_OPTIONS, *(f"fusion_{name}" for name in own)})
     if reads_mae(values):
         text("model.mae_model", values.get("mae_model", ""))  # LAVIS's own classes have no such key
     if (values.get("mae_source"), values["fusion"]) == ("clip", "concat"):

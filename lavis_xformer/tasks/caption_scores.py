@@ -39,7 +39,8 @@ def check_scoring(truths: str | None, datasets: Sequence[str]) -> None:
     Raises:
         UserError: there are no reference captions, they are not in COCO's format, or there is no Java.
     """
-    if not truths and not {"coco_caption", "image_text_json"} & set(datasets):
+    own = any(getattr(registry.get_builder_class(name), "HAS_REFERENCES", False) for name in datasets)
+    if not truths and not own and "coco_caption" not in datasets:
         raise UserError(
             f"run.report_metric: LAVIS has reference captions for coco_caption only, not for {', '.join(datasets)}; "
             "set run.caption_truths to a file in COCO's format, or run.report_metric to False"

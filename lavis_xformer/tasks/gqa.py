@@ -148,7 +148,7 @@ def gqa_figures(answers: Iterable[Row]) -> dict[str, float]:
 
 def _check_answers(split: str, dataset: Any, rows: Sequence[Row]) -> None:
     """Check that true answers are text, which they are compared as, and that LAVIS's own dataset has one everywhere."""
-    of_lavis = type(dataset).__module__.startswith("lavis.")
+    of_lavis = type(getattr(dataset, "dataset", dataset)).__module__.startswith("lavis.")  # guarded
     for number, row in enumerate(rows, start=1):
         answer = row.get("answer", row.get("answers"))
         if answer is None and of_lavis:

@@ -38,5 +38,5 @@ def answer_row(
 def truth_of(row: Mapping[str, Any]) -> str:
     """Return the most frequent of the answers that annotators gave to a question, the first of equals; "" if none."""
     given = row.get("answers") or row.get("answer") or []
-    votes = Counter(map(str, given if isinstance(given, list) else [given]))
+    votes = Counter(map(str, given if isinstance(given, (list, tuple)) else [given]))
     return votes.most_common(1)[0][0] if votes else ""

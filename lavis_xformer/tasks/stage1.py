@@ -44,10 +44,10 @@ class Stage1Task(NamedLossTask):
         ids = image_ids(samples) or unnamed
         captions = samples.get("captions", [[text] for text in samples["text_input"]])  # of each image
         owned = [(name, text) for name, texts in compress(zip(ids, captions, strict=True), fresh) for text in texts]
-        if owned:
-            said = model.extract_features({**samples, "text_input": [text for _, text in owned]}, mode="text")
-            self._texts.append(said.text_embeds_proj[:, 0].float().cpu())  # (T, E)
-            self._owners += [name for name, _ in owned]
+        said = [text for _, text in owned] or samples["text_input"]  # a rank may have nothing but repeats
+        features = model.extract_features({**samples, "text_input": said}, mode="text").text_embeds_proj[:, 0]
+        self._texts.append(features[: len(owned)].float().cpu())  # (T, E)
+        self._owners += [name for name, _ in owned]
         new = [i for i, name in enumerate(ids) if name not in self._images and ids.index(name) == i]
         if new:
             images = model.extract_features(select(samples, new), mode="image").image_embeds_proj.float().cpu()
