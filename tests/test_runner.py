@@ -764,3 +764,12 @@ def test_a_report_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "curves.png").mkdir()
     with pytest.raises(UserError, match=r"the report can't be written: .*curves\.png"):
         report.main([str(tmp_path)])
+
+
+def test_an_evaluation_of_untrained_weights_says_so(unbroken, tmp_path, caplog):
+    for named in (str(unbroken.output_dir / "checkpoint_0.pth"), None):
+        runner = toy_training.make_runner(tmp_path, evaluate=True, resume_ckpt_path=named)
+        runner.model.untrained = "all"
+        assert "weights are evaluated that were never trained" not in caplog.text
+        runner.train()
+    assert "weights are evaluated that were never trained: all" in caplog.text

@@ -189,6 +189,13 @@ def test_a_language_model_trained_by_the_user_is_loaded_where_it_is_trainable_an
     assert torch.equal(again(batch)["loss"], tuned(batch)["loss"])
 
 
+def load_whole(model: Any, folder: Path) -> Any:
+    """The model, once it has loaded a file with all of its weights."""
+    torch.save(model.state_dict(), folder / "whole.pth")
+    model.load_checkpoint(folder / "whole.pth")
+    return model
+
+
 def test_a_model_that_is_given_a_file_of_stage_1_keeps_its_projection_and_says_so(
     stage1: Any, make_stage2: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -198,6 +205,9 @@ def test_a_model_that_is_given_a_file_of_stage_1_keeps_its_projection_and_says_s
     model.load_checkpoint(tmp_path / "stage1.pth")
     assert "stage1.pth has no opt_proj.bias, opt_proj.weight, which stay as they are" in caplog.text
     assert torch.equal(model.opt_proj.weight, kept)
+    assert model.untrained == "opt_proj.bias, opt_proj.weight"
+    assert make_stage2("opt").untrained == "all"
+    assert not load_whole(make_stage2("opt"), tmp_path).untrained
 
 
 def test_blip2_stage1_files_start_both_stages(

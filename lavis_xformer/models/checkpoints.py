@@ -58,6 +58,11 @@ class CheckpointLoading:
     #: the ``model`` configuration that it was built from, with which those of files are compared
     built_from: DictConfig | None = None
 
+    @property
+    def untrained(self) -> str:
+        """The trainable weights that no file has brought: "" for none, "all" where nothing has been loaded."""
+        return listing(self.load_report.missing_new) if self.load_report.loaded else "all"
+
     def load_checkpoint(self, url_or_filename: str | Path) -> LoadReport:
         """Load a checkpoint as ``pretrained`` does: ``load_model(..., checkpoint=FILE)`` of LAVIS ends here.
 

@@ -27,7 +27,7 @@ from lavis_xformer.errors import UserError
 from lavis_xformer.files import read_json, write_json
 from lavis_xformer.paths import checkpoints_of
 from lavis_xformer.runners.portable import PortableRunner, size_of
-from lavis_xformer.state_dicts import listing, load_trainable, weights_told
+from lavis_xformer.state_dicts import load_trainable, weights_told
 
 SOURCES = {f"model.{key}" for key in "pretrained finetuned load_finetuned blip2_pretrained train_only".split()}
 
@@ -218,11 +218,8 @@ class XFormerRunner(PortableRunner):
         none_else = checkpoints_of(self.config.model_cfg).items() <= started_from.items()
         path = self.resume_ckpt_path or (str(best) if best.exists() and none_else else None)
         if path is None:
-            report = getattr(self.unwrap_dist_model(self.model), "load_report", None)
-            if report is not None and (report.missing_new or not report.loaded):
-                logger.warning(
-                    "weights are evaluated that were never trained: %s", listing(report.missing_new) or "all"
-                )
+            if untrained := getattr(self.unwrap_dist_model(self.model), "untrained", ""):
+                logger.warning("weights are evaluated that were never trained: %s", untrained)
             return
         content, config = checkpoint.read(Path(path)), self.config.to_dict()
         trained = content.get("config", config)
