@@ -55,6 +55,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     (tmp_path / "train.json").write_text("[]")
+    (tmp_path / "own.json").write_text(' {"images": [], "annotations": []}')
 
     def run(*options: str, text: str = YAML):
         (tmp_path / "run.yaml").write_text(text)
@@ -227,6 +228,7 @@ def test_interface_of_lavis_is_kept(load):
         (f"{INFO}.images.storage=nope", "there is no folder nope, neither here nor as /"),
         (f"{INFO}.annotations.train.storage=nope.json", "there is no file nope.json, neither here nor as /"),
         (f"{INFO}.annotations.train.storage=/nope.json", f"{INFO}.annotations.train.storage: there is no file"),
+        (f"{INFO}.annotations.train.storage=own.json", "own.json is a JSON object, perhaps a benchmark's own file"),
         (f"{INFO}.annotations.train.url=/nope.json", ""),
         ("run.resume_ckpt_path=nope.pth", "run.resume_ckpt_path: there is no file nope.pth"),
         ("run.max_epohc=3", "run.max_epohc: no configuration knows this key: did you mean 'run.max_epoch'?"),

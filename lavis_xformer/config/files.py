@@ -12,6 +12,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lavis_xformer.errors import UserError
 
+_PEEK = 256  # characters read of a file to see what it holds
+
 
 def check_data_files(datasets: DictConfig, user: DictConfig) -> None:
     """Check what LAVIS's own builders will read; this package's builders check theirs.
@@ -55,6 +57,7 @@ def _check_annotation(key: str, annotation: DictConfig, local: bool) -> None:
     annotation.url = urls if len(urls) == len(files) else files  # a list, both before and after the download
     missing = next((path for path, file in zip(given, files, strict=True) if not Path(file).is_file()), None)
     if missing is None:
+        _refuse_object(key, files[0])
         return
     if local or len(urls) != len(files):
         raise UserError(
@@ -64,6 +67,17 @@ def _check_annotation(key: str, annotation: DictConfig, local: bool) -> None:
     for url in urls:
         if not is_url(url) and not Path(url).is_file():
             raise UserError(f"{key}.url: there is no file {url}, and nothing at {key}.storage ({_places(missing)})")
+
+
+def _refuse_object(key: str, file: str) -> None:
+    """Raise a UserError if a JSON file holds an object, such as COCO's own: LAVIS's datasets read a list of rows."""
+    with open(file, encoding="utf-8-sig", errors="replace") as opened:
+        if file.endswith(".json") and opened.read(_PEEK).lstrip().startswith("{"):
+            raise UserError(
+                f"{key}.storage: {file} is a JSON object, perhaps a benchmark's own file; LAVIS's datasets read a list "
+                "of rows: use the file that LAVIS converted (leave storage out to download it), or the dataset "
+                "image_text_json or image_question_json, which read yours"
+            )
 
 
 def check_file(key: str, path: Any) -> None:
