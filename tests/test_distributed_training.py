@@ -31,17 +31,25 @@ with launch.process_group("cpu"):
 
 
 TRAININGS = """
+import itertools
 import json
 import sys
+import time
 import torch
 import toy_training
 import toy_xformer
 from lavis_xformer import launch
+from lavis_xformer.engine import checkpoint
+from lavis_xformer.tasks.stage1 import Stage1Task
 folder, *jobs = sys.argv[1:]
 with launch.process_group("cpu") as place:
     torch.save(toy_xformer.train(), f"{folder}/rank{place.rank}")
     for job in jobs:
         toy_training.train(place, output_dir=folder, **json.loads(job))
+    figures, alias = itertools.count(), checkpoint.alias
+    Stage1Task.goal = lambda self, _: float(next(figures))  # every epoch is the best so far
+    checkpoint.alias = lambda *paths: (time.sleep(0.2), alias(*paths))  # and its name takes a while
+    toy_training.train(place, output_dir=folder, job_id="last_is_best", batch_size_train=4, test_splits=["val"])
 """
 JOINED = {"dropout": 0, "max_epoch": 4, "accum_grad_iters": 2}
 EACH_ALL = {"dropout": 0, "use_dist_eval_sampler": False}
@@ -88,6 +96,15 @@ def test_two_processes_equal_one_on_the_joined_batch(two, tmp_path):
         assert left["loss"] == pytest.approx(right["loss"], abs=0.5 if left["kind"] == "eval" else 1e-5)
         assert left.get("i2t_r1") == pytest.approx(right.get("i2t_r1"))
         assert left.get("t2i_r5") == pytest.approx(right.get("t2i_r5"))
+
+
+def test_all_test_the_same_weights_though_the_best_has_just_got_its_name(two):
+    states = [torch.load(two / "last_is_best" / f"final{rank}.pt", weights_only=True) for rank in (0, 1)]
+    best = torch.load(two / "last_is_best" / run_folder.BEST, weights_only=True)
+    assert best["epoch"] == 2
+    for name, value in best["model"].items():
+        assert torch.equal(states[0][name], value), name
+        assert torch.equal(states[1][name], value), name
 
 
 def test_the_four_losses_of_two_processes_equal_those_of_one_on_the_joined_batch(two):

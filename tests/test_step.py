@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lavis_xformer import distributed
 from lavis_xformer.engine import interruption
 from lavis_xformer.engine.interruption import Interruption
 from lavis_xformer.engine.log import Averages
@@ -30,6 +31,14 @@ def make_stepper(**options):
         return {"loss": loss, "twice": 2 * loss, "output": model(batch)}
 
     return Stepper(model=model, optimizer=optimizer, forward=forward, **options)
+
+
+def make_loop(folder, *, scaler=None):
+    return EpochLoop(
+        stepper=SimpleNamespace(scaler=scaler), schedule=None, position=Position(), averages=Averages(),
+        options=RunOptions.from_config({}), accumulate=1, log_every=1, interruption=SimpleNamespace(signum=0),
+        save=None, log=None, folder=folder,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("parts", [2, 3, 6])
@@ -124,13 +133,22 @@ def test_a_signal_waits_for_the_step_and_so_does_its_echo_but_no_later_one(signu
     assert left.value.code == status
 
 
+def test_a_signal_that_the_other_ranks_do_not_know_of_yet_is_left_to_the_next_step(tmp_path, monkeypatch):
+    loop, asked = make_loop(tmp_path), []
+
+    def waiting_for_others(values):
+        asked.append(values[1].item())
+        loop.interruption.signum = 15  # arrives meanwhile
+        return values
+
+    monkeypatch.setattr(distributed, "total", waiting_for_others)
+    assert [loop._agree({"loss": torch.tensor(1.0)}).signum for _ in range(2)] == [0, 15]
+    assert asked == [0, 15]
+
+
 def test_a_norm_that_is_not_finite_is_a_scalers_affair_and_a_loss_is_not(tmp_path):
     def agreed(scaler, **terms):
-        loop = EpochLoop(
-            stepper=SimpleNamespace(scaler=scaler), schedule=None, position=Position(), averages=Averages(),
-            options=RunOptions.from_config({}), accumulate=1, log_every=1, interruption=SimpleNamespace(signum=0),
-            save=None, log=None, folder=tmp_path,
-        )  # fmt: skip
+        loop = make_loop(tmp_path, scaler=scaler)
         return loop._agree({name: torch.tensor(value) for name, value in terms.items()}).finite
 
     assert agreed("a scaler", loss=1.0, grad_norm=float("inf"))

@@ -145,20 +145,23 @@ class EpochLoop:
     def _agree(self, terms: dict[str, torch.Tensor]) -> Verdict:
         """Average the terms over ranks; any rank's request to stop or save applies to all.
 
-        Costs one transfer from the device and one all-reduce of a small vector per step.
+        Costs one transfer from the device and one all-reduce of a small vector per step, besides that of
+        :meth:`_fetch`. A signal that arrives while
+        this waits for the other ranks, which don't know of it, is left to the next step.
         """
         names = list(terms)
         values = torch.stack([terms[name] for name in names]).cpu().double()
         checked = [i for i, n in enumerate(names) if n != "grad_norm" or not self.stepper.scaler]
         bad = not bool(torch.isfinite(values[checked]).all())
-        flags = torch.tensor([bad, self.interruption.signum, self._save_is_due()]).double()
+        signum = self.interruption.signum
+        flags = torch.tensor([bad, signum, self._save_is_due()]).double()
         summed = distributed.total(torch.cat([flags, values]))
         means = (summed[3:] / world_size()).tolist()
         return Verdict(
             terms=dict(zip(names, means, strict=True)),
             own=dict(zip(names, values.tolist(), strict=True)),
             finite=not summed[0],
-            signum=self.interruption.signum or (15 if summed[1] else 0),
+            signum=signum or (15 if summed[1] else 0),
             save=bool(summed[2]),
         )
 

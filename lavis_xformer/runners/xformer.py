@@ -343,9 +343,13 @@ class XFormerRunner(PortableRunner):
             logger.info("its training has finished; run.max_epoch is %d", self.max_epoch)
 
     def _load_best(self) -> None:
-        """Load the weights of the best checkpoint; without one, keep the last and say so."""
+        """Load the weights of the best checkpoint; without one, keep the last and say so.
+
+        Rank 0, which named it, reads it for all: another may still see the file that had this name before.
+        """
         path = self.output_dir / run_folder.BEST
-        if path.exists():
-            load_trainable(self.unwrap_dist_model(self.model), checkpoint.read(path)["model"], source=str(path))
+        best = distributed.share(checkpoint.read(path)["model"] if is_main() and path.exists() else None)
+        if best is not None:
+            load_trainable(self.unwrap_dist_model(self.model), best, source=str(path))
         else:
             logger.info("no best checkpoint was chosen: testing the last weights")
