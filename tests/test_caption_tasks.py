@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from lavis.common.registry import registry
+from lavis.tasks.captioning import CaptionTask
 from omegaconf import OmegaConf
 from PIL import Image
 from pycocoevalcap.cider.cider import Cider
@@ -180,6 +181,18 @@ def test_captions_are_scored_one_by_one_for_a_comparison(tmp_path: Path) -> None
     assert (first["correct"] + second["correct"]) / 2 == pytest.approx(figures["CIDEr"])
     line = json.loads((tmp_path / "evaluate.txt").read_text())
     assert line == {"test": {name: value for name, value in figures.items() if name != "agg_metrics"}}
+
+
+def test_results_of_all_ranks_are_joined_as_in_lavis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = [[{"image_id": 2, "caption": "b"}, {"image_id": 1, "caption": "a"}], [{"image_id": 2, "caption": "again"}]]
+    monkeypatch.setattr("lavis_xformer.distributed.collect", lambda value: ranks)
+    saved = XFormerCaptionTask.save_result(ranks[0], str(tmp_path), "said", "image_id")
+    assert json.loads((tmp_path / "said.json").read_text()) == ranks[0]
+    assert saved == str(tmp_path / "said.json")
+    XFormerCaptionTask.save_result(ranks[0], str(tmp_path), "all")
+    assert json.loads((tmp_path / "all.json").read_text()) == [row for rows in ranks for row in rows]
+    theirs = CaptionTask.save_result(ranks[0] + ranks[1], str(tmp_path), "theirs", "image_id")
+    assert json.loads(Path(theirs).read_text()) == ranks[0]
 
 
 def test_captions_are_kept_where_scoring_fails(tmp_path: Path) -> None:

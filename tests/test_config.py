@@ -329,6 +329,7 @@ def test_a_schedule_takes_the_keys_that_it_reads(load):
         ("run.max_epoch=True", r"run\.max_epoch is True; it must be a whole number"),
         ("run.num_beams=0", r"run\.num_beams is 0; it must be a whole number, 1 or more"),
         ("run.max_epoch=1.7", r"run\.max_epoch is 1\.7; it must be a whole number"),
+        ("run.lr_decay_rate=-1", r"run\.lr_decay_rate is -1; it must be at least 0"),
         ("run.beta2=1", r"run\.beta2 is 1; it must be less than 1"),
         ("run.init_lr=abc", r"run\.init_lr is 'abc'; it must be a finite number"),
         ("run.valid_splits=val", r"run\.valid_splits is 'val'; it must be a list: \[val\]"),

@@ -15,6 +15,8 @@ from omegaconf import OmegaConf
 from lavis_xformer import losses
 from lavis_xformer.errors import UserError
 from lavis_xformer.images import clip_to_mae
+from lavis_xformer.models import features
+from lavis_xformer.models.frozen import DTYPES
 from lavis_xformer.models.fusion import FUSIONS
 from lavis_xformer.models.stage1 import XFormer
 
@@ -240,8 +242,8 @@ def test_features_are_normalised_in_full_precision_under_autocast(
     with torch.autocast("cpu", torch.bfloat16):
         make_xformer("none")(batch)
     assert len(compared) == 4
-    for features in compared:
-        assert torch.allclose(features.float().norm(dim=-1), torch.ones(()), atol=1e-5)
+    for compared_features in compared:
+        assert torch.allclose(compared_features.float().norm(dim=-1), torch.ones(()), atol=1e-5)
 
 
 def test_itm_accuracy_is_the_share_of_pairs_told_apart(make_xformer: Any, batch: dict[str, Any]) -> None:
@@ -398,6 +400,20 @@ def test_matching_in_retrieval_sees_m(fusion: str, make_xformer: Any, batch: dic
     assert torch.allclose(scores, direct, atol=1e-6)
 
 
+def test_image_tokens_for_retrieval_are_as_small_as_the_encoders_on_a_gpu(
+    make_xformer: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_xformer("dual").eval()
+    text = model.tokenize(batch["text_input"])
+    _, tokens = model.forward_image(batch["image"])
+    assert tokens.dtype == torch.float32
+    monkeypatch.setattr(features, "compute_dtype", lambda device, precision: DTYPES[precision])  # as on a GPU
+    _, small = model.forward_image(batch["image"])
+    assert small.dtype == torch.float16
+    scores = [model.compute_itm(of, text.input_ids, text.attention_mask) for of in (tokens, small)]
+    torch.testing.assert_close(scores[1], scores[0], rtol=0, atol=1e-2)
+
+
 def test_hard_negatives_are_those_of_the_generator(make_xformer: Any, batch: dict[str, Any]) -> None:
     model = make_xformer("none")
     values = [model(batch, generator=torch.Generator().manual_seed(5))["loss_itm"].item() for _ in range(2)]
@@ -486,13 +502,12 @@ def test_what_a_configuration_says_reaches_the_model(stage2_config: Any) -> None
 
 def test_options_of_a_class_of_ones_own_reach_its_constructor(stage2_config: Any) -> None:
     class Mine(XFormer):
-        OPTIONS = (*XFormer.OPTIONS, "aux_weight")
-        CONFIG_KEYS = XFormer.CONFIG_KEYS | {"aux_weight"}
-
         def __init__(self, *, aux_weight: float = 0.1, **parts: Any) -> None:
             super().__init__(**parts)
             self.aux_weight = aux_weight
 
+    assert "aux_weight" in Mine.CONFIG_KEYS
+    assert "aux_weight" not in XFormer.CONFIG_KEYS
     assert Mine.from_config(OmegaConf.merge(stage2_config.model, {"aux_weight": 0.7})).aux_weight == 0.7
 
 

@@ -30,7 +30,7 @@ from lavis_xformer.models import frozen, generation
 from lavis_xformer.models.frozen import DTYPES
 from lavis_xformer.models.fusion import FUSIONS
 from lavis_xformer.models.generation import SPACY_MODEL, lemmatize
-from lavis_xformer.models.opt import KernelAttention
+from lavis_xformer.models.opt import OptKernelAttention
 from lavis_xformer.models.t5 import T5Language
 from lavis_xformer.models.texts import Prompts, continuation, split, texts_to_learn
 
@@ -113,7 +113,7 @@ def test_attention_by_torchs_kernel_is_lavis_own(cached: int) -> None:
     torch.manual_seed(0)
     theirs = OPTAttention(16, 4, is_decoder=True).double()
     ours = deepcopy(theirs)
-    ours.__class__ = KernelAttention
+    ours.__class__ = OptKernelAttention
     padded = 2  # on the left, of the second text; LAVIS adds two masks there, which gives -inf
     lowest = torch.finfo(torch.double).min
     mask = torch.full((5, cached + 5), lowest, dtype=torch.double).triu(cached + 1).expand(2, 1, -1, -1).clone()
@@ -135,7 +135,7 @@ def test_padding_is_attended_to_as_by_lavis_where_its_mask_has_a_wider_range_tha
     torch.manual_seed(0)
     theirs = OPTAttention(16, 4, is_decoder=True)
     ours = deepcopy(theirs)
-    ours.__class__ = KernelAttention
+    ours.__class__ = OptKernelAttention
     given = torch.ones(1, 5, 16), {"attention_mask": torch.full((1, 1, 5, 5), torch.finfo(torch.float32).min)}
     with torch.autocast("cpu", torch.bfloat16):  # in which this minimum is -inf
         found = ours(given[0], **given[1])[0].float()

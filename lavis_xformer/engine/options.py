@@ -17,7 +17,7 @@ NUMBERS: dict[str, tuple[type, float]] = {
     **dict.fromkeys(("batch_size_train", "batch_size_eval", "accum_grad_iters", "max_epoch", "max_iters"), (int, 1)),
     **dict.fromkeys(("num_workers", "warmup_steps", "log_freq", "min_len"), (int, 0)),
     **dict.fromkeys(("num_beams", "max_len", "max_answer_len", "k_test", "num_ans_candidates"), (int, 1)),
-    **dict.fromkeys(("init_lr", "min_lr", "weight_decay", "beta2"), (float, 0)),
+    **dict.fromkeys(("init_lr", "min_lr", "weight_decay", "beta2", "lr_decay_rate"), (float, 0)),
     "warmup_lr": (float, -1),  # LAVIS's value for "not set"
 }
 SWITCHES = ("evaluate", "use_dist_eval_sampler", "report_metric", "blind")

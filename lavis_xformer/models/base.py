@@ -58,8 +58,14 @@ class XFormerBase(CheckpointLoading, Blip2Base):
 
     #: loaded if a user names no type: ships with the package and runs offline; None if there is no such type
     DEFAULT_MODEL_TYPE: ClassVar[str | None] = "mini"
-    #: keys that ``from_config`` reads, besides LAVIS's arch, model_type, load_finetuned, finetuned and pretrained
+    #: keys that ``from_config`` reads, besides LAVIS's arch, model_type, load_finetuned, finetuned and pretrained; the
+    #: names of the constructor's arguments are added
     CONFIG_KEYS: ClassVar[frozenset[str]] = parts.KEYS | {"train_only", "blip2_pretrained"}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Add the keys that the model's constructor takes to those of its configuration."""
+        super().__init_subclass__(**kwargs)
+        cls.CONFIG_KEYS |= parts.options_of(cls)
 
     def __init__(
         self,
@@ -154,8 +160,10 @@ class XFormerBase(CheckpointLoading, Blip2Base):
             UserError: the image is not a float tensor, or not of the size or number of channels that the model needs;
                 ``shuffle_mae`` needs another image, and there is none.
         """
-        of_m = self._others.of(image) if self.shuffle_mae and self.fusion.needs_mae else image
-        tokens = self._encode(image, of_m, mask_ratio, noise)
+        tokens = self._encode(image, mask_ratio, noise)
+        if self.shuffle_mae and tokens.mae is not None:  # a control at test time: both encoders run again
+            others = self._encode(self._others.of(image), mask_ratio, noise)
+            tokens = Tokens(tokens.clip, others.mae, others.pixels)
         clip = compact(self.fusion.visual_tokens(tokens.clip, tokens.mae_tokens))
         return Tokens(clip, tokens.mae, tokens.pixels) if self.fusion.aligns_mae else Tokens(clip, None, None)
 
@@ -181,16 +189,14 @@ class XFormerBase(CheckpointLoading, Blip2Base):
         mae_size = self.image_size if self.mae is None else self.mae.image_size
         return unpack(image.float(), clip_size=self.image_size, mae_size=mae_size)
 
-    def _encode(self, image: Tensor, of_m: Tensor, mask_ratio: float, noise: Tensor | None) -> Tokens:
-        """C of an image and M of the same or another, with their positions, before the fusion."""
-        clip_pixels, pixels = self._views(image)[0], self._views(of_m)[1]
+    def _encode(self, image: Tensor, mask_ratio: float, noise: Tensor | None) -> Tokens:
+        """C and M of an image, with their positions, before the fusion."""
+        clip_pixels, pixels = self._views(image)
         with towers.tap(self.visual_encoder, self.clip_layer) as middle:
             clip = self.ln_vision(self._run_clip(clip_pixels))  # (B, Nc, Dc)
         placed = clip + sincos(clip.shape[-1], clip.shape[1] - 1).to(clip) if "clip" in self.token_positions else clip
         if not self.fusion.needs_mae:
             return Tokens(placed, mae=None, pixels=None)
-        if self.mae is None and of_m is not image:
-            return Tokens(placed, self._encode(of_m, of_m, mask_ratio, noise).mae, pixels=None)
         if self.mae is None:
             m = unmasked(F.layer_norm(middle[0].float(), middle[0].shape[-1:]) if middle else clip)
             return Tokens(placed, self._placed(m), pixels=None)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.models.base import XFormerBase
+from lavis_xformer.models.frozen import compute_dtype
 from lavis_xformer.models.fusion import CrossAttentionBlock, Init
 from lavis_xformer.models.parts import ITG_SOURCES
 from lavis_xformer.models.samples import check_order, check_sampling, check_whole, take, texts_of
@@ -135,10 +136,12 @@ class FeatureModel(XFormerBase):
         """Image (B, 3 or 6, S, S) -> Z' (B, Q, D), and the image tokens that :meth:`compute_itm` takes.
 
         The image tokens are what the Q-Former reads (B, Nc, Dc), C or a fusion of C and M. A fusion that aligns M gets
-        C and M in one tensor (B, Nc + Nm, max(Dc, Dm)), so that LAVIS's retrieval code can store and repeat them.
+        C and M in one tensor (B, Nc + Nm, max(Dc, Dm)), so that LAVIS's retrieval code can store and repeat them; on a
+        GPU in ``vit_precision``, since it stores those of all images.
         """
         tokens = self.encode_image(image)
-        return self.refined(tokens), self._join(tokens.clip, tokens.mae_tokens)
+        joined = self._join(tokens.clip, tokens.mae_tokens)
+        return self.refined(tokens), joined.to(compute_dtype(self.device, self.vit_precision))
 
     def forward_text(self, text_tokens: Any) -> Tensor:
         """Tokenised text (B, T) -> (B, D), the state of its first token."""
@@ -146,7 +149,7 @@ class FeatureModel(XFormerBase):
 
     def compute_itm(self, image_inputs: Tensor, text_ids: Tensor, text_atts: Tensor) -> Tensor:
         """Score R pairs of image tokens (from :meth:`forward_image`) and text (R, T): (R,) logits of a match."""
-        clip, mae = self._split(image_inputs)
+        clip, mae = self._split(image_inputs.float())
         return self.match(clip, mae, text_ids, text_atts)[:, 1]
 
     def compute_sim_matrix(self, data_loader: Any, task_cfg: Any) -> tuple[Any, Any]:

@@ -268,10 +268,10 @@ def build_fusion(name: str, **offered: Any) -> Fusion:
     return FUSIONS[name](**{key: value for key, value in offered.items() if key in wanted})
 
 
-def parameters_of(fusion: type[Fusion]) -> set[str]:
-    """Names that a fusion's constructor takes, with those that it passes on to the class it derives from."""
+def parameters_of(built: type) -> set[str]:
+    """Names that a class's constructor takes, with those that it passes on to the class it derives from."""
     names: set[str] = set()
-    for cls in fusion.__mro__:
+    for cls in built.__mro__:
         if "__init__" in vars(cls):
             given = inspect.signature(vars(cls)["__init__"]).parameters.values()
             names |= {one.name for one in given if one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)}

@@ -53,7 +53,7 @@ class MaskedAutoencoder(nn.Module):
         self.model = freeze(model)
         for module in model.modules():
             if isinstance(module, ViTMAESelfAttention):
-                module.__class__ = KernelAttention
+                module.__class__ = MaeKernelAttention
         if norm_pix_loss is not None:
             self.model.config.norm_pix_loss = norm_pix_loss
 
@@ -105,7 +105,7 @@ class MaskedAutoencoder(nn.Module):
         return (patches - mean) / (variance + 1e-6).sqrt()
 
 
-class KernelAttention(ViTMAESelfAttention):
+class MaeKernelAttention(ViTMAESelfAttention):
     """Attends with torch's kernel instead of transformers' own code, which stores every attention map."""
 
     def forward(self, hidden: Tensor, *unused: object) -> tuple[Tensor]:

@@ -23,7 +23,7 @@ from lavis_xformer.models.language import Dialogue, LanguageModel, check_fewest
 from lavis_xformer.models.weight_files import REPORTING
 
 
-class KernelAttention(OPTAttention):
+class OptKernelAttention(OPTAttention):
     """Attends with torch's kernel instead of LAVIS's own code, which stores every attention map."""
 
     def forward(
@@ -47,10 +47,10 @@ class KernelAttention(OPTAttention):
 
 
 def attend_by_kernel(model: OPTForCausalLM) -> OPTForCausalLM:
-    """Exchange the attention of all layers, in place, for :class:`KernelAttention`; return the model."""
+    """Exchange the attention of all layers, in place, for :class:`OptKernelAttention`; return the model."""
     for module in model.modules():
         if isinstance(module, OPTAttention):
-            module.__class__ = KernelAttention
+            module.__class__ = OptKernelAttention
     return model
 
 

@@ -22,14 +22,14 @@ ITG_SOURCES = ("qformer", "xformer")  # of stage 1's captions, see `features`
 FUSION_OPTIONS = ("fusion_depth", "fusion_self_attention", "fusion_init")
 #: what every fusion is offered, see :func:`build_parts`
 OFFERED = frozenset({"query_width", "clip_width", "mae_width", "heads", "std"})
-#: keys whose values ``XFormerBase`` takes
-OPTIONS = ("freeze_vit", "vit_precision", "max_txt_len", "token_positions", "clip_layer", "shuffle_mae")
+#: what a model's constructor takes that is built here or, for stage 2, there
+BUILT = frozenset({"visual_encoder", "mae", "qformer", "tokenizer", "fusion", "image_size", "language"})
 #: all keys that are read here
 KEYS = frozenset(
     {
         *"vit_model vit_weights image_size drop_path_rate use_grad_checkpoint bert num_query_token".split(),
         *"cross_attention_freq qformer_layers mae_model mae_norm_pix_loss mae_image_size mae_source".split(),
-        *("fusion", "fusion_heads", *FUSION_OPTIONS, "fusion_*", *OPTIONS),
+        *("fusion", "fusion_heads", *FUSION_OPTIONS, "fusion_*"),
     }
 )
 
@@ -102,6 +102,11 @@ def reads_mae(model: Mapping[str, Any]) -> bool:
     return FUSIONS[model.get("fusion") or "dual"].needs_mae and model.get("mae_source") != "clip"
 
 
+def options_of(model: type) -> set[str]:
+    """Keys of a configuration whose values a model's constructor takes, under the same names."""
+    return parameters_of(model) - BUILT
+
+
 def given(cfg: DictConfig, *keys: str) -> dict[str, Any]:
     """Return those of the keys that are set, as plain values; for the others the constructor's defaults hold."""
     values: Any = OmegaConf.to_container(cfg, resolve=True)
@@ -109,7 +114,7 @@ def given(cfg: DictConfig, *keys: str) -> dict[str, Any]:
 
 
 def build_parts(cfg: DictConfig) -> dict[str, Any]:
-    """Build the arguments of ``XFormerBase`` from a ``model`` configuration.
+    """Build the parts that ``XFormerBase`` takes, from a ``model`` configuration.
 
     Raises:
         UserError: a name, folder or file in the configuration is wrong.
@@ -146,7 +151,6 @@ def build_parts(cfg: DictConfig) -> dict[str, Any]:
         "tokenizer": towers.build_tokenizer(cfg.bert),
         "fusion": fusion,
         "image_size": cfg.image_size,
-        **given(cfg, *OPTIONS),
     }
 
 

@@ -18,7 +18,7 @@ from lavis_xformer.distributed import gather, own_rows, token_mean
 from lavis_xformer.models.base import Tokens
 from lavis_xformer.models.checkpoints import load_pretrained
 from lavis_xformer.models.features import FeatureModel
-from lavis_xformer.models.parts import build_parts, check_mask_ratio, given, weights_of
+from lavis_xformer.models.parts import build_parts, check_mask_ratio, given, options_of, weights_of
 from lavis_xformer.models.samples import take, texts_of
 
 
@@ -35,16 +35,6 @@ class XFormer(FeatureModel):
         "mini": "models/xformer_mini.yaml",
         "pretrain": "models/xformer_pretrain.yaml",
     }
-    #: keys that the constructor takes
-    OPTIONS: ClassVar[tuple[str, ...]] = (
-        "embed_dim",
-        "itg_source",
-        "fusion_init",
-        "mask_ratio",
-        "mask_vl",
-        "loss_weights",
-    )
-    CONFIG_KEYS = FeatureModel.CONFIG_KEYS | {*OPTIONS}
     #: by default
     LOSS_WEIGHTS: ClassVar[dict[str, float]] = {"itc": 1.0, "itm": 1.0, "itg": 1.0, "rec": 1.0}
 
@@ -179,6 +169,6 @@ class XFormer(FeatureModel):
         Raises:
             UserError: a name, folder or file in the configuration is wrong.
         """
-        model = cls(**given(cfg, *cls.OPTIONS), **build_parts(cfg))
+        model = cls(**given(cfg, *options_of(cls)), **build_parts(cfg))
         model.load_report = load_pretrained(model, cfg)
         return model

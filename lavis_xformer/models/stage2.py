@@ -23,7 +23,7 @@ from lavis_xformer.models.checkpoints import PROJECTION, load_pretrained
 from lavis_xformer.models.generation import GenerativeModel
 from lavis_xformer.models.language import LanguageModel
 from lavis_xformer.models.opt import OptLanguage
-from lavis_xformer.models.parts import build_parts, given, weights_of
+from lavis_xformer.models.parts import build_parts, given, options_of, weights_of
 from lavis_xformer.models.samples import take
 from lavis_xformer.models.t5 import T5Language
 from lavis_xformer.models.texts import Prompts, texts_to_learn
@@ -39,17 +39,7 @@ class XFormerStage2(GenerativeModel):
         r"|Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\."
     )
     NEW_WEIGHTS = PROJECTION
-    #: keys that the constructor takes
-    OPTIONS: ClassVar[tuple[str, ...]] = (
-        "prompt",
-        "vqa_prompt",
-        "vqa_length_penalty",
-        "apply_lemmatizer",
-        "mask_ratio",
-        "loss_weights",
-        "prefix_lm",
-    )
-    CONFIG_KEYS = GenerativeModel.CONFIG_KEYS | {"llm_precision", *OPTIONS}
+    CONFIG_KEYS = GenerativeModel.CONFIG_KEYS | {"llm_precision"}
     #: by default
     LOSS_WEIGHTS: ClassVar[dict[str, float]] = {"lm": 1.0, "rec": 0.0}
 
@@ -130,7 +120,7 @@ class XFormerStage2(GenerativeModel):
             precision=cfg.get("llm_precision"),
             **given(cfg, "max_txt_len"),
         )
-        model = cls(language=language, **given(cfg, *cls.OPTIONS), **build_parts(cfg))
+        model = cls(language=language, **given(cfg, *options_of(cls)), **build_parts(cfg))
         model.load_report = load_pretrained(model, cfg)
         return model
 

@@ -46,6 +46,7 @@ class Stage1Task(NamedLossTask):
         owned = [(name, text) for name, texts in compress(zip(ids, captions, strict=True), fresh) for text in texts]
         said = [text for _, text in owned] or samples["text_input"]  # a rank may have nothing but repeats
         features = model.extract_features({**samples, "text_input": said}, mode="text").text_embeds_proj[:, 0]
+        self._device = features.device
         self._texts.append(features[: len(owned)].float().cpu())  # (T, E)
         self._owners += [name for name, _ in owned]
         new = [i for i, name in enumerate(ids) if name not in self._images and ids.index(name) == i]
@@ -62,7 +63,9 @@ class Stage1Task(NamedLossTask):
         rows = {name: row for row, name in enumerate(dict.fromkeys(names))}
         owners = torch.tensor([rows[name] for name in names])  # (T,)
         images, texts = torch.stack([features[name] for name in rows]), torch.cat([part[2] for part in parts])
-        similarity = torch.cat([losses.similarity(some, texts) for some in images.split(256)])  # (I, T)
+        every = texts.to(self._device)
+        parted = [losses.similarity(some.to(self._device), every).cpu() for some in images.split(256)]
+        similarity = torch.cat(parted)  # (I, T)
         ranks = metrics.ranks(similarity, owners)
         self.scores = metrics.hits(ranks, owners, [str(name) for name in rows])
         chance = {f"chance_{n}": v for n, v in metrics.chance_recalls(owners).items()}
