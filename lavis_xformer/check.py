@@ -1,7 +1,8 @@
-"""``python -m lavis_xformer.check``: check many runs' configurations at once, as each run checks its own.
+"""What can be known about a run before its model and datasets are built.
 
-Standard input is a JSON list of runs: a name, the YAML's path, the options, and whether it is evaluated rather than
-trained. The first fault is printed with its run's name.
+``python -m lavis_xformer.check`` checks many runs' configurations at once, as each run checks its own. Its input is a
+JSON list of runs: a name, the YAML's path, the options, and whether it is evaluated rather than trained. The first
+fault is printed with its run's name.
 """
 
 from __future__ import annotations
@@ -9,15 +10,32 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lavis_xformer.config.load import load_config
+from lavis.common.registry import registry
+from lavis.tasks import CaptionTask, MultimodalClassificationTask, RetrievalTask, VQATask, setup_task
+from omegaconf.errors import ConfigAttributeError
+
+from lavis_xformer.config.keys import is_ours
+from lavis_xformer.config.load import DEFAULT_RUNNER, load_config
+from lavis_xformer.data.image_text_datasets import LocalFilesBuilder
+from lavis_xformer.engine.options import RunOptions, check_lavis_keys
 from lavis_xformer.errors import UserError
-from lavis_xformer.evaluate import to_evaluate
 from lavis_xformer.launch import device_of
-from lavis_xformer.train import check_run, check_weights
+from lavis_xformer.models.parts import reads_mae
+from lavis_xformer.paths import PARTS, checkpoints_of
+from lavis_xformer.tasks.benchmark import BenchmarkTask
+
+#: what tasks call to evaluate a model: LAVIS's, with ours derived from them, and our own
+METHODS = {
+    VQATask: "predict_answers",
+    CaptionTask: "generate",
+    RetrievalTask: "compute_sim_matrix",
+    MultimodalClassificationTask: "predict",
+    BenchmarkTask: "predict_answers",
+}
 
 
 def check(runs: Sequence[tuple[str, str, Sequence[str], bool]]) -> str:
@@ -52,6 +70,82 @@ def check_configuration(config: Any, made: Collection[Path] = ()) -> None:
     check_run(config)
     check_weights(config.model_cfg, made)
     device_of(str(config.run_cfg.get("device", "auto")))
+
+
+def check_run(config: Any) -> tuple[Any, RunOptions, Any]:
+    """Check the ``run:`` section and the user's own data; return the runner's class and options and the task.
+
+    The task may complete the section.
+
+    Raises:
+        UserError: a key or a file is missing, or a value is wrong.
+    """
+    check_lavis_keys(config.run_cfg)
+    runner_class = runner_of(config.run_cfg)
+    if runner_class is None:
+        raise UserError(f"run.runner: LAVIS's own runners can't be started from here; set it to {DEFAULT_RUNNER}")
+    checked = runner_class, RunOptions.from_config(config.run_cfg), task_of(config)
+    for dataset, given in config.datasets_cfg.items():
+        if issubclass(builder := registry.get_builder_class(dataset), LocalFilesBuilder):
+            builder(given).given_splits()
+    return checked
+
+
+def check_weights(model_cfg: Mapping[str, Any], made: Collection[Path] = ()) -> None:
+    """Check that the local files and folders from which a model is built exist, or are still to be made.
+
+    Args:
+        model_cfg: the section ``model``.
+        made: folders in which earlier runs will have written checkpoints.
+
+    Raises:
+        UserError: one does not exist.
+    """
+    if not is_ours(registry.get_model_class(model_cfg["arch"])):
+        return  # LAVIS's own names need not be files
+    names = {key: str(model_cfg.get(key) or "") for key in PARTS if key != "mae_model" or reads_mae(model_cfg)}
+    local = {key: named for key, named in names.items() if named.count("/") > 1 or named.startswith((".", "/"))}
+    for key, named in {**checkpoints_of(model_cfg), **local}.items():
+        if "://" not in named and not Path(named).exists() and Path(named).parent not in made:
+            raise UserError(f"model.{key}: there is no {named}")
+
+
+def task_of(config: Any) -> Any:
+    """Set up the configuration's task.
+
+    Raises:
+        UserError: a key that it needs is missing, or it is to evaluate a model that lacks the method it calls.
+    """
+    run = config.run_cfg
+    try:
+        task = setup_task(config)
+    except ConfigAttributeError as error:
+        raise UserError(f"{error.full_key}: missing; run.task {run.task} needs it") from error
+    arch, evaluates = config.model_cfg.arch, run.get("valid_splits") or run.get("test_splits")
+    for kind, method in METHODS.items():
+        if evaluates and isinstance(task, kind) and not hasattr(registry.get_model_class(arch), method):
+            raise UserError(f"run.task: {run.task} needs a model with {method}(), which model.arch {arch} lacks")
+    return task
+
+
+def runner_of(run_cfg: Mapping[str, Any]) -> Any:
+    """Return the class of ``run.runner``; None for LAVIS's own, which can't be started from here."""
+    found = registry.get_runner_class(run_cfg.get("runner", DEFAULT_RUNNER))
+    return None if found.__module__.startswith("lavis.") else found
+
+
+def to_evaluate(run: Any) -> None:
+    """Make the ``run:`` section one of an evaluation.
+
+    Raises:
+        UserError: no split is named.
+    """
+    run.evaluate = True
+    if runner_of(run) is None:  # LAVIS's YAMLs name one of LAVIS's
+        run.runner = DEFAULT_RUNNER
+    run.test_splits, run.valid_splits = run.get("test_splits") or run.get("valid_splits"), []
+    if not run.test_splits:
+        raise UserError("run.test_splits names no split to evaluate; set it to [val] or [test]")
 
 
 if __name__ == "__main__":

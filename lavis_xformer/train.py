@@ -4,42 +4,21 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import shlex
-import shutil
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lavis.common.registry import registry
-from lavis.tasks import CaptionTask, MultimodalClassificationTask, RetrievalTask, VQATask, setup_task
-from omegaconf.errors import ConfigAttributeError
-
 from lavis_xformer import distributed, launch, register
-from lavis_xformer.analysis.report import write_report
-from lavis_xformer.config.keys import is_ours
-from lavis_xformer.config.load import DEFAULT_RUNNER, load_config
-from lavis_xformer.data.image_text_datasets import LocalFilesBuilder
+from lavis_xformer.check import check_run, check_weights
+from lavis_xformer.conclude import conclude
+from lavis_xformer.config.load import load_config
 from lavis_xformer.distributed import is_main, rank
-from lavis_xformer.engine import checkpoint, jobs, rng
+from lavis_xformer.engine import jobs, rng
 from lavis_xformer.engine.log import setup_logging
-from lavis_xformer.engine.options import RunOptions, check_lavis_keys, check_splits
+from lavis_xformer.engine.options import check_splits
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import make_folder
-from lavis_xformer.models.parts import reads_mae
-from lavis_xformer.paths import PARTS, checkpoints_of
-from lavis_xformer.run_folder import BEST, LOG, SUMMARY
-from lavis_xformer.tasks.benchmark import BenchmarkTask
-
-#: what tasks call to evaluate a model: LAVIS's, with ours derived from them, and our own
-METHODS = {
-    VQATask: "predict_answers",
-    CaptionTask: "generate",
-    RetrievalTask: "compute_sim_matrix",
-    MultimodalClassificationTask: "predict",
-    BenchmarkTask: "predict_answers",
-}
 
 
 def arguments(argv: Sequence[str], doc: str | None) -> argparse.Namespace:
@@ -105,139 +84,6 @@ def build_runner(config: Any) -> Any:
     rng.seed_everything(rng.seed_of(options.seed, rank()))
     distributed.barrier()
     return runner_class(cfg=config, task=task, model=model, datasets=datasets, job_id=job_id)
-
-
-def check_run(config: Any) -> tuple[Any, RunOptions, Any]:
-    """Check the ``run:`` section and the user's own data; return the runner's class and options and the task.
-
-    The task may complete the section.
-
-    Raises:
-        UserError: a key or a file is missing, or a value is wrong.
-    """
-    check_lavis_keys(config.run_cfg)
-    runner_class = runner_of(config.run_cfg)
-    if runner_class is None:
-        raise UserError(f"run.runner: LAVIS's own runners can't be started from here; set it to {DEFAULT_RUNNER}")
-    checked = runner_class, RunOptions.from_config(config.run_cfg), task_of(config)
-    for dataset, given in config.datasets_cfg.items():
-        if issubclass(builder := registry.get_builder_class(dataset), LocalFilesBuilder):
-            builder(given).given_splits()
-    return checked
-
-
-def check_weights(model_cfg: Mapping[str, Any], made: Collection[Path] = ()) -> None:
-    """Check that the local files and folders from which a model is built exist, or are still to be made.
-
-    Args:
-        model_cfg: the section ``model``.
-        made: folders in which earlier runs will have written checkpoints.
-
-    Raises:
-        UserError: one does not exist.
-    """
-    if not is_ours(registry.get_model_class(model_cfg["arch"])):
-        return  # LAVIS's own names need not be files
-    names = {key: str(model_cfg.get(key) or "") for key in PARTS if key != "mae_model" or reads_mae(model_cfg)}
-    local = {key: named for key, named in names.items() if named.count("/") > 1 or named.startswith((".", "/"))}
-    for key, named in {**checkpoints_of(model_cfg), **local}.items():
-        if "://" not in named and not Path(named).exists() and Path(named).parent not in made:
-            raise UserError(f"model.{key}: there is no {named}")
-
-
-def task_of(config: Any) -> Any:
-    """Set up the configuration's task.
-
-    Raises:
-        UserError: a key that it needs is missing, or it is to evaluate a model that lacks the method it calls.
-    """
-    run = config.run_cfg
-    try:
-        task = setup_task(config)
-    except ConfigAttributeError as error:
-        raise UserError(f"{error.full_key}: missing; run.task {run.task} needs it") from error
-    arch, evaluates = config.model_cfg.arch, run.get("valid_splits") or run.get("test_splits")
-    for kind, method in METHODS.items():
-        if evaluates and isinstance(task, kind) and not hasattr(registry.get_model_class(arch), method):
-            raise UserError(f"run.task: {run.task} needs a model with {method}(), which model.arch {arch} lacks")
-    return task
-
-
-def runner_of(run_cfg: Mapping[str, Any]) -> Any:
-    """Return the class of ``run.runner``; None for LAVIS's own, which can't be started from here."""
-    found = registry.get_runner_class(run_cfg.get("runner", DEFAULT_RUNNER))
-    return None if found.__module__.startswith("lavis.") else found
-
-
-def conclude(runner: Any, summary: Mapping[str, Any]) -> None:
-    """Draw the curves and print the results, where everything is, and what to try next."""
-    for split, figures in held_out(summary).items():
-        print(f"\n{split}:\n{table(runner.task, figures)}")
-    names = summary.get("corrupt", [])
-    print_corrupt(names, summary.get("corrupt_count", len(names)))
-    folder, drawn = runner.output_dir, ""
-    if not summary["finished"]:
-        print(f"\nlog         {show(folder / 'log.txt')}")
-        if any((folder / "result").glob("*.json")):
-            print(f"answers     {show(folder / 'result')}")
-        return
-    try:
-        page, picture = write_report(folder)
-        drawn = f"\ncurves      {show(picture)}\nreport      {show(page)}"
-    except OSError as error:
-        drawn = f"\nreport      can't be written: {error}"
-    except UserError:
-        pass  # nothing was left to train: the log here has no step
-    best = folder / BEST
-    newest = best if best.exists() else next(iter(checkpoint.listed(folder)), None)
-    print(f"\ncheckpoint  {show(newest)}\nlog         {show(folder / LOG)}{drawn}")
-    if runner.options.next_command:
-        follows = runner.options.next_command.replace("{checkpoint}", shlex.quote(show(newest)))
-        print(f"next        {as_called_here(follows)}")
-
-
-def print_corrupt(names: Sequence[str], count: int, most: int = 5) -> None:
-    """Say how many samples were skipped because they can't be read; ``names`` are the first of them."""
-    if names:
-        more = f" and {count - most} more (see {SUMMARY})" if count > most else ""
-        print(f"\n{count} corrupt samples skipped: {', '.join(names[:most])}{more}")
-
-
-def held_out(summary: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
-    """Return the metrics of a summary by the name of the evaluated split."""
-    best = summary.get("best") or {}
-    splits = {f"{best['split']} (best, epoch {best['epoch']})": best} if best else {}
-    return splits | {split: figures for split, figures in summary["test"].items() if figures}
-
-
-def rows_of(task: Any, figures: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """Return a task's metrics for display: name, value and reference value; a heading has no value."""
-    if hasattr(task, "table"):
-        return task.table(figures)
-    return [(n, f"{v:.4f}", "") for n, v in figures.items() if isinstance(v, float)]
-
-
-def table(task: Any, figures: Mapping[str, float]) -> str:
-    """Lay out a task's metrics as text, beside their reference values."""
-    rows = rows_of(task, figures)
-    width = max([24, *(1 + len(name) for name, value, _ in rows if value)])
-    lines = [f"  {'':<{width}}{'':>10}{'reference':>10}"] if any(row[2] for row in rows) else []
-    return "\n".join([*lines, *(f"  {name:<{width}}{value:>10}{by:>10}".rstrip() for name, value, by in rows)])
-
-
-def show(path: Path | None) -> str:
-    """Return a path as seen from the current folder."""
-    return os.path.relpath(path) if path is not None else "none"
-
-
-def as_called_here(command: str) -> str:
-    """Give the path of this environment's own program if the shell would find another or none (not activated)."""
-    name, _, rest = command.partition(" ")
-    own = {"python": Path(sys.executable), "lavis-xformer": Path(sys.executable).with_name("lavis-xformer")}.get(name)
-    found = shutil.which(name)
-    if own is None or (found and Path(found).absolute() == own.absolute()):
-        return command
-    return f"{shlex.quote(show(own))} {rest}"
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from lavis_xformer import __version__, cli
+from lavis_xformer.conclude import as_called_here, table
 from lavis_xformer.errors import UserError
-from lavis_xformer.train import arguments, as_called_here, table
+from lavis_xformer.train import arguments
 
 
 def fail(error: BaseException):

@@ -12,10 +12,11 @@ from lavis.tasks.base_task import BaseTask
 
 import lavis_xformer
 from lavis_xformer import evaluate
+from lavis_xformer.check import check_weights
 from lavis_xformer.engine.options import NEEDED, NEEDED_TO_TRAIN, RunOptions, check_lavis_keys
 from lavis_xformer.errors import UserError
 from lavis_xformer.runners.portable import PortableRunner
-from lavis_xformer.train import build_runner, check_weights
+from lavis_xformer.train import build_runner
 
 YAML = """
 model:

@@ -19,10 +19,10 @@ from PIL import Image
 from torch.utils.data import dataloader
 
 from lavis_xformer import cli
+from lavis_xformer.conclude import print_corrupt
 from lavis_xformer.data.guard import guard
 from lavis_xformer.engine import checkpoint, jobs
 from lavis_xformer.errors import UserError
-from lavis_xformer.train import print_corrupt
 
 
 def to_vector(image):

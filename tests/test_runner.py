@@ -17,7 +17,7 @@ import torch
 import toy_training
 from PIL import Image
 
-from lavis_xformer import run_folder, train
+from lavis_xformer import conclude, run_folder
 from lavis_xformer.analysis import report
 from lavis_xformer.engine import checkpoint, jobs, loop, rng, state
 from lavis_xformer.engine.log import Averages
@@ -587,7 +587,7 @@ def test_evaluating_only_gives_the_figures_of_the_training(unbroken, tmp_path, c
     assert float(rows["text to image R@1 %"]) == pytest.approx(100 / 9, abs=0.1)
     (runner.output_dir / "result").mkdir(exist_ok=True)
     (runner.output_dir / "result" / "val_toy.json").write_text("{}")
-    train.conclude(runner, {**summary, "test": {"val": figures, "hidden": None}})
+    conclude.conclude(runner, {**summary, "test": {"val": figures, "hidden": None}})
     said = capsys.readouterr().out
     assert "val:\n" in said
     assert "hidden" not in said, "a test split without truths has no figures"
@@ -668,7 +668,7 @@ def test_mixed_precision_that_the_processor_only_emulates_is_told(native, tmp_pa
 def test_nothing_left_to_train_still_concludes(unbroken, tmp_path, capsys):
     path = str(unbroken.output_dir / "checkpoint_2.pth")
     runner = toy_training.make_runner(tmp_path, resume_ckpt_path=path, test_splits=["val"])
-    train.conclude(runner, runner.train())
+    conclude.conclude(runner, runner.train())
     said = capsys.readouterr().out
     assert "log         " in said
     assert "curves" not in said
@@ -678,8 +678,8 @@ def test_a_full_disk_at_the_end_costs_the_report_alone(unbroken, capsys, monkeyp
     def _full(folder):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(train, "write_report", _full)
-    train.conclude(unbroken, unbroken.summary)
+    monkeypatch.setattr(conclude, "write_report", _full)
+    conclude.conclude(unbroken, unbroken.summary)
     said = capsys.readouterr().out
     assert "checkpoint  " in said
     assert "report      can't be written: No space left on device" in said

@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms.functional import to_tensor
 
-from lavis_xformer import train
+from lavis_xformer import check
 from lavis_xformer.compare.results import tasks
 from lavis_xformer.data.guard import GuardedDataset
 from lavis_xformer.data.scene_question_datasets import SceneQuestionDataset
@@ -517,15 +517,15 @@ def lavis_config(task: str, arch: str = "xformer", **run: Any) -> Any:
 )  # fmt: skip
 def test_a_model_that_a_task_of_lavis_cannot_evaluate_is_refused_before_training(task: str, method: str) -> None:
     with pytest.raises(UserError, match=rf"run\.task: {task} needs .* {method}\(\), which model\.arch xformer lacks"):
-        train.task_of(lavis_config(task, valid_splits=["val"]))
-    assert train.task_of(lavis_config(task, valid_splits=[])), "it can be trained"
+        check.task_of(lavis_config(task, valid_splits=["val"]))
+    assert check.task_of(lavis_config(task, valid_splits=[])), "it can be trained"
 
 
 def test_a_key_that_a_task_of_lavis_misses_is_named() -> None:
     with pytest.raises(UserError, match=r"run\.num_beams: missing; run\.task captioning needs it"):
-        train.task_of(lavis_config("captioning"))
+        check.task_of(lavis_config("captioning"))
     given = {"num_beams": 1, "max_len": 9, "min_len": 1, "evaluate": False}
-    assert train.task_of(lavis_config("captioning", valid_splits=["val"], **given)).max_len == 9
+    assert check.task_of(lavis_config("captioning", valid_splits=["val"], **given)).max_len == 9
 
 
 @pytest.mark.parametrize(
@@ -539,4 +539,4 @@ def test_a_key_that_a_task_of_lavis_misses_is_named() -> None:
 )
 def test_a_model_that_cannot_do_a_task_of_ours_is_refused_before_it_is_built(task: str, arch: str, method: str) -> None:
     with pytest.raises(UserError, match=rf"run\.task: {task} needs .* {method}\(\), which model\.arch {arch} lacks"):
-        train.task_of(lavis_config(task, arch=arch, test_splits=["test"]))
+        check.task_of(lavis_config(task, arch=arch, test_splits=["test"]))

@@ -24,13 +24,14 @@ from torch import Tensor
 
 from lavis_xformer import launch, register
 from lavis_xformer.arguments import at_least, command_parser
+from lavis_xformer.conclude import rows_of, show
 from lavis_xformer.config.load import DEFAULT_RUNNER, load_config
 from lavis_xformer.engine import jobs
 from lavis_xformer.engine.batches import to_device
 from lavis_xformer.errors import UserError
 from lavis_xformer.files import write_json
 from lavis_xformer.models.attention_maps import recording
-from lavis_xformer.train import build_runner, rows_of, show
+from lavis_xformer.train import build_runner
 
 #: parts of a fusion that aligns M, and of any model, as patterns of weight names; the first that matches counts
 CROSS_ATTENTIONS = {
