@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis.common.registry import registry
+from lavis.datasets.datasets.coco_vqa_datasets import COCOVQADataset
 from lavis.tasks import CaptionTask, MultimodalClassificationTask, RetrievalTask, VQATask, setup_task
 from omegaconf.errors import ConfigAttributeError
 
@@ -24,6 +25,7 @@ from lavis_xformer.data.image_text_datasets import LocalFilesBuilder
 from lavis_xformer.engine.options import RunOptions, check_lavis_keys
 from lavis_xformer.errors import UserError
 from lavis_xformer.launch import device_of
+from lavis_xformer.models.generation import english
 from lavis_xformer.models.parts import reads_mae
 from lavis_xformer.paths import PARTS, checkpoints_of
 from lavis_xformer.tasks.benchmark import BenchmarkTask
@@ -44,10 +46,10 @@ def check(runs: Sequence[tuple[str, str, Sequence[str], bool]]) -> str:
     Files of weights and of own data must be there, unless an earlier run of the list is to write them.
     """
     made: set[Path] = set()
-    for name, path, options, evaluates in runs:
+    for name, path, options, evaluated in runs:
         try:
             run = load_config(path, options)
-            run.run_cfg.evaluate |= evaluates
+            run.run_cfg.evaluate |= evaluated
             check_configuration(run, made)
         except UserError as error:
             return f"{name}: {error}"
@@ -85,10 +87,52 @@ def check_run(config: Any) -> tuple[Any, RunOptions, Any]:
     if runner_class is None:
         raise UserError(f"run.runner: LAVIS's own runners can't be started from here; set it to {DEFAULT_RUNNER}")
     checked = runner_class, RunOptions.from_config(config.run_cfg), task_of(config)
+    check_sizes(config)
+    if evaluates(config.run_cfg) and config.model_cfg.get("apply_lemmatizer"):
+        english()
     for dataset, given in config.datasets_cfg.items():
         if issubclass(builder := registry.get_builder_class(dataset), LocalFilesBuilder):
             builder(given).given_splits()
     return checked
+
+
+def evaluates(run: Mapping[str, Any]) -> bool:
+    """Whether a run evaluates any split."""
+    return bool(run.get("valid_splits") or run.get("test_splits"))
+
+
+def check_sizes(config: Any) -> None:
+    """Check that the image processors in use make images of the model's sizes, where the configuration has both.
+
+    Raises:
+        UserError: one does not.
+    """
+    if not is_ours(registry.get_model_class(config.model_cfg.arch)):
+        return
+    used = {"train": not config.run_cfg.evaluate, "eval": evaluates(config.run_cfg)}
+    for dataset, given in config.datasets_cfg.items():
+        for mode, processor in (given.get("vis_processor") or {}).items():
+            for key in ("image_size", "mae_image_size") if used.get(mode) and processor else ():
+                sizes = processor.get(key), config.model_cfg.get(key)
+                if None not in sizes and sizes[0] != sizes[1]:
+                    raise UserError(
+                        f"datasets.{dataset}.vis_processor.{mode}.{key} is {sizes[0]}, but model.{key} is {sizes[1]}; "
+                        "set one to the other"
+                    )
+
+
+def check_answers(datasets: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check the answers from which LAVIS's VQAv2 and OK-VQA train: of a text, each letter would become an answer.
+
+    Raises:
+        UserError: those of a row are not a list of texts, or there are none.
+    """
+    for name, splits in datasets.items():
+        rows = dataset.annotation if isinstance(dataset := splits.get("train"), COCOVQADataset) else []
+        for number, row in enumerate(rows, start=1):
+            said = row.get("answer")
+            if not (said and isinstance(said, list) and all(isinstance(each, str) for each in said)):
+                raise UserError(f"datasets.{name}: train: row {number}: its answer is {said!r}; it must list texts")
 
 
 def check_weights(model_cfg: Mapping[str, Any], made: Collection[Path] = ()) -> None:
@@ -121,9 +165,9 @@ def task_of(config: Any) -> Any:
         task = setup_task(config)
     except ConfigAttributeError as error:
         raise UserError(f"{error.full_key}: missing; run.task {run.task} needs it") from error
-    arch, evaluates = config.model_cfg.arch, run.get("valid_splits") or run.get("test_splits")
+    arch = config.model_cfg.arch
     for kind, method in METHODS.items():
-        if evaluates and isinstance(task, kind) and not hasattr(registry.get_model_class(arch), method):
+        if evaluates(run) and isinstance(task, kind) and not hasattr(registry.get_model_class(arch), method):
             raise UserError(f"run.task: {run.task} needs a model with {method}(), which model.arch {arch} lacks")
     return task
 

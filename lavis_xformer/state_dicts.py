@@ -22,7 +22,7 @@ class LoadReport:
     """Which weights of a model were loaded from a file, which were not, and which of the file's were left unused."""
 
     loaded: tuple[str, ...] = ()
-    missing_frozen: tuple[str, ...] = ()  #: not in the file; expected of frozen weights
+    missing_built: tuple[str, ...] = ()  #: not in the file; frozen, or from a file of their own
     missing_new: tuple[str, ...] = ()  #: not in the file; these keep their initial values
     unused: tuple[str, ...] = ()  #: in the file, but not needed by this model
 
@@ -31,7 +31,7 @@ class LoadReport:
         new = f" ({listing(self.missing_new)})" if self.missing_new else ""
         return (
             f"loaded {len(self.loaded)} weights; {len(self.missing_new)} newly initialised{new}; "
-            f"{len(self.missing_frozen)} frozen ones not in the file; {len(self.unused)} of the file's unused"
+            f"{len(self.missing_built)} frozen or from files of their own; {len(self.unused)} of the file's unused"
         )
 
     def __add__(self, later: LoadReport) -> LoadReport:
@@ -40,7 +40,7 @@ class LoadReport:
         new = {*self.missing_new, *later.missing_new} - loaded  # train_only may have frozen some of them since
         return LoadReport(
             loaded=tuple(sorted(loaded)),
-            missing_frozen=tuple(name for name in later.missing_frozen if name not in loaded | new),
+            missing_built=tuple(name for name in later.missing_built if name not in loaded | new),
             missing_new=tuple(sorted(new)),
             unused=tuple(sorted({*self.unused, *later.unused})),
         )
@@ -82,6 +82,7 @@ def load_state(
     *,
     source: str,
     may_miss: str = NOTHING,
+    built: str = NOTHING,
     ignored: str = NOTHING,
     held: Sequence[str] = (),
 ) -> LoadReport:
@@ -91,7 +92,8 @@ def load_state(
         model: changed in place.
         state: the file's weights.
         source: the file's name, for messages.
-        may_miss: regular expression of trainable weights that the file may lack.
+        may_miss: regular expression of trainable weights that the file may lack, which are then new.
+        built: of those that it may lack because the model was built with them.
         ignored: regular expression of the file's weights that are not loaded, unless they are trainable here.
         held: weights that the file may lack because an earlier file provided them.
 
@@ -103,12 +105,12 @@ def load_state(
     unused = {name for name in state if re.match(ignored, name)} - trainable
     given = state.keys() - unused
     missing = own.keys() - given
-    wanted = (missing & trainable) - set(held)
+    wanted = {name for name in (missing & trainable) - set(held) if not re.match(built, name)}
     new = {name for name in wanted if re.match(may_miss, name)}
-    _load(model, {name: state[name] for name in given}, needed=trainable - set(held) - new, source=f"'{source}'")
+    _load(model, {name: state[name] for name in given}, needed=wanted - new, source=f"'{source}'")
     report = LoadReport(
         loaded=tuple(sorted(given)),
-        missing_frozen=tuple(sorted(missing - trainable)),
+        missing_built=tuple(sorted(missing - wanted - set(held))),
         missing_new=tuple(sorted(new)),
         unused=tuple(sorted(unused)),
     )

@@ -97,3 +97,8 @@ def test_an_unknown_scorer_is_named() -> None:
         read_count("1", "strickt")
     with pytest.raises(UserError, match="pope_official, strict"):
         read_presence("no", "gvt_official")
+
+
+def test_what_only_the_comma_or_the_point_decides() -> None:
+    assert read_presence("No, I see a cat", "pope_official") is False
+    assert read_count("2.2", "strict") is None

@@ -187,3 +187,9 @@ def test_every_default_names_what_is_missing(name: str) -> None:
     cls = registry.get_builder_class(name)
     with pytest.raises(UserError, match=rf"{name}: no annotation file: set datasets\.{name}\.splits"):
         cls().build_datasets()
+
+
+def test_pictures_are_not_looked_for_if_the_configuration_says_so(tmp_path: Path) -> None:
+    file = tmp_path / "coco_oc.json"
+    file.write_text(json.dumps([gvt(139, "How many people?", "2")]))
+    assert len(build("gvt_coco_oc", file, tmp_path, check_files=False)) == 1

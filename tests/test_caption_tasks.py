@@ -201,7 +201,7 @@ def test_captions_are_kept_where_scoring_fails(tmp_path: Path) -> None:
         caption(task, Captioner())
     saved = tmp_path / "result" / "test_epochbest.json"
     for part in (
-        "coco_karpathy_test_gt.json can't be downloaded (<urlopen error no network>); set run.caption_truths to a copy",
+        "coco_karpathy_test_gt.json can't be downloaded (<urlopen error no network>); put a copy in ",
         f"They are saved in {saved}",
         f"from lavis_xformer.tasks.captions import scored; print(scored('TRUTHS.json', '{saved}')[0])",
     ):
@@ -416,3 +416,15 @@ def test_retrieval_by_hand_with_its_protocol(tmp_path: Path) -> None:
         task.check_split("val", [{"image": 0}])
     with pytest.raises(UserError, match=r"run\.protocol: 'blip'"):
         setup(XFormerRetrievalTask, tmp_path, protocol="blip", k_test=2)
+
+
+@pytest.mark.usefixtures("no_java")
+def test_a_file_of_truths_takes_the_place_of_the_files_own_captions(tmp_path: Path) -> None:
+    dataset = own_captions(tmp_path, [5, 3])
+    truths = write_truths(tmp_path / "truths.json", {5: ["a bird"], 3: ["a fish"]})
+    task = setup(XFormerCaptionTask, tmp_path, "image_text_json", caption_truths=str(truths), **ASKED)
+    task.before_evaluation(Captioner(), dataset)
+    task.after_evaluation(task.valid_step(Captioner(), dataset.collater([dataset[0], dataset[1]])), "test", "best")
+    result = json.loads((tmp_path / "result" / "test_image_text_json.json").read_text())
+    assert [row["truth"] for row in result["answers"]] == ["a bird", "a fish"]
+    assert list(result["truth_sha256"]) == [str(truths)]

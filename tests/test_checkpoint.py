@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lavis_xformer.engine import checkpoint, rng
+from lavis_xformer.engine.state import TrainingState
 from lavis_xformer.errors import UserError
 from lavis_xformer.state_dicts import load_trainable, trainable_state
 
@@ -200,3 +201,26 @@ def test_weights_that_do_not_fit_are_named(change, message):
     change(state)
     with pytest.raises(UserError, match=message):
         load_trainable(Tied(), state, source="x.pth")
+
+
+def test_the_scale_of_fp16_comes_back():
+    def state(scale):
+        model, scaler = nn.Linear(2, 1), torch.amp.GradScaler("cpu", init_scale=scale)
+        scaler.scale(torch.zeros(1))  # else it has not made its scale yet
+        return TrainingState(
+            model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), scaler=scaler,
+            config={"run": {"batch_size_train": 4}, "model": {}, "datasets": {}}, batches_per_epoch=1,
+            steps_per_epoch=1, seed=1, has_streams=False,
+        )  # fmt: skip
+
+    before, after = state(8.0), state(64.0)
+    after.restore(before.as_dict([rng.capture()]), source="x")
+    assert after.scaler.get_scale() == 8.0
+
+
+def test_seeding_for_data_seeds_all_three_generators():
+    drawn = []
+    for _ in range(2):
+        rng.seed_cpu(7)
+        drawn.append((random.random(), np.random.rand(), torch.rand(3).tolist()))
+    assert drawn[0] == drawn[1]

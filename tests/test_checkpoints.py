@@ -55,7 +55,7 @@ def test_round_trip_in_both_formats(suffix: str, make_xformer: Any, tmp_path: Pa
     assert report is not None
     assert report.missing_new == ()
     assert all(name.startswith(("visual_encoder", "mae", "Qformer.bert.embeddings.position_ids", "Qformer.cls"))
-               for name in report.missing_frozen)  # fmt: skip
+               for name in report.missing_built)  # fmt: skip
     for name, tensor in trained.state_dict().items():
         assert torch.equal(fresh.state_dict()[name], tensor), name
 

@@ -927,3 +927,21 @@ def test_a_small_comparison_runs_and_is_kept(tmp_path: Path, monkeypatch: pytest
     assert trained[0] < trained[1]
     monkeypatch.setattr(run, "run_cell", lambda cell: pytest.fail("finished cells are kept"))
     assert run.main([str(tmp_path / "tiny.yaml")]) == 0
+
+
+def test_a_variant_is_blind_if_any_of_its_results_is(plan: Plan) -> None:
+    pretend(plan)
+    cell = next(cell for cell in plan.cells() if cell.variant == "blind")
+    (cell.folder / "result" / "z.json").write_text(json.dumps({"figures": {"accuracy": 0}}))
+    assert collect(plan)["variants"]["blind"]["blind"] is True
+
+
+def test_every_shipped_part_has_a_content_of_its_own() -> None:
+    assert len({inputs.content(f"assets://mini/{part}") for part in ("clip", "mae", "opt")}) == 3
+
+
+def test_the_images_of_a_folder_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "run.yaml").write_text(f"datasets: {{image_text_json: {{image_root: {tmp_path / 'photos'}}}}}\n")
+    assert "datasets.image_text_json.image_root" in (found := inputs.inputs_of(str(tmp_path / "run.yaml"), {}))
+    assert "datasets.image_text_json.image_root (sha256)" not in found

@@ -78,7 +78,7 @@ def two(tmp_path_factory):
         {"job_id": "each_all", "batch_size_train": 4, **EACH_ALL},
     ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(SCRIPT.parent))
+        patch.setenv("PYTHONPATH", f"{SCRIPT.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
         done = torchrun(str(folder), *map(json.dumps, jobs), script=script)
     assert done.returncode == 0, done.stderr
     return folder

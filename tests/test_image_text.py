@@ -142,3 +142,9 @@ def test_validate_questions(photos: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main([*command, "--question-key", "q", "--answer-key", ""]) == 0
     assert main([*command, "--question-key", "q", "--answer-key", "a", "--id-key", "image"]) == 1
     assert "row 1: 'image': '1.png' is not a unique whole number" in capsys.readouterr().out
+
+
+def test_a_missing_image_is_one_problem(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"image": name, "caption": "x"} for name in ("1.png", "gone.png")]
+    assert main([str(write(photos, rows)), "--image-root", str(photos)]) == 1
+    assert "  1 problems" in capsys.readouterr().out

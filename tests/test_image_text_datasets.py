@@ -216,3 +216,37 @@ def test_a_wrong_configuration_is_named(photos: Path, captions: Path, settings: 
         settings["splits"] = {"train": {"annotations": str(captions)}}
     with pytest.raises(UserError, match=message):
         build("image_text_json", **settings)
+
+
+def test_question_ids_given_twice_are_named(photos: Path) -> None:
+    path = photos.parent / "twice.json"
+    path.write_text(json.dumps([{"image": "0.png", "question": "q", "answer": "a", "id": 7}] * 2))
+    splits = {"test": {"annotations": str(path)}}
+    with pytest.raises(UserError, match=r"id_key 'id': '7' is not a unique whole number"):
+        build("image_question_json", image_root=str(photos), id_key="id", splits=splits)
+
+
+def test_files_are_not_looked_for_if_the_configuration_says_so(photos: Path) -> None:
+    path = photos.parent / "gone.json"
+    path.write_text(json.dumps([{"image": "gone.png", "caption": "x"}]))
+    settings = {"image_root": str(photos), "splits": {"train": {"annotations": str(path)}}}
+    assert len(build("image_text_json", check_files=False, **settings)["train"]) == 1
+    with pytest.raises(UserError, match=r"no image file .*gone\.png"):
+        build("image_text_json", **settings)
+
+
+def test_ids_too_large_for_a_tensor_are_none(photos: Path) -> None:
+    path = photos.parent / "large.json"
+    path.write_text(json.dumps([{"image": f"{i}.png", "caption": "x", "id": str(2**63 + i)} for i in range(2)]))
+    splits = {"val": {"annotations": str(path)}}
+    data = build("image_text_json", image_root=str(photos), id_key="id", splits=splits)["val"]
+    assert not data.has_ids
+    assert data.collater([data[i] for i in range(2)])["image_id"].tolist() == [0, 1]
+
+
+def test_a_split_beside_another_may_withhold_its_answers(photos: Path) -> None:
+    for name, more in (("train", {"said": "a"}), ("test", {})):
+        (photos.parent / f"{name}.json").write_text(json.dumps([{"image": "0.png", "question": "q", **more}]))
+    splits = {name: {"annotations": str(photos.parent / f"{name}.json")} for name in ("train", "test")}
+    datasets = build("image_question_json", image_root=str(photos), answer_key="said", splits=splits)
+    assert datasets["test"].unanswered == [0]

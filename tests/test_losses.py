@@ -110,3 +110,9 @@ def test_reconstruction_counts_masked_patches_only() -> None:
     prediction = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1).expand(1, 4, 3)
     mask = torch.tensor([[0.0, 1.0, 0.0, 1.0]])
     assert losses.reconstruction(prediction, target, mask).item() == pytest.approx((4 + 16) / 2)
+
+
+def test_token_losses_are_float32_whatever_the_logits_are() -> None:
+    logits, labels = torch.randn(1, 3, 7).bfloat16(), torch.tensor([[2, 0, losses.NO_TARGET]])
+    assert losses.token_losses(logits, labels).dtype == torch.float32
+    assert torch.equal(losses.token_losses(logits, labels), losses.token_losses(logits.float(), labels))

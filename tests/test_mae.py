@@ -15,6 +15,7 @@ from lavis_xformer import losses
 from lavis_xformer.errors import UserError
 from lavis_xformer.models.mae import MaskedAutoencoder, random_mask
 from lavis_xformer.models.meta_mae import meta_config
+from lavis_xformer.models.towers import build_mae
 
 
 @pytest.fixture
@@ -221,3 +222,22 @@ def test_unreachable_hub_and_pickled_code_are_refused_by_name(tmp_path: Path) ->
     torch.save({"model": Path("code")}, tmp_path / "mae_pretrain_x_full.pth")
     with pytest.raises(UserError, match="pickled code are refused"):
         build_mae(str(tmp_path / "mae_pretrain_x_full.pth"))
+
+
+@pytest.mark.parametrize(("ratio", "seen"), [(0.7, 4), (0.9, 1)])
+def test_a_fraction_of_a_patch_is_hidden_as_in_mae(ratio: float, seen: int) -> None:
+    visible, mask, _ = random_mask(torch.randn(2, 16, 3), mask_ratio=ratio)
+    assert visible.shape[1] == seen
+    assert (mask == 0).sum(dim=1).tolist() == [seen, seen]
+
+
+def test_a_decoder_of_raw_pixels_is_taken_for_one_if_told(tiny_mae_model: Any) -> None:
+    mae = MaskedAutoencoder(model=deepcopy(tiny_mae_model), norm_pix_loss=False)
+    pixels = torch.randn(1, 3, 32, 32)
+    assert torch.equal(mae.target(pixels), mae.model.patchify(pixels))
+
+
+def test_a_file_may_be_said_to_predict_raw_pixels(meta_model: Any, tmp_path: Path) -> None:
+    for name in ("mine.pth", "mine_full.pth"):
+        torch.save({"model": meta_state(meta_model)}, tmp_path / name)
+        assert build_mae(str(tmp_path / name), norm_pix_loss=False).model.config.norm_pix_loss is False

@@ -59,3 +59,9 @@ def test_hits_are_the_recalls_at_1_one_by_one():
         own = [row for row in rows if row["group"] == way]
         assert 100 * sum(row["correct"] for row in own) / len(own) == pytest.approx(figures[way])
         assert 100 * sum(row["guess"] for row in own) / len(own) == pytest.approx(chance[way])
+
+
+def test_an_image_without_captions_has_a_row_and_no_chance() -> None:
+    wrong = {"i2t": torch.tensor([0, 0, 2]), "t2i": torch.tensor([0, 1])}
+    rows = metrics.hits(wrong, torch.tensor([0, 1]), ["a", "b", "c"])
+    assert [(row["image"], row["guess"]) for row in rows[:3]] == [("a", 0.5), ("b", 0.5), ("c", 0)]

@@ -210,3 +210,10 @@ def test_command_writes_table_figures_and_json(smoke, tmp_path, monkeypatch):
     assert set(record["accuracy"]) == {"C", "M", "C+M", "C two layers", "pixels", "random"}
     assert len(record["accuracy"]["C"]["count"]) == 2
     assert (out / "probe.png").stat().st_size > 10_000
+
+
+def test_the_cutoff_itself_is_a_low_frequency():
+    wave = torch.cos(torch.arange(64) * (2 * torch.pi * 4 / 64))  # four cycles
+    images = (127.5 + 100 * wave).round().to(torch.uint8).expand(1, 3, 64, 64)
+    assert (filtered(images, 4, keep="low").int() - images.int()).abs().max() <= 1
+    assert filtered(images, 4, keep="high").float().std() < 1

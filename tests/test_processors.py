@@ -130,3 +130,14 @@ def test_mistakes_are_named(photo: Image.Image) -> None:
         XFormerImageEvalProcessor()(Image.new("RGB", (4, 0)))
     with pytest.raises(UserError, match="takes a PIL image"):
         XFormerImageEvalProcessor()("photo.jpg")  # type: ignore[arg-type]
+
+
+def test_null_means_the_default(photo: Image.Image) -> None:
+    given = dict.fromkeys(("image_size", "mae_image_size", "mean", "std", "mae_mean", "mae_std"))
+    for cls in (XFormerImageEvalProcessor, XFormerImageTrainProcessor):
+        assert torch.equal(seeded(cls.from_config(given), photo, 1), seeded(cls.from_config(None), photo, 1))
+
+
+def test_a_crop_is_no_larger_than_its_image() -> None:
+    with pytest.raises(UserError, match=r"max_scale 1\.5 must satisfy"):
+        XFormerImageTrainProcessor(max_scale=1.5)

@@ -142,3 +142,10 @@ def test_each_folder_is_listed_once_in_whatever_order_the_rows_are(tmp_path: Pat
     monkeypatch.setattr(records.os, "scandir", lambda folder: listed.append(folder) or iter(()))
     assert len(absent_images(tmp_path, [(number, f"{number % 300}/file") for number in range(600)])) == 600
     assert len(listed) == 300
+
+
+def test_a_rows_key_that_is_not_there_is_named_though_one_list_is(tmp_path: Path) -> None:
+    path = tmp_path / "object.json"
+    path.write_text(json.dumps({"info": {}, "data": ROWS}))
+    with pytest.raises(UserError, match="whose lists are under data; rows_key is annotations"):
+        read_rows(path, rows_key="annotations")

@@ -134,3 +134,21 @@ def test_a_share_too_small_for_a_sample_is_refused():
     joined = ConcatDataset([toy_training.ToyPairs(320), toy_training.ToyPairs(24)])
     with pytest.raises(UserError, match=r"of the 12 samples of an epoch, the datasets would get 12, 0; raise"):
         Mixture.of(joined, [1, 0.03], samples=12)
+
+
+def test_a_split_shared_by_processes_keeps_its_order(monkeypatch):
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda *unused: 2)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda *unused: 1)
+    loader = sampling.eval_loader(toy_training.ToyPairs(6), share=True, batch_size=1, num_workers=0)
+    assert list(loader.sampler) == [1, 3, 5]
+
+
+def test_datasets_take_turns_differently_in_every_epoch():
+    mixture = Mixture(lengths=[10, 10], ratios=[1, 1], samples=20)
+    first, second = ([index < 10 for _, index in mixture.keys(seed=3, epoch=epoch).tolist()] for epoch in (0, 1))
+    assert first != second
+
+
+def test_datasets_of_one_length_have_orders_of_their_own():
+    drawn = {i for _, i in Mixture(lengths=[10, 10], ratios=[1, 1], samples=10).keys(seed=3, epoch=0).tolist()}
+    assert {i for i in drawn if i < 10} != {i - 10 for i in drawn if i >= 10}

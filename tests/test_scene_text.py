@@ -26,6 +26,7 @@ from lavis_xformer.data.scenes import (
     vocabulary,
 )
 from lavis_xformer.data.scenes.words import COLOURS, DIRECTED, GROUNDS, MARKS, NUMBERS, SHAPES, SIZES, plural
+from lavis_xformer.data.scenes.world import scene_rng
 from lavis_xformer.errors import UserError
 
 SCENES = [make_scene(5, "val", index, preset) for preset in PRESETS for index in range(250)]
@@ -300,3 +301,22 @@ def test_asking_one_kind_or_many():
         assert all(q.kind == "presence" for q in questions(scene, draw, kinds=["presence"], n=3))
     with pytest.raises(UserError, match="did you mean 'count'"):
         ask(SCENES[0], draw, "counts")
+
+
+def test_an_absent_object_shares_its_colour_or_its_shape_with_one_that_is_there() -> None:
+    for number, scene in enumerate(SCENES):
+        asked = ask(scene, np.random.default_rng(number), "presence")
+        name = re.fullmatch(rf"does an? ({A_COLOUR}) ({A_SHAPE}) exist in the image\?", asked.text)
+        if name and asked.answer == "no":
+            assert scene.count(colour=name[1]) or scene.count(shape=name[2]), asked.text
+
+
+def test_coarse_captions_name_at_most_three_groups() -> None:
+    named = [len(re.findall(rf"\b({A_SHAPE})\b", text)) for scene in SCENES for text in captions(scene, "coarse", 1)]
+    assert max(named) == 3
+
+
+def test_captions_come_from_a_stream_of_their_own() -> None:
+    for scene in SCENES[:5]:
+        own = scene_rng(scene.seed, scene.split, scene.index, 1)
+        assert captions(scene, "medium", 2) == [caption(scene, own) for _ in range(2)]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import astuple, replace
+from itertools import combinations
+from math import dist
 
 import numpy as np
 import pytest
@@ -212,3 +214,11 @@ def test_contact_sheet_is_written(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["--split", "tset"])
     assert "invalid choice: 'tset'" in capsys.readouterr().err
+
+
+def test_objects_overlap_no_more_than_their_preset_allows():
+    for preset, rules in PRESETS.items():
+        for index in range(40):
+            for a, b in combinations(make_scene(5, "val", index, preset).objects, 2):
+                apart = (1 - rules.overlap) * (a.diameter + b.diameter) / 2
+                assert dist((a.x, a.y), (b.x, b.y)) >= apart - 1e-9

@@ -49,3 +49,9 @@ def test_the_whole_run_rises_once_and_falls_once():
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates[:7] == sorted(rates[:7])
     assert rates[6:] == sorted(rates[6:], reverse=True)
+
+
+def test_without_warming_up_a_run_begins_at_its_peak():
+    schedule, optimizer = make(warmup_steps=0)
+    schedule.step(cur_epoch=0, cur_step=0)
+    assert optimizer.param_groups[0]["lr"] == 1.0

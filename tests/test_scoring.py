@@ -176,3 +176,13 @@ def test_a_number_too_large_for_64_bits_is_a_large_error(scorer: str) -> None:
     assert score.accuracy == 0.5
     assert score.mae == pytest.approx(5e21)
     assert score.rmse == pytest.approx(1e22 / 2**0.5)
+
+
+def test_f1_is_the_harmonic_mean() -> None:
+    score = score_presence(["yes"] * 4, ["yes", "no", "no", "no"])
+    assert (score.precision, score.recall, score.f1) == (0.25, 1, pytest.approx(0.4))
+
+
+def test_the_right_letter_may_end_with_a_full_stop() -> None:
+    score = score_pairs(["a", "B"], ["a.", "(b)."], options=["(a) Open (b) Closed"] * 2, pairs=[0, 0])
+    assert score.pair_accuracy == 1

@@ -852,3 +852,10 @@ def test_only_flan_t5s_activation_is_laviss(kept: str, now: str, t5_folder: Path
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_bytes((t5_folder / "tokenizer.json").read_bytes())
     assert T5Language.from_source(str(tmp_path)).model.config.dense_act_fn == now
+
+
+def test_no_penalty_is_told_too(make_stage2: Any, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, told = make_stage2("t5").eval(), []
+    monkeypatch.setattr(model.language, "answer", lambda *given, **options: told.append(options) or ["a"] * 4)
+    model.predict_answers(batch, length_penalty=0)
+    assert told[0]["length_penalty"] == 0, "and not T5's own, -1"

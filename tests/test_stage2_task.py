@@ -335,3 +335,14 @@ def test_texts_of_several_ranks_are_scored_in_the_order_of_the_split(monkeypatch
         scores.append(task.scores)
     assert scores[0] == scores[1] == scores[2]
     assert [row["answer"] for row in scores[0]] == [entry.text for entry in texts]
+
+
+def test_a_word_said_twice_counts_twice() -> None:
+    assert word_f1("red red star", "red red circle") == pytest.approx(2 * 2 / 6)
+
+
+def test_the_majority_is_what_most_questions_accept_however_often_each_names_it() -> None:
+    said = [Said("colour", "x", given) for given in (["red", "crimson"], ["blue", "crimson"], ["red"], ["crimson"])]
+    assert [row["guess"] for row in score_answers(said)] == [1, 1, 0, 1], "crimson, though never first of two"
+    twice = [Said("colour", "x", given) for given in (["Red", "red", "red "], ["blue"], ["blue"])]
+    assert [row["guess"] for row in score_answers(twice)] == [0, 1, 1], "a question has one vote for an answer"

@@ -540,3 +540,11 @@ def test_a_key_that_a_task_of_lavis_misses_is_named() -> None:
 def test_a_model_that_cannot_do_a_task_of_ours_is_refused_before_it_is_built(task: str, arch: str, method: str) -> None:
     with pytest.raises(UserError, match=rf"run\.task: {task} needs .* {method}\(\), which model\.arch {arch} lacks"):
         check.task_of(lavis_config(task, arch=arch, test_splits=["test"]))
+
+
+def test_gqas_ranked_answers_are_compared_as_they_are(tmp_path: Path) -> None:
+    row = GQA[0] | {"answer": "the cat."}
+    task = setup(XFormerGQATask, tmp_path, inference_method="rank")
+    task.before_evaluation(Model(), SimpleNamespace(annotation=[row]))
+    figures = task.after_evaluation([{"question_id": 1, "pred_ans": "the cat.", "gt_ans": "the cat."}], "val")
+    assert figures["accuracy"] == 100

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -160,7 +160,20 @@ def _load_own(
         stage1 = model.NEW_WEIGHTS != NOTHING and not (trained.get("opt_model") or trained.get("t5_model"))
         names = (*SETTINGS, *(SETTINGS_OF_M if model.fusion.needs_mae else ()))
         _tell_other_settings(names, cfg, trained, source=source, may_add_positions=stage1)
-    return _load_either_stage(model, state, source=source, key=key, may_miss=may_miss, held=held)
+    try:
+        return _load_either_stage(model, state, source=source, key=key, may_miss=may_miss, held=held)
+    except UserError as error:
+        raise UserError(f"{error}{_whose(trained, cfg)}") from error
+
+
+def _whose(trained: Mapping[str, Any], cfg: DictConfig | None) -> str:
+    """What a file that doesn't fit says about itself, to add to the message: another model, or parts of one."""
+    if (parts := trained.get("train_only")) and (cfg is None or not cfg.get("blip2_pretrained")):
+        below = trained.get("blip2_pretrained")
+        return f". It holds only {list(parts)}: set model.blip2_pretrained to the file that it was trained on, {below}"
+    if cfg is not None and (theirs := trained.get("arch")) not in (None, cfg.get("arch")):
+        return f". It is of model.arch {theirs}"
+    return ""
 
 
 def _load_blip2(model: Any, source: str, cfg: DictConfig) -> LoadReport:
@@ -188,13 +201,12 @@ def _load_either_stage(
     if key != "blip2_pretrained":  # which marks the checkpoints that are trained on its image encoder
         state = _without_known(model, state)
     brought = _fingerprint(state)
-    if brought is None:
-        may_miss += f"|{CLIP}"
-        if not had_clip:
-            _check_clip(model, known, source=source, key=key)
+    if brought is None and not had_clip:
+        _check_clip(model, known, source=source, key=key)
     _tell_other_language_model(model, state, source=source)
     ignored = f"{LANGUAGE_MODEL}|{model.STAGE1_WEIGHTS}"
-    report = load_state(model, state, source=source, may_miss=may_miss, ignored=ignored, held=held)
+    built = CLIP if brought is None else NOTHING
+    report = load_state(model, state, source=source, may_miss=may_miss, built=built, ignored=ignored, held=held)
     if brought is not None:
         frozen = is_frozen(model.visual_encoder)
         model.register_buffer(BROUGHT_CLIP, brought.to(model.query_tokens.device), persistent=frozen)

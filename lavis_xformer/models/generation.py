@@ -231,12 +231,17 @@ def lemmatize(answer: str) -> str:
     Raises:
         UserError: spaCy's English model is not installed.
     """
-    words = _spacy()(answer)
+    words = english()(answer)
     return " ".join(word.lemma_ if word.pos_ in ("NOUN", "VERB") else word.text for word in words)
 
 
 @functools.cache
-def _spacy() -> Any:
+def english() -> Any:
+    """SpaCy's English model, which finds lemmas.
+
+    Raises:
+        UserError: it is not installed.
+    """
     import spacy  # LAVIS brings it
 
     try:

@@ -65,7 +65,10 @@ def fetch_truths(split: str) -> Path:
     try:
         download_url(url, str(folder))
     except OSError as error:
-        raise OSError(f"{url} can't be downloaded ({first_line(error)}); set run.caption_truths to a copy") from error
+        raise OSError(
+            f"{url} can't be downloaded ({first_line(error)}); put a copy in {folder}, or set run.caption_truths to a "
+            "file with the captions of all splits that the run scores"
+        ) from error
     return folder / Path(url).name
 
 

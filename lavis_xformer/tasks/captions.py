@@ -48,6 +48,7 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
 
     CONFIG_KEYS = WithProtocol.CONFIG_KEYS | {"report_metric", "caption_truths"}
     PROTOCOLS: ClassVar[Mapping[str, Protocol]] = CAPTION_PROTOCOLS
+    MODEL_PROMPT = "prompt"
     report_metric: bool
     truths: Path | None
     own_truths: Truths | None = None
@@ -82,12 +83,18 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
         return super().build_model(cfg)
 
     def check_split(self, name: str, dataset: Any) -> None:
-        """Check, before anything is captioned, that an image of a split has reference captions.
+        """Check, before anything is trained or captioned, that an image of a split has reference captions.
 
         Raises:
-            UserError: ``run.caption_truths`` has none for it, or the images have no ids by which to find them.
+            UserError: ``run.caption_truths`` has none for it, or the images have no ids by which to find them; COCO's
+                own can't be downloaded.
         """
         if not (self.truths and len(dataset)):
+            if self.report_metric and not hasattr(dataset, "references") and is_main():
+                try:
+                    fetch_truths(name)
+                except OSError as error:
+                    raise UserError(str(error)) from error
             return
         if not getattr(dataset, "has_ids", True):
             raise UserError(

@@ -87,6 +87,8 @@ class WithProtocol:
 
     CONFIG_KEYS: ClassVar[frozenset[str]] = frozenset({"protocol", *PROTOCOL_KEYS})
     PROTOCOLS: ClassVar[Mapping[str, Protocol]] = PROTOCOLS
+    #: key of ``model`` that has the prompt in training
+    MODEL_PROMPT: ClassVar[str] = "vqa_prompt"
     protocol: Protocol
     config: dict[str, Any]
 
@@ -98,10 +100,19 @@ class WithProtocol:
             UserError: there is no such protocol.
         """
         protocol = protocol_of(cfg.run_cfg, cls.PROTOCOLS)
+        given = cfg.run_cfg.get("prompt")
         for name in PROTOCOL_KEYS:
             cfg.run_cfg[name] = getattr(protocol, name)  # LAVIS has no defaults for some
         task = super().setup_task(cfg)  # type: ignore[misc]
         task.protocol, task.config = protocol, cfg.to_dict()
+        trained = task.config.get("model", {}).get(cls.MODEL_PROMPT)
+        if not (given or cfg.run_cfg.get("evaluate")) and trained not in (None, protocol.prompt):
+            logger.warning(
+                "model.%s is %r in training, but the protocol asks with %r: set run.prompt for one of them in both",
+                cls.MODEL_PROMPT,
+                trained,
+                protocol.prompt,
+            )
         return task
 
     @staticmethod
