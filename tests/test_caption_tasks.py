@@ -374,6 +374,14 @@ def test_what_scoring_lacks_is_told_before_anything_is_captioned(
     check(test_splits=[])  # nothing is scored
 
 
+@pytest.mark.usefixtures("no_java")
+def test_references_that_cannot_be_had_are_told_before_training(tmp_path: Path) -> None:
+    task = setup(XFormerCaptionTask, tmp_path, **ASKED)
+    with pytest.raises(UserError, match=r"coco_karpathy_val_gt\.json can't be downloaded .* a copy in .*/coco_gt, "):
+        task.check_split("val", [{"image_id": 3}])
+    setup(XFormerCaptionTask, tmp_path, **{**ASKED, "report_metric": False}).check_split("val", [{"image_id": 3}])
+
+
 class Ranker:
     """Two images, three texts; text 0 is of image 0, the others of image 1."""
 

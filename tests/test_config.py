@@ -11,8 +11,8 @@ from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 
 import lavis_xformer
-from lavis_xformer import evaluate
-from lavis_xformer.check import check_weights
+from lavis_xformer import check, evaluate
+from lavis_xformer.check import check_sizes, check_weights
 from lavis_xformer.engine.options import NEEDED, NEEDED_TO_TRAIN, RunOptions, check_lavis_keys
 from lavis_xformer.errors import UserError
 from lavis_xformer.runners.portable import PortableRunner
@@ -523,3 +523,33 @@ def test_weights_that_are_not_there_are_told_before_the_data_are_read(monkeypatc
     options = ["model.pretrained=gone.pth", f"run.output_dir={tmp_path}"]
     with pytest.raises(UserError, match=r"model\.pretrained: there is no gone\.pth"):
         build_runner(load_config("projects/xformer/pretrain.yaml", options))
+
+
+def mini(*options: str, task: str = "xformer_stage1", arch: str = "xformer"):
+    from lavis_xformer.config.load import load_config
+
+    own = [f"model.arch={arch}", f"run.task={task}", "run.test_splits=null", "run.valid_splits=null"]
+    return load_config("projects/xformer/pretrain.yaml", [*own, *options])
+
+
+def test_images_of_another_size_than_the_models_are_told_before_anything_is_built():
+    key = "datasets.xformer_scenes.vis_processor"
+    check_sizes(mini())
+    with pytest.raises(UserError, match=rf"{key}\.train\.image_size is 32, but model\.image_size is 64; set one"):
+        check_sizes(mini(f"{key}.train.image_size=32"))
+    check_sizes(mini(f"{key}.train.image_size=32", "run.evaluate=True"))
+    check_sizes(mini(f"{key}.eval.image_size=32"))  # nothing is evaluated
+    with pytest.raises(UserError, match=rf"{key}\.eval\.image_size is 32"):
+        check_sizes(mini(f"{key}.eval.image_size=32", "run.valid_splits=[val]"))
+
+
+def test_an_evaluation_that_needs_lemmas_needs_spacys_model(monkeypatch):
+    def missing():
+        raise UserError("model.apply_lemmatizer needs spaCy's")
+
+    monkeypatch.setattr(check, "english", missing)
+    given = {"task": "xformer_stage2", "arch": "xformer_opt"}
+    check.check_run(mini("model.apply_lemmatizer=True", **given))
+    check.check_run(mini("run.test_splits=[test]", **given))
+    with pytest.raises(UserError, match="needs spaCy's"):
+        check.check_run(mini("model.apply_lemmatizer=True", "run.test_splits=[test]", **given))

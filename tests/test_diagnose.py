@@ -173,3 +173,16 @@ def test_the_command_on_the_shipped_model(
         "from M'",
     )
     assert not [part for part in wanted if part not in said]
+
+
+def test_a_split_without_texts_to_learn_from_has_the_other_checks(
+    make_xformer: Any, batch: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    found = diagnose.look(make_xformer("dual"), [{"image": batch["image"], "index": [0]}])
+    assert found["gradients"] == {}
+    assert found["enrichment"].keys()
+    assert found["reconstruction"].keys()
+    assert "check 3 is left out, the split has nothing to learn from: samples['text_input'] is missing" in caplog.text
+    said = diagnose.text({**found, "with_own_m": {}, "with_anothers_m": {}}, [])
+    assert "2. what M changes" in said
+    assert "3. gradient" not in said

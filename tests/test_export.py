@@ -112,6 +112,7 @@ def test_a_run_whose_type_is_a_folder_loads_its_weights(trained: XFormerOPT, che
     for config in (
         load_config(str(tmp_path / "run.yaml")),
         load_config(str(by_options), [f"model.model_type={folder}"]),  # as of the shipped projects
+        load_config(str(by_options), [f"model.model_type={folder}", "model.pretrained=null"]),
     ):
         assert_equal(XFormerOPT.from_config(config.model_cfg), trained)
     own = load_config(str(by_options), [f"model.model_type={folder}", "model.pretrained=mine.pth"])

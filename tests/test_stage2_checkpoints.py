@@ -332,6 +332,13 @@ def test_the_fusion_alone_on_top_of_blip2(make_stage2: Any, batch: dict[str, Any
         load_pretrained(as_documented, config(**{**both, "pretrained": str(tmp_path / "torn.pth")}))
     with pytest.raises(UserError, match="missing: Qformer"):
         load_pretrained(make_stage2("opt", "dual"), config(pretrained=str(tmp_path / "fusion.pth")))
+    torch.save({"model": state, "config": {"model": {"arch": "xformer_opt", **keys}}}, tmp_path / "told.pth")
+    with pytest.raises(UserError, match=r"missing: Qformer.*\. It holds only \['fusion'\]: set .* on, .*/blip2\.pth$"):
+        load_pretrained(make_stage2("opt", "dual"), config(pretrained=str(tmp_path / "told.pth")))
+    whole = {"model": trainable_state(make_stage2("opt")), "config": {"model": {"arch": "xformer_opt"}}}
+    torch.save(whole, tmp_path / "whole.pth")
+    with pytest.raises(UserError, match=r"missing: t5_proj.* unknown: opt_proj.*\. It is of model\.arch xformer_opt$"):
+        load_pretrained(make_stage2("t5"), config(arch="xformer_t5", pretrained=str(tmp_path / "whole.pth")))
     for own in (None, str(tmp_path / "fusion.pth")):  # what it would train could be loaded by no key
         with pytest.raises(UserError, match=r"model\.train_only keeps everything else .* set model\.blip2_pretrained"):
             load_pretrained(make_stage2("opt", "dual"), config(train_only=["fusion"], pretrained=own))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lavis.common.registry import registry
+from lavis.datasets.datasets.coco_vqa_datasets import COCOVQADataset
 from lavis.datasets.datasets.gqa_datasets import GQAEvalDataset
 from lavis.tasks.vqa import GQATask, VQATask
 from omegaconf import OmegaConf
@@ -548,3 +549,29 @@ def test_gqas_ranked_answers_are_compared_as_they_are(tmp_path: Path) -> None:
     task.before_evaluation(Model(), SimpleNamespace(annotation=[row]))
     figures = task.after_evaluation([{"question_id": 1, "pred_ans": "the cat.", "gt_ans": "the cat."}], "val")
     assert figures["accuracy"] == 100
+
+
+def test_another_prompt_in_training_than_in_evaluation_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told(**run: Any) -> bool:
+        caplog.clear()
+        config = lavis_config("xformer_vqa", **run)
+        given = config.to_dict() | {"model": {"vqa_prompt": "Q: {} A:"}}
+        config.to_dict = lambda: given
+        XFormerVQATask.setup_task(config)
+        return "model.vqa_prompt is 'Q: {} A:' in training, but the protocol asks with 'Question: {}" in caplog.text
+
+    assert told(evaluate=False)
+    assert not told(evaluate=True)
+    assert not told(evaluate=False, prompt="Q: {} A:")
+
+
+@pytest.mark.parametrize("said", ["red", [], [1], None])
+def test_answers_that_laviss_datasets_would_take_apart_are_refused(said: Any) -> None:
+    dataset = COCOVQADataset.__new__(COCOVQADataset)
+    dataset.annotation = [{"answer": ["red", "red"]}]
+    check.check_answers({"coco_vqa": {"train": dataset}, "coco_caption": {"train": SimpleNamespace(annotation=[{}])}})
+    dataset.annotation.append({"answer": said})
+    with pytest.raises(UserError, match=r"datasets\.coco_vqa: train: row 2: its answer is .*; it must list texts"):
+        check.check_answers({"coco_vqa": {"train": dataset}})
