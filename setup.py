@@ -12,7 +12,7 @@ from setuptools.command.build_py import build_py
 from distutils.command.install_data import install_data  # isort: skip  # of setuptools, once it is imported
 
 ROOT = Path(__file__).parent.resolve()
-SHIPPED_FOLDERS = ("configs", "projects")
+SHIPPED_FOLDERS = ("configs", "projects", "docs")
 
 
 class BuildWithConfigs(build_py):
@@ -30,7 +30,7 @@ class BuildWithConfigs(build_py):
         for folder in SHIPPED_FOLDERS:
             target = Path(self.build_lib, "lavis_xformer", folder)
             shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(ROOT / folder, target)
+            shutil.copytree(ROOT / folder, target, ignore=shutil.ignore_patterns("*.png", "*.jpg", "*.gz"))
 
 
 class InstallBesideThePackage(install_data):
@@ -72,8 +72,11 @@ setup(
         "torch>=2.9",  # has Muon
         "torchvision>=0.24",
         "transformers>=4.25,<4.27",
+        "tokenizers>=0.13,<0.14",
+        "huggingface_hub>=0.11",
         "timm==0.4.12",
         "omegaconf>=2.1",
+        "pyyaml>=5.1",
         "fairscale==0.4.4",
         "decord>=0.6",
         "numpy>=1.22,<2",

@@ -42,6 +42,6 @@ def _plain(paragraph: str) -> str:
     text = _MARKUP.sub(lambda found: found[1] or "", paragraph)
     if text.startswith(" "):
         return text
-    width, indent = shutil.get_terminal_size().columns - 2, "   " if _ITEM.match(text) else ""
+    width, indent = max(11, shutil.get_terminal_size().columns - 2), "   " if _ITEM.match(text) else ""
     items = re.split(rf"\n(?={_ITEM.pattern})", text)
     return "\n".join(textwrap.fill(" ".join(item.split()), width, subsequent_indent=indent) for item in items)

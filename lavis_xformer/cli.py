@@ -36,15 +36,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    asked = [word for word in argv if word != TRACEBACK_FLAG]
-    if asked[:1] in (["-V"], ["--version"]):
-        print(f"lavis_xformer {__version__}")
-        return 0
-    if not asked or asked[0] in ("-h", "--help"):
-        print(usage())
-        return 0 if asked else 2
-    return run(_dispatch, argv)
+    return run(_dispatch, list(sys.argv[1:] if argv is None else argv))
 
 
 def usage() -> str:
@@ -71,7 +63,10 @@ def run(command: Callable[[list[str]], int | None], argv: Sequence[str]) -> int:
     """
     arguments = [argument for argument in argv if argument != TRACEBACK_FLAG]
     try:
-        return command(arguments) or 0
+        try:
+            return command(arguments) or 0
+        finally:
+            sys.stdout.flush()  # here, where a reader that has left is no error, and not at exit
     except KeyboardInterrupt:
         print("lavis-xformer: interrupted", file=sys.stderr)
         return 130
@@ -135,6 +130,12 @@ def _is_unreachable(error: BaseException) -> bool:
 
 
 def _dispatch(argv: list[str]) -> int | None:
+    if argv[:1] in (["-V"], ["--version"]):
+        print(f"lavis_xformer {__version__}")
+        return 0
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
     name, *rest = argv
     if name not in COMMANDS:
         raise UserError(f"unknown command '{name}': {nearest(name, COMMANDS)}")

@@ -189,7 +189,7 @@ def check_imports(result: tuple[list[str], str]) -> Iterator[Finding]:
     lines, error = result
     last = json.loads(lines[-1]) if lines else {"importing": "Python"}
     if error:
-        remedy = "fix what is wrong above; if nothing is: pip install -c constraints.txt ."
+        remedy = "fix what is wrong above; if nothing is, in a clone: pip install -c constraints.txt ."
         yield Finding(f"import {last['importing']}", "WRONG", error, remedy)
         return
     yield Finding("imports", "ok", "all needed packages can be imported, and registering works")

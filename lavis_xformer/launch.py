@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from lavis_xformer.errors import UserError
+from lavis_xformer.errors import UserError, first_line
 
 # Rank 0 may download, render or evaluate alone for a long time, but a hang must end eventually.
 TIMEOUT = datetime.timedelta(hours=2)
@@ -35,13 +35,16 @@ def placement(environ: Mapping[str, str] = os.environ) -> Placement:
     """Read torchrun's variables, or else those of a SLURM step with several tasks.
 
     Raises:
-        UserError: a required variable is missing or not a number.
+        UserError: a required variable is missing, not a number or too large.
     """
     try:
-        if "RANK" in environ and "WORLD_SIZE" in environ:
+        if environ.get("RANK", "0") != "0" or environ.get("WORLD_SIZE", "1") != "1":
+            rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+            if not 0 <= rank < world_size:
+                raise UserError(f"RANK is {rank} and WORLD_SIZE {world_size}: ranks count from 0; start with torchrun")
             return Placement(
-                rank=int(environ["RANK"]),
-                world_size=int(environ["WORLD_SIZE"]),
+                rank=rank,
+                world_size=world_size,
                 local_rank=int(environ.get("LOCAL_RANK", 0)),
                 address=environ.get("MASTER_ADDR", "localhost"),
                 port=int(environ.get("MASTER_PORT", 29500)),
@@ -92,13 +95,17 @@ def process_group(device: str) -> Iterator[Placement]:
     if place.world_size == 1:
         yield place
         return
-    dist.init_process_group(
-        backend="cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-        init_method=f"tcp://{place.address}:{place.port}",
-        rank=place.rank,
-        world_size=place.world_size,
-        timeout=TIMEOUT,
-    )
+    try:
+        dist.init_process_group(
+            backend="cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+            init_method=f"tcp://{place.address}:{place.port}",
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=TIMEOUT,
+        )
+    except (dist.DistError, ValueError) as error:
+        where = f"MASTER_ADDR {place.address}, MASTER_PORT {place.port}"
+        raise UserError(f"{where}: the processes can't meet there: {first_line(error)}") from error
     try:
         yield place
         gc.collect()  # what is left of DistributedDataParallel

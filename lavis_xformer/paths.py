@@ -25,9 +25,14 @@ def own_modules() -> list[str]:
 
 
 def shipped_folder(name: str) -> Path:
-    """Return the shipped folder ``configs`` or ``projects``."""
+    """Return the shipped folder ``configs``, ``projects`` or ``docs``."""
     inside = _PACKAGE / name
     return inside if inside.is_dir() else _PACKAGE.parent / name
+
+
+def run_keys_table() -> Path:
+    """Return the page that explains the keys of ``run:``."""
+    return shipped_folder("docs") / "engine.md"
 
 
 def config_path(relative: str) -> str:
@@ -64,6 +69,8 @@ def project_path(path: str) -> Path:
     shipped = projects.parent / path
     if shipped.is_file() and projects in shipped.parents:
         return shipped
+    if path and Path(path).exists():
+        raise UserError(f"'{path}' is no regular file; give a YAML file")
     known = [str(file.relative_to(projects.parent)) for file in projects.rglob("*.yaml")]
     raise UserError(
         f"'{path}': there is no such file here ({Path.cwd()}), nor among the shipped ones; {nearest(path, known)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 import urllib.error
@@ -165,3 +166,21 @@ def test_a_tables_columns_are_as_wide_as_its_names():
     assert len(first) == len(last)
     assert last.split()[-2:] == ["50.0", "25.0"]
     assert table(object(), {}) == ""
+
+
+@pytest.mark.parametrize("asked", [["--version"], ["--help"], ["scenes", "--help"]])
+def test_a_reader_that_has_left_before_the_first_line_is_none_either(asked):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "lavis_xformer", *asked]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_help_fits_the_narrowest_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "1")
+    with pytest.raises(SystemExit):
+        cli.main(["doctor", "--help"])
+    assert "usage" in capsys.readouterr().out

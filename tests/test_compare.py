@@ -945,3 +945,15 @@ def test_the_images_of_a_folder_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"datasets: {{image_text_json: {{image_root: {tmp_path / 'photos'}}}}}\n")
     assert "datasets.image_text_json.image_root" in (found := inputs.inputs_of(str(tmp_path / "run.yaml"), {}))
     assert "datasets.image_text_json.image_root (sha256)" not in found
+
+
+def test_results_that_were_moved_are_still_finished(tmp_path: Path, plan: Plan) -> None:
+    for cell in plan.cells():
+        finish(cell)
+        (cell.folder / "checkpoint_best.pth").write_bytes(cell.folder.name.encode())
+    for cell in plan.cells():
+        finish(cell)  # now that there are weights to start from
+    (tmp_path / "out").rename(tmp_path / "moved")
+    moved = make(tmp_path, {**content(tmp_path), "output": str(tmp_path / "moved")}).cells()
+    assert [cell.folder.name for cell in moved] == [cell.folder.name for cell in plan.cells()]
+    assert [(cell.folder.name, cell.stale()) for cell in moved if not cell.finished] == []

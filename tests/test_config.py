@@ -553,3 +553,24 @@ def test_an_evaluation_that_needs_lemmas_needs_spacys_model(monkeypatch):
     check.check_run(mini("run.test_splits=[test]", **given))
     with pytest.raises(UserError, match="needs spaCy's"):
         check.check_run(mini("model.apply_lemmatizer=True", "run.test_splits=[test]", **given))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("run.max_epoch=${nope}", "run.yaml: run.max_epoch: Interpolation key 'nope' not found"),
+        ("run.seed=${oc.env:NO_SUCH_SEED}", "Environment variable 'NO_SUCH_SEED' not found"),
+        (
+            "run.train_dataset_ratios={a: 1}",
+            "run.train_dataset_ratios is {'a': 1}; it must be a list, given",
+        ),
+        ("run.train_dataset_ratios[0]=2", "run.train_dataset_ratios"),
+        ("run.output_dir=[a]", "run.output_dir is ['a']; it must be text"),
+        ("run.job_id=..", "run.job_id is '..'; it names a folder in run.output_dir"),
+    ],
+)
+def test_values_of_another_kind_are_named(load, option: str, message: str):
+    text = OURS.replace("run:", "run:\n  train_dataset_ratios: [1]\n  seed: 1")
+    with pytest.raises(UserError) as raised:
+        RunOptions.from_config(load(option, text=text).run_cfg)
+    assert message in str(raised.value)

@@ -107,9 +107,9 @@ def test_light_modules_import_nothing_heavy_at_their_head(name: str):
 
 def test_setup_declares_every_package_that_is_imported():
     declared = (PACKAGE.parent / "setup.py").read_text()
-    other_names = {"PIL": "pillow", "yaml": "omegaconf", "lavis": "salesforce-lavis", "tokenizers": "transformers"}
+    other_names = {"PIL": "pillow", "yaml": "pyyaml", "lavis": "salesforce-lavis"}
     found = {name.split(".")[0] for path in SOURCES.values() for name in imports(ast.walk(ast.parse(path.read_text())))}
-    found -= {*sys.stdlib_module_names, "lavis_xformer", "huggingface_hub"}
+    found -= {*sys.stdlib_module_names, "lavis_xformer"}
     assert not [name for name in sorted(found) if f'"{other_names.get(name, name)}' not in declared]
 
 

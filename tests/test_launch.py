@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from lavis_xformer import launch
@@ -57,3 +59,30 @@ def test_a_task_that_sees_its_own_gpu_alone_takes_it(monkeypatch):
     monkeypatch.setattr(launch.torch.cuda, "set_device", chosen.append)
     with launch.process_group("cuda"):
         assert chosen == [0]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "0"}],
+)
+def test_a_process_that_would_train_alone_by_mistake_is_refused(variables):
+    with pytest.raises(UserError, match="start with torchrun"):
+        placement(variables)
+
+
+@pytest.mark.parametrize("variables", [{"RANK": "0"}, {"WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}])
+def test_a_process_that_is_alone_may_be_told_so(variables):
+    assert placement(variables).world_size == 1
+
+
+@pytest.mark.parametrize("port", ["taken", 99999])
+def test_processes_that_cannot_meet_are_told_where(port, monkeypatch):
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1] if port == "taken" else port
+        place = Placement(rank=0, world_size=2, address="localhost", port=port)
+        monkeypatch.setattr(launch, "placement", lambda: place)
+        with (
+            pytest.raises(UserError, match=f"^MASTER_ADDR localhost, MASTER_PORT {port}: the processes can't meet"),
+            launch.process_group("cpu"),
+        ):
+            pass

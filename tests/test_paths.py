@@ -46,3 +46,12 @@ def test_a_missing_project_is_named_with_those_that_exist(name: str, monkeypatch
 def test_a_mistyped_project_is_told_the_right_one():
     with pytest.raises(UserError, match=r"did you mean 'projects/xformer/pretrain\.yaml'.* others$"):
         paths.project_path("projects/xformer/pretrain.yml")
+
+
+def test_what_is_no_file_is_said_to_be_there(tmp_path: Path):
+    with pytest.raises(UserError, match="is no regular file"):
+        paths.project_path(str(tmp_path))
+
+
+def test_the_page_that_errors_name_is_there():
+    assert paths.run_keys_table().read_text(encoding="utf-8").startswith("# ")

@@ -70,8 +70,9 @@ class Cell:
         return (self.folder / CELL).is_file() and not self.stale()
 
     def inputs(self) -> dict[str, str]:
-        """Return everything its result depends on, as it is now."""
-        return inputs_of(self.stage.config, self.options)
+        """Return everything its result depends on, as it is now; not where the results lie."""
+        found = inputs_of(self.stage.config, self.options)
+        return {name: value.replace(f"{self.folder.parent}/", "") for name, value in found.items()}
 
     def stale(self) -> list[str]:
         """Return what has changed since it was run, completely or partly: ``name: before -> after``.
@@ -149,10 +150,11 @@ class Plan:
             own = (variant.get("every") or {}) | (variant.get(stage.name) or {})
             options = {**stage.options, **own, "run.seed": seed}
             given = stage.options | (variant.get(stage.name) or {})
+            named: dict[str, Any] = {"processes": self.processes} if self.processes > 1 else {}  # of larger batches
             if weights is not None and "model.pretrained" not in given:
                 options["model.pretrained"] = str(weights)
-            together = {"processes": self.processes} if self.processes > 1 else {}  # they multiply the batch
-            folder = self.output / "cells" / f"{stage.name}-seed{seed}-{digest(stage.config, options | together)}"
+                named["model.pretrained"] = weights.parent.name  # wherever the results lie
+            folder = self.output / "cells" / f"{stage.name}-seed{seed}-{digest(stage.config, options | named)}"
             options |= {"run.output_dir": str(folder.parent), "run.job_id": folder.name}
             if not stage.evaluate:
                 options["run.resume"], weights = "auto", folder / BEST

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lavis_xformer.errors import UserError, nearest
 from lavis_xformer.nested import nodes
+from lavis_xformer.paths import run_keys_table
 
 # Keys that LAVIS or this package reads but that need not appear in any YAML. A model, dataset builder, task,
 # runner or schedule may add its own in a class attribute CONFIG_KEYS.
@@ -27,7 +28,6 @@ LAVIS_KEYS = {  # of LAVIS's own classes, by role
     "lr_sched": frozenset({"lr_decay_rate"}),
 }
 WORDS_TOO = ("run.amp", "run.resume")  # True or False, or a word
-RUN_KEYS_TABLE = "docs/engine.md"  # what they mean
 MODEL_KEYS = frozenset("arch model_type load_finetuned load_pretrained finetuned pretrained".split())
 DATASET_KEYS = frozenset(
     "type data_type build_info.annotations.*.url build_info.annotations.*.storage build_info.images.storage "
@@ -65,7 +65,8 @@ def check_keys(project: DictConfig, chosen: DictConfig, defaults: DictConfig, cl
     usual = nodes(OmegaConf.merge(defaults, project))
     for key, value in nodes(chosen, leaves=True).items():
         _check_key("--options ", key, set(usual), allowed, classes["task"])
-        if isinstance(usual.get(key), (int, float)) and isinstance(value, str) and key not in WORDS_TOO:
+        is_word = isinstance(value, str) and not value.startswith("${") and key not in WORDS_TOO
+        if isinstance(usual.get(key), (int, float)) and is_word:
             raise UserError(f"--options {key}={value}: expected a value like {usual[key]}")
 
 
@@ -86,7 +87,7 @@ def _check_key(source: str, key: str, exist: set[str], allowed: Iterable[str], t
         raise UserError(f"{source}{key}: task {own} does not read {name}; {others}")
     siblings = {path for path in exist.union(allowed) if path.rpartition(".")[0] == section}
     known = nearest(key, siblings or exist)
-    more = f" (see {RUN_KEYS_TABLE})" if section == "run" else ""
+    more = f" (see {run_keys_table()})" if section == "run" else ""
     raise UserError(f"{source}{key}: no configuration knows this key: {known}{more}")
 
 

@@ -24,12 +24,12 @@ from typing import Any, cast
 import yaml
 from lavis.common.config import Config
 from lavis.common.registry import registry
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis_xformer.config.files import check_data_files, check_file
 from lavis_xformer.config.keys import check_keys, is_ours
-from lavis_xformer.errors import UserError, fault_in_yaml, nearest, one_of
+from lavis_xformer.errors import UserError, fault_in_yaml, first_line, nearest, one_of, text
 from lavis_xformer.models.checkpoints import check_loading
 from lavis_xformer.models.parts import check_values, weights_of
 from lavis_xformer.nested import nodes
@@ -54,7 +54,8 @@ def load_config(cfg_path: str, options: Sequence[str] | None = None) -> RunConfi
     try:
         return RunConfig(project_path(cfg_path), options or ())
     except OmegaConfBaseException as error:
-        raise UserError(f"{cfg_path}: {error}".splitlines()[0]) from error
+        where = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise UserError(f"{cfg_path}: {where}{first_line(error)}") from error
 
 
 class RunConfig(Config):
@@ -76,7 +77,8 @@ class RunConfig(Config):
         self.config.run.setdefault("evaluate", False)  # which LAVIS's captioning reads
         for dataset in self.config.datasets.values():
             _drop_null((dataset.get("build_info") or {}).get("annotations") or {})
-        output = str(self.config.run.get("output_dir") or "output")
+        output = self.config.run.get("output_dir") or "output"
+        output = text("run.output_dir", str(output) if isinstance(output, (int, float)) else output)
         self.config.run.output_dir = str(Path(output).expanduser().absolute())
         _expand_home(self.config)
         if is_ours(classes["model"]):
@@ -86,6 +88,7 @@ class RunConfig(Config):
         _check_processors(self.config)
         check_data_files(self.config.datasets, user.datasets)
         check_file("run.resume_ckpt_path", self.config.run.get("resume_ckpt_path"))
+        self.to_dict()  # finds what can't be resolved
         registry.register("configuration", self)
 
     def to_dict(self) -> Any:
@@ -236,9 +239,12 @@ def _defaults(user: DictConfig) -> tuple[DictConfig, dict[str, Any]]:
 
 
 def _check_sections(lower: DictConfig, upper: DictConfig) -> None:
-    """Reject a plain value or a list where the lower layer has keys, such as the bare name of a processor."""
-    sections = {key: value for key, value in nodes(lower).items() if isinstance(value, Mapping)}
+    """Reject a plain value or a list where the lower layer has keys, such as a processor's name; and the reverse."""
+    given = nodes(lower)
+    sections = {key: value for key, value in given.items() if isinstance(value, Mapping)}
     for key, value in nodes(upper).items():
+        if isinstance(value, Mapping) and isinstance(given.get(key), (list, ListConfig)):
+            raise UserError(f"{key} is {value!r}; it must be a list, given as a whole: {key}={list(given[key])}")
         if key in sections and value is not None and not isinstance(value, Mapping):
             raise UserError(f"{key} is {value!r}; it must hold keys such as {', '.join(map(str, sections[key]))}")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lavis_xformer.errors import UserError, number, one_of, switch, text, whole
+from lavis_xformer.paths import run_keys_table
 
 AMP_MODES = {"False": "no", "no": "no", "True": "fp16", "fp16": "fp16", "bf16": "bf16", "auto": "auto"}
 RESUME_MODES = {"False": "no", "no": "no", "auto": "auto"}
@@ -67,8 +68,8 @@ class RunOptions:
             for name, value in given.items()
             if value is not None
         }
-        if "/" in values.get("job_id", ""):
-            raise UserError(f"run.job_id is {values['job_id']!r}; it names a folder in run.output_dir, without a '/'")
+        if "/" in (job := values.get("job_id", "")) or job in (".", ".."):
+            raise UserError(f"run.job_id is {job!r}; it names a folder in run.output_dir, without a '/'")
         if values.get("seed", 0) >= 2**32:
             raise UserError(f"run.seed is {values['seed']}; it must be less than 2**32, as numpy wants it")
         return cls(**values)
@@ -89,7 +90,7 @@ def check_lavis_keys(run_cfg: MutableMapping[str, Any]) -> None:
         given.add("max_epoch")
     missing = [f"run.{name}" for name in needed if name not in given]
     if missing:
-        raise UserError(f"{', '.join(missing)}: missing, and there is no default; docs/engine.md explains every key")
+        raise UserError(f"{', '.join(missing)}: missing, and there is no default; {run_keys_table()}")
     for name, (kind, least) in NUMBERS.items():
         if run_cfg.get(name) is not None:
             checked = _number(name, run_cfg[name], kind, least=least)
