@@ -3,8 +3,8 @@
 Weights have the names of LAVIS's BLIP-2 (``visual_encoder``, ``ln_vision``, ``Qformer``, ``query_tokens``), so that its
 checkpoints can be loaded.
 
-B: batch, Q: queries, D: width of the Q-Former, Nc / Dc: CLIP's tokens C, Nm / Dm: MAE's tokens M, N: image patches,
-T: text tokens, S: side of the image.
+B: batch, Q: queries, D: width of the Q-Former, Nc / Dc: CLIP's tokens C or, after `concat`, those of C and M that the
+Q-Former reads, Nm / Dm: MAE's tokens M, N: image patches, T: text tokens, S: side of the image.
 """
 
 from __future__ import annotations
