@@ -87,8 +87,7 @@ def check_run(config: Any) -> tuple[Any, RunOptions, Any]:
     if runner_class is None:
         raise UserError(f"run.runner: LAVIS's own runners can't be started from here; set it to {DEFAULT_RUNNER}")
     checked = runner_class, RunOptions.from_config(config.run_cfg), task_of(config)
-    check_sizes(config)
-    if evaluates(config.run_cfg) and config.model_cfg.get("apply_lemmatizer"):
+    if evaluates(config.run_cfg) and config.model_cfg.get("apply_lemmatizer") and asks(checked[2]):
         english()
     for dataset, given in config.datasets_cfg.items():
         if issubclass(builder := registry.get_builder_class(dataset), LocalFilesBuilder):
@@ -101,24 +100,35 @@ def evaluates(run: Mapping[str, Any]) -> bool:
     return bool(run.get("valid_splits") or run.get("test_splits"))
 
 
-def check_sizes(config: Any) -> None:
+def asks(task: Any) -> bool:
+    """Whether a task asks its model for answers."""
+    return any(isinstance(task, kind) for kind, method in METHODS.items() if method == "predict_answers")
+
+
+def check_sizes(config: Any, datasets: Mapping[str, Collection[str]]) -> None:
     """Check that the image processors in use make images of the model's sizes, where the configuration has both.
+
+    Args:
+        config: a ``RunConfig``.
+        datasets: the splits of each dataset.
 
     Raises:
         UserError: one does not.
     """
-    if not is_ours(registry.get_model_class(config.model_cfg.arch)):
+    model, run = config.model_cfg, config.run_cfg
+    if not is_ours(registry.get_model_class(model.arch)):
         return
-    used = {"train": not config.run_cfg.evaluate, "eval": evaluates(config.run_cfg)}
-    for dataset, given in config.datasets_cfg.items():
-        for mode, processor in (given.get("vis_processor") or {}).items():
-            for key in ("image_size", "mae_image_size") if used.get(mode) and processor else ():
-                sizes = processor.get(key), config.model_cfg.get(key)
-                if None not in sizes and sizes[0] != sizes[1]:
-                    raise UserError(
-                        f"datasets.{dataset}.vis_processor.{mode}.{key} is {sizes[0]}, but model.{key} is {sizes[1]}; "
-                        "set one to the other"
-                    )
+    wanted = {key: model.get(key) for key in ("image_size", *(["mae_image_size"] if reads_mae(model) else []))}
+    used = {"train": [] if run.evaluate else ["train"]}
+    used["eval"] = [*(run.get("valid_splits") or []), *(run.get("test_splits") or [])]
+    for dataset, splits in datasets.items():
+        processors = config.datasets_cfg[dataset].get("vis_processor") or {}
+        for mode in (mode for mode in processors if set(used.get(mode, ())) & set(splits)):
+            for key, size in wanted.items():
+                own = (processors[mode] or {}).get(key)
+                if None not in (own, size) and own != size:
+                    where = f"datasets.{dataset}.vis_processor.{mode}.{key}"
+                    raise UserError(f"{where} is {own}, but model.{key} is {size}; set one to the other")
 
 
 def check_answers(datasets: Mapping[str, Mapping[str, Any]]) -> None:

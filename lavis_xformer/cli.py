@@ -63,10 +63,7 @@ def run(command: Callable[[list[str]], int | None], argv: Sequence[str]) -> int:
     """
     arguments = [argument for argument in argv if argument != TRACEBACK_FLAG]
     try:
-        try:
-            return command(arguments) or 0
-        finally:
-            sys.stdout.flush()  # here, where a reader that has left is no error, and not at exit
+        return _flushed(command, arguments)
     except KeyboardInterrupt:
         print("lavis-xformer: interrupted", file=sys.stderr)
         return 130
@@ -82,6 +79,19 @@ def run(command: Callable[[list[str]], int | None], argv: Sequence[str]) -> int:
             traceback.print_exc()
         print(f"lavis-xformer: error: {message}", file=sys.stderr)
         return 2
+
+
+def _flushed(command: Callable[[list[str]], int | None], arguments: list[str]) -> int:
+    """Call a command and flush stdout: here, where a reader that has left is no error, and not at exit."""
+    try:
+        status = command(arguments) or 0
+    except SystemExit:  # of argparse, after its help
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        raise
+    if sys.stdout is not None:  # closed
+        sys.stdout.flush()
+    return status
 
 
 def explain(error: BaseException) -> str | None:

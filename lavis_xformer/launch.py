@@ -38,31 +38,37 @@ def placement(environ: Mapping[str, str] = os.environ) -> Placement:
         UserError: a required variable is missing, not a number or too large.
     """
     try:
-        if environ.get("RANK", "0") != "0" or environ.get("WORLD_SIZE", "1") != "1":
-            rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
-            if not 0 <= rank < world_size:
-                raise UserError(f"RANK is {rank} and WORLD_SIZE {world_size}: ranks count from 0; start with torchrun")
-            return Placement(
-                rank=rank,
-                world_size=world_size,
+        if "RANK" in environ and "WORLD_SIZE" in environ:
+            place = Placement(
+                rank=int(environ["RANK"]),
+                world_size=int(environ["WORLD_SIZE"]),
                 local_rank=int(environ.get("LOCAL_RANK", 0)),
                 address=environ.get("MASTER_ADDR", "localhost"),
                 port=int(environ.get("MASTER_PORT", 29500)),
             )
-        if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        elif int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
             nodes = environ.get("SLURM_STEP_NODELIST") or environ["SLURM_NODELIST"]
-            return Placement(
+            place = Placement(
                 rank=int(environ["SLURM_PROCID"]),
                 world_size=int(environ["SLURM_STEP_NUM_TASKS"]),
                 local_rank=int(environ["SLURM_LOCALID"]),
                 address=environ.get("MASTER_ADDR") or first_node(nodes),
                 port=int(environ.get("MASTER_PORT") or port_of(environ.get("SLURM_JOB_ID", "0"))),
             )
+        else:  # alone, unless one of torchrun's variables says that there are others
+            place = Placement(rank=int(environ.get("RANK", 0)), world_size=int(environ.get("WORLD_SIZE", 1)))
+            if place != Placement():
+                given = "RANK" if "RANK" in environ else "WORLD_SIZE"
+                raise KeyError("WORLD_SIZE" if given == "RANK" else "RANK")
     except KeyError as error:
         raise UserError(f"the variable {error} is missing; start with torchrun or srun") from None
     except ValueError as error:
         raise UserError(f"a variable of torchrun or SLURM is not a number: {error}") from None
-    return Placement()
+    if not 0 <= place.rank < place.world_size:
+        raise UserError(
+            f"process {place.rank} of {place.world_size} (RANK and WORLD_SIZE): ranks count from 0; start with torchrun"
+        )
+    return place
 
 
 def first_node(nodes: str) -> str:

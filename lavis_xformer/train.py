@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lavis_xformer import distributed, launch, register
-from lavis_xformer.check import check_answers, check_run, check_weights
+from lavis_xformer.check import check_answers, check_run, check_sizes, check_weights
 from lavis_xformer.conclude import conclude
 from lavis_xformer.config.load import load_config
 from lavis_xformer.distributed import is_main, rank
@@ -76,7 +76,9 @@ def build_runner(config: Any) -> Any:
     try:
         datasets = task.build_datasets(config)
         check_splits(config.run_cfg, datasets)
-        check_answers(datasets)
+        check_sizes(config, datasets)
+        if not config.run_cfg.evaluate:
+            check_answers(datasets)
         model = task.build_model(config)
     except UserError:
         with contextlib.suppress(OSError):  # it holds an earlier run, or another rank has removed it

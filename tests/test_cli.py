@@ -168,15 +168,33 @@ def test_a_tables_columns_are_as_wide_as_its_names():
     assert table(object(), {}) == ""
 
 
-@pytest.mark.parametrize("asked", [["--version"], ["--help"], ["scenes", "--help"]])
-def test_a_reader_that_has_left_before_the_first_line_is_none_either(asked):
+def run_unread(*command):
+    """Run Python with a stdout that nobody reads."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    command = [sys.executable, "-m", "lavis_xformer", *asked]
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, *command], stdout=writer, stderr=subprocess.PIPE, env=environment, check=False
+    )
     os.close(writer)
-    assert (done.returncode, done.stderr) == (141, b"")
+    return done.returncode, done.stderr.decode()
+
+
+@pytest.mark.parametrize("asked", [["--version"], ["--help"], ["scenes", "--help"]])
+def test_a_reader_that_has_left_before_the_first_line_is_none_either(asked):
+    assert run_unread("-m", "lavis_xformer", *asked) == (141, "")
+
+
+def test_an_error_is_told_though_nobody_reads_the_rest():
+    code = "from lavis_xformer import cli; print(1); raise SystemExit(cli.main(['nothing']))"
+    status, said = run_unread("-c", code)
+    assert "lavis-xformer: error: unknown command 'nothing'" in said
+    assert status != 141
+
+
+def test_a_closed_stdout_is_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["--version"]) == 0
 
 
 def test_help_fits_the_narrowest_terminal(monkeypatch, capsys):

@@ -953,7 +953,7 @@ def test_results_that_were_moved_are_still_finished(tmp_path: Path, plan: Plan) 
         (cell.folder / "checkpoint_best.pth").write_bytes(cell.folder.name.encode())
     for cell in plan.cells():
         finish(cell)  # now that there are weights to start from
-    (tmp_path / "out").rename(tmp_path / "moved")
-    moved = make(tmp_path, {**content(tmp_path), "output": str(tmp_path / "moved")}).cells()
+    (tmp_path / "out").rename(tmp_path / "möved")
+    moved = make(tmp_path, {**content(tmp_path), "output": str(tmp_path / "möved")}).cells()
     assert [cell.folder.name for cell in moved] == [cell.folder.name for cell in plan.cells()]
     assert [(cell.folder.name, cell.stale()) for cell in moved if not cell.finished] == []

@@ -532,15 +532,25 @@ def mini(*options: str, task: str = "xformer_stage1", arch: str = "xformer"):
     return load_config("projects/xformer/pretrain.yaml", [*own, *options])
 
 
-def test_images_of_another_size_than_the_models_are_told_before_anything_is_built():
-    key = "datasets.xformer_scenes.vis_processor"
-    check_sizes(mini())
+def test_images_of_another_size_than_the_models_are_told_before_the_model_is_built():
+    key, scenes = "datasets.xformer_scenes.vis_processor", {"xformer_scenes": ["train", "val"]}
+
+    def sizes(*options: str, splits=scenes):
+        check_sizes(mini(*options), splits)
+
+    sizes()
     with pytest.raises(UserError, match=rf"{key}\.train\.image_size is 32, but model\.image_size is 64; set one"):
-        check_sizes(mini(f"{key}.train.image_size=32"))
-    check_sizes(mini(f"{key}.train.image_size=32", "run.evaluate=True"))
-    check_sizes(mini(f"{key}.eval.image_size=32"))  # nothing is evaluated
+        sizes(f"{key}.train.image_size=32")
+    sizes(f"{key}.train.image_size=32", "run.evaluate=True")
+    sizes(f"{key}.train.image_size=32", splits={"xformer_scenes": ["val"]})
+    sizes(f"{key}.eval.image_size=32")  # nothing is evaluated
     with pytest.raises(UserError, match=rf"{key}\.eval\.image_size is 32"):
-        check_sizes(mini(f"{key}.eval.image_size=32", "run.valid_splits=[val]"))
+        sizes(f"{key}.eval.image_size=32", "run.valid_splits=[val]")
+    sizes(f"{key}.eval.image_size=32", "run.valid_splits=[val]", splits={"xformer_scenes": ["train"]})
+    other = ("model.mae_image_size=64", f"{key}.train.mae_image_size=32")
+    with pytest.raises(UserError, match=rf"{key}\.train\.mae_image_size is 32"):
+        sizes(*other)
+    sizes(*other, "model.fusion=none")  # reads no M
 
 
 def test_an_evaluation_that_needs_lemmas_needs_spacys_model(monkeypatch):
@@ -548,11 +558,14 @@ def test_an_evaluation_that_needs_lemmas_needs_spacys_model(monkeypatch):
         raise UserError("model.apply_lemmatizer needs spaCy's")
 
     monkeypatch.setattr(check, "english", missing)
-    given = {"task": "xformer_stage2", "arch": "xformer_opt"}
-    check.check_run(mini("model.apply_lemmatizer=True", **given))
-    check.check_run(mini("run.test_splits=[test]", **given))
+    asking = {"task": "xformer_benchmark", "arch": "xformer_opt"}
+    check.check_run(mini("model.apply_lemmatizer=True", **asking))
+    check.check_run(mini("run.test_splits=[test]", **asking))
+    check.check_run(
+        mini("model.apply_lemmatizer=True", "run.test_splits=[test]", task="xformer_stage2", arch="xformer_opt")
+    )
     with pytest.raises(UserError, match="needs spaCy's"):
-        check.check_run(mini("model.apply_lemmatizer=True", "run.test_splits=[test]", **given))
+        check.check_run(mini("model.apply_lemmatizer=True", "run.test_splits=[test]", **asking))
 
 
 @pytest.mark.parametrize(

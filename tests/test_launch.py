@@ -62,17 +62,29 @@ def test_a_task_that_sees_its_own_gpu_alone_takes_it(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "variables",
-    [{"RANK": "1"}, {"WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "0"}],
+    ("variables", "message"),
+    [
+        ({"RANK": "1"}, "^the variable 'WORLD_SIZE' is missing; start with torchrun"),
+        ({"WORLD_SIZE": "2"}, "^the variable 'RANK' is missing; start with torchrun"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, r"^process 2 of 2 \(RANK and WORLD_SIZE\): ranks count from 0"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "^process 0 of 0"),
+    ],
 )
-def test_a_process_that_would_train_alone_by_mistake_is_refused(variables):
-    with pytest.raises(UserError, match="start with torchrun"):
+def test_a_process_that_would_train_alone_by_mistake_is_refused(variables, message):
+    with pytest.raises(UserError, match=message):
         placement(variables)
 
 
 @pytest.mark.parametrize("variables", [{"RANK": "0"}, {"WORLD_SIZE": "1"}, {"RANK": "0", "WORLD_SIZE": "1"}])
 def test_a_process_that_is_alone_may_be_told_so(variables):
     assert placement(variables).world_size == 1
+
+
+def test_one_variable_of_torchrun_beside_those_of_slurm_is_none():
+    step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "3", "SLURM_STEP_NODELIST": "n1"}
+    assert placement({**step, "WORLD_SIZE": "4"}).rank == 3
+    alone = placement({**step, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "2"})
+    assert (alone.world_size, alone.local_rank) == (1, 2)
 
 
 @pytest.mark.parametrize("port", ["taken", 99999])

@@ -179,6 +179,7 @@ def test_prefix_lm_splits_captions_in_training_only(prompt: str, make_stage2: An
     halves = [split(prompt, text, torch.Generator().manual_seed(seed)) for text in captions for seed in range(20)]
     assert {begun + rest for begun, rest in halves} == {prompt + text for text in captions}
     assert all(rest.strip() for _, rest in halves)
+    assert "".join(split(prompt, "  a b", torch.Generator().manual_seed(1))) == f"{prompt}  a b"
     every = {captions[0].split().index(word) for word in captions[0].split()}
     begun = [len(split("", captions[0], torch.Generator().manual_seed(seed))[0].split()) for seed in range(300)]
     assert {cut for cut in begun if abs(begun.count(cut) - 300 / len(every)) < 40} == every, "each as often as any"

@@ -551,20 +551,20 @@ def test_gqas_ranked_answers_are_compared_as_they_are(tmp_path: Path) -> None:
     assert figures["accuracy"] == 100
 
 
-def test_another_prompt_in_training_than_in_evaluation_is_told(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    def told(**run: Any) -> bool:
+def test_another_prompt_in_training_than_in_evaluation_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    def told(trained: str = "Q: {} A:", **run: Any) -> bool:
         caplog.clear()
-        config = lavis_config("xformer_vqa", **run)
-        given = config.to_dict() | {"model": {"vqa_prompt": "Q: {} A:"}}
-        config.to_dict = lambda: given
+        config = lavis_config("xformer_vqa", **{"valid_splits": ["val"], "evaluate": False, **run})
+        config.to_dict = lambda: {"run": OmegaConf.to_container(config.run_cfg), "model": {"vqa_prompt": trained}}
         XFormerVQATask.setup_task(config)
-        return "model.vqa_prompt is 'Q: {} A:' in training, but the protocol asks with 'Question: {}" in caplog.text
+        return f"trained with model.vqa_prompt '{trained}', evaluated with run.prompt '" in caplog.text
 
-    assert told(evaluate=False)
+    assert told()
+    assert told("Q: {} A:", prompt="{}?")
     assert not told(evaluate=True)
-    assert not told(evaluate=False, prompt="Q: {} A:")
+    assert not told(valid_splits=[])
+    assert not told("Q: {} A:", prompt="Q: {} A:")
+    assert not told("")
 
 
 @pytest.mark.parametrize("said", ["red", [], [1], None])

@@ -32,7 +32,7 @@ from lavis_xformer.versions import versions_of
 
 PACKAGE = Path(assets.__file__).parent
 #: modules that compare, report, check or build, but don't change a result
-APART = frozenset("analysis arguments compare mini probe cli __main__ doctor export markdown".split())
+APART = frozenset("analysis arguments compare conclude mini probe cli __main__ doctor export markdown".split())
 LIBRARIES = ("salesforce-lavis", "torch", "torchvision", "transformers", "timm", "numpy", "pillow")
 SOFTWARE = ("code", "python", *LIBRARIES)
 PLACES = ("run.output_dir", "run.job_id", "run.resume")  # where a run is stored, not what it computes

@@ -71,8 +71,8 @@ class Cell:
 
     def inputs(self) -> dict[str, str]:
         """Return everything its result depends on, as it is now; not where the results lie."""
-        found = inputs_of(self.stage.config, self.options)
-        return {name: value.replace(f"{self.folder.parent}/", "") for name, value in found.items()}
+        found, place = inputs_of(self.stage.config, self.options), json.dumps(f"{self.folder.parent}/")[1:-1]
+        return {name: value.replace(place, "") for name, value in found.items()}
 
     def stale(self) -> list[str]:
         """Return what has changed since it was run, completely or partly: ``name: before -> after``.

@@ -35,9 +35,10 @@ def check_data_files(datasets: DictConfig, user: DictConfig) -> None:
             continue
         for split, annotation in (info.get("annotations") or {}).items():
             own = OmegaConf.select(user, f"{name}.build_info.annotations.{split}") or {}
-            _check_annotation(
-                f"datasets.{name}.build_info.annotations.{split}", annotation, "storage" in own and "url" not in own
-            )
+            key = f"datasets.{name}.build_info.annotations.{split}"
+            _check_annotation(key, annotation, "storage" in own and "url" not in own)
+            if dataset.get("data_type", "images") == "images":
+                _refuse_object(key, annotation.storage[0])
         kind = dataset.get("data_type", "images")
         media = info.get(kind)
         if media and media.get("storage") is not None:
@@ -57,7 +58,6 @@ def _check_annotation(key: str, annotation: DictConfig, local: bool) -> None:
     annotation.url = urls if len(urls) == len(files) else files  # a list, both before and after the download
     missing = next((path for path, file in zip(given, files, strict=True) if not Path(file).is_file()), None)
     if missing is None:
-        _refuse_object(key, files[0])
         return
     if local or len(urls) != len(files):
         raise UserError(
@@ -70,7 +70,9 @@ def _check_annotation(key: str, annotation: DictConfig, local: bool) -> None:
 
 
 def _refuse_object(key: str, file: str) -> None:
-    """Raise a UserError if a JSON file holds an object, such as COCO's own: LAVIS's datasets read a list of rows."""
+    """Raise a UserError if a JSON file holds an object, such as COCO's own: LAVIS's images come with a list of rows."""
+    if not Path(file).is_file():  # to be downloaded
+        return
     with open(file, encoding="utf-8-sig", errors="replace") as opened:
         if file.endswith(".json") and opened.read(_PEEK).lstrip().startswith("{"):
             raise UserError(

@@ -65,8 +65,8 @@ def check_keys(project: DictConfig, chosen: DictConfig, defaults: DictConfig, cl
     usual = nodes(OmegaConf.merge(defaults, project))
     for key, value in nodes(chosen, leaves=True).items():
         _check_key("--options ", key, set(usual), allowed, classes["task"])
-        is_word = isinstance(value, str) and not value.startswith("${") and key not in WORDS_TOO
-        if isinstance(usual.get(key), (int, float)) and is_word:
+        is_text = isinstance(value, str) and not value.startswith("${")
+        if isinstance(usual.get(key), (int, float)) and is_text and key not in WORDS_TOO:
             raise UserError(f"--options {key}={value}: expected a value like {usual[key]}")
 
 

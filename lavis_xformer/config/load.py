@@ -257,9 +257,9 @@ def _model_defaults(cls: Any, model_type: str) -> Any:
 
 
 def _load_from_folder(chosen: DictConfig, user: DictConfig, cls: Any) -> None:
-    """Load the weights of an exported folder in ``--options``, whatever ``pretrained`` the YAML has, and if it is null.
+    """Load the weights of an exported folder in ``--options``, whatever ``pretrained`` the YAML has.
 
-    ``load_pretrained: False`` loads none.
+    Null for ``pretrained`` in ``--options`` means the folder's weights too; ``load_pretrained: False`` loads none.
     """
     model: Any = chosen.get("model", {})
     if model.get("model_type") not in (None, *cls.PRETRAINED_MODEL_CONFIG_DICT) and not model.get("pretrained"):

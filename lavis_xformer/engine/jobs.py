@@ -25,7 +25,7 @@ LOCK_NAME = ".lock"
 _INCIDENTAL = (
     "resume resume_ckpt_path job_id output_dir num_workers device distributed gpu rank world_size dist_url "
     "dist_backend log_freq tensorboard next_command keep_last save_every_steps save_every_minutes loader_timeout "
-    "skip_nonfinite on_corrupt wandb batch_size_eval caption_truths"
+    "skip_nonfinite on_corrupt wandb batch_size_eval"
 )
 INCIDENTAL = {f"run.{name}" for name in _INCIDENTAL.split()}
 PACKAGES = ("lavis_xformer", "salesforce-lavis", "torch", "transformers", "numpy")

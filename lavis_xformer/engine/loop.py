@@ -146,8 +146,8 @@ class EpochLoop:
         """Average the terms over ranks; any rank's request to stop or save applies to all.
 
         Costs one transfer from the device and one all-reduce of a small vector per step, besides that of
-        :meth:`_fetch`. A signal that arrives while
-        this waits for the other ranks, which don't know of it, is left to the next step.
+        :meth:`_fetch`. A signal that arrives while this waits for the other ranks, which don't know of it, is left to
+        the next step.
         """
         names = list(terms)
         values = torch.stack([terms[name] for name in names]).cpu().double()

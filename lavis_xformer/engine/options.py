@@ -69,7 +69,7 @@ class RunOptions:
             if value is not None
         }
         if "/" in (job := values.get("job_id", "")) or job in (".", ".."):
-            raise UserError(f"run.job_id is {job!r}; it names a folder in run.output_dir, without a '/'")
+            raise UserError(f"run.job_id is {job!r}; it names a folder in run.output_dir: no '/', '.' or '..'")
         if values.get("seed", 0) >= 2**32:
             raise UserError(f"run.seed is {values['seed']}; it must be less than 2**32, as numpy wants it")
         return cls(**values)

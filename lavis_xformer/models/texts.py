@@ -134,9 +134,9 @@ def split(prompt: str, caption: str, generator: torch.Generator | None = None) -
     Prefix language modelling, with which BLIP-2 trains encoder-decoder models (arXiv 2301.12597, section 3.3, which
     doesn't say where it splits).
     """
-    words = caption.lstrip(" ").split(" ")
+    said = caption.lstrip(" ")
+    words, space = said.split(" "), caption.removesuffix(said)
     cut = int(torch.randint(len(words), (), generator=generator))
     if not cut:
         return prompt, caption
-    space = " " * caption.startswith(" ")
     return f"{prompt}{space}{' '.join(words[:cut])}", f" {' '.join(words[cut:])}"

@@ -89,12 +89,12 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
             UserError: ``run.caption_truths`` has none for it, or the images have no ids by which to find them; COCO's
                 own can't be downloaded.
         """
+        if self.truths is None and self.report_metric and not hasattr(dataset, "references") and is_main():
+            try:
+                fetch_truths(name)
+            except OSError as error:
+                raise UserError(str(error)) from error
         if not (self.truths and len(dataset)):
-            if self.report_metric and not hasattr(dataset, "references") and is_main():
-                try:
-                    fetch_truths(name)
-                except OSError as error:
-                    raise UserError(str(error)) from error
             return
         if not getattr(dataset, "has_ids", True):
             raise UserError(

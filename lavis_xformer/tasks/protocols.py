@@ -100,20 +100,24 @@ class WithProtocol:
             UserError: there is no such protocol.
         """
         protocol = protocol_of(cfg.run_cfg, cls.PROTOCOLS)
-        given = cfg.run_cfg.get("prompt")
         for name in PROTOCOL_KEYS:
             cfg.run_cfg[name] = getattr(protocol, name)  # LAVIS has no defaults for some
         task = super().setup_task(cfg)  # type: ignore[misc]
         task.protocol, task.config = protocol, cfg.to_dict()
-        trained = task.config.get("model", {}).get(cls.MODEL_PROMPT)
-        if not (given or cfg.run_cfg.get("evaluate")) and trained not in (None, protocol.prompt):
-            logger.warning(
-                "model.%s is %r in training, but the protocol asks with %r: set run.prompt for one of them in both",
-                cls.MODEL_PROMPT,
-                trained,
-                protocol.prompt,
-            )
+        task.tell_prompt()
         return task
+
+    def tell_prompt(self) -> None:
+        """Warn if a run that trains with one prompt evaluates with another."""
+        run, trained = self.config["run"], self.config.get("model", {}).get(self.MODEL_PROMPT)
+        both = not run.get("evaluate") and (run.get("valid_splits") or run.get("test_splits"))
+        if both and trained and trained != self.protocol.prompt:
+            logger.warning(
+                "trained with model.%s '%s', evaluated with run.prompt '%s'; set one to the other to have the same",
+                self.MODEL_PROMPT,
+                trained,
+                self.protocol.prompt,
+            )
 
     @staticmethod
     def save_result(result: Sequence[Row], result_dir: str, filename: str, remove_duplicate: str = "") -> str:
