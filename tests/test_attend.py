@@ -13,6 +13,7 @@ from PIL import Image
 
 from lavis_xformer import cli
 from lavis_xformer.analysis import attend
+from lavis_xformer.data.scenes import make_scene, render
 from lavis_xformer.errors import UserError
 from lavis_xformer.models.attention_maps import attention_maps, recording
 from lavis_xformer.models.checkpoints import train_only
@@ -215,3 +216,30 @@ def test_arguments_that_do_not_go_together(given: list[str], capsys: pytest.Capt
     with pytest.raises(SystemExit):
         attend.main(given)
     assert given[0] in capsys.readouterr().err
+
+
+def test_rows_are_all_queries_and_those_asked_for_on_scenes_of_the_test_split(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maps, rows = torch.arange(12.0).reshape(1, 3, 2, 2), []
+    monkeypatch.setattr("lavis_xformer.models.attention_maps.attention_maps", lambda *args, **options: {"C": maps})
+    monkeypatch.setattr(attend, "draw", lambda drawn, path: rows.extend(drawn))
+    assert attend.main(["--scenes", "1", "--queries", "1", "--out", str(tmp_path / "map.png")]) == 0
+    whole, second = rows
+    assert torch.equal(whole.maps["C"], maps[0].mean(dim=0))
+    assert torch.equal(second.maps["C"], maps[0][1])
+    assert list(whole.picture.getdata()) == list(Image.fromarray(render(make_scene(0, "test", 0))).getdata())
+
+
+def test_a_map_lies_upright_on_its_image_and_begins_at_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr("matplotlib.axes.Axes.imshow", lambda axes, data, **options: shown.append(options))
+    attend.draw([attend.Row("a star", Image.new("RGB", (8, 8)), {"C": torch.rand(2, 2)})], tmp_path / "map.png")
+    assert shown[-1]["vmin"] == 0
+    assert shown[-1]["extent"] == (0, attend.ENLARGED, attend.ENLARGED, 0)  # left, right, bottom, top: as the image
+
+
+def test_an_answer_that_is_given_is_the_one_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--question", "how many cups are there?", "--answer", "ninety"]
+    assert attend.main(["--scenes", "1", *asked, "--out", str(tmp_path / "map.png")]) == 0
+    assert "scene 0: how many cups are there? ninety" in capsys.readouterr().out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 
 import numpy as np
@@ -224,3 +225,31 @@ def test_seeding_for_data_seeds_all_three_generators():
         rng.seed_cpu(7)
         drawn.append((random.random(), np.random.rand(), torch.rand(3).tolist()))
     assert drawn[0] == drawn[1]
+
+
+def test_pickled_code_is_not_run(tmp_path):
+    checkpoint.write(tmp_path / "checkpoint_1.pth", {**CONTENT, "config": tmp_path})  # a Path, which is pickled code
+    with pytest.raises(checkpoint.BadCheckpoint, match="not a usable checkpoint"):
+        checkpoint.read(tmp_path / "checkpoint_1.pth")
+
+
+@pytest.mark.parametrize("missing", ["model", "optimizer", "epoch"])
+def test_a_checkpoint_without_one_of_its_parts_is_none(tmp_path, missing):
+    torch.save({key: value for key, value in CONTENT.items() if key != missing}, tmp_path / "x.pth")
+    with pytest.raises(checkpoint.BadCheckpoint, match="no training state"):
+        checkpoint.read(tmp_path / "x.pth")
+
+
+def test_a_name_left_by_a_killed_process_is_not_written_through(tmp_path):
+    save(tmp_path, "checkpoint_0.pth")
+    checkpoint.write(tmp_path / "checkpoint_1.pth", {**CONTENT, "epoch": 2})
+    os.link(tmp_path / "checkpoint_0.pth", tmp_path / f".{checkpoint.BEST}.tmp")
+    checkpoint.alias(tmp_path / "checkpoint_1.pth", tmp_path / checkpoint.BEST)
+    assert checkpoint.read(tmp_path / "checkpoint_0.pth")["epoch"] == CONTENT["epoch"]
+    assert checkpoint.read(tmp_path / checkpoint.BEST)["epoch"] == 2
+
+
+def test_a_tied_weight_is_saved_under_each_of_its_names():
+    model = nn.ModuleDict({"table": nn.Embedding(3, 3), "head": nn.Linear(3, 3, bias=False)})
+    model["head"].weight = model["table"].weight
+    assert trainable_state(model).keys() == {"table.weight", "head.weight"}

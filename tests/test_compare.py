@@ -19,7 +19,7 @@ import torch
 import yaml
 from matplotlib.figure import Figure
 
-from lavis_xformer.compare import figures, inputs, run
+from lavis_xformer.compare import figures, inputs, run, tables
 from lavis_xformer.compare.plan import Cell, Plan, as_text, read_plan
 from lavis_xformer.compare.results import (
     accuracies,
@@ -957,3 +957,26 @@ def test_results_that_were_moved_are_still_finished(tmp_path: Path, plan: Plan) 
     moved = make(tmp_path, {**content(tmp_path), "output": str(tmp_path / "möved")}).cells()
     assert [cell.folder.name for cell in moved] == [cell.folder.name for cell in plan.cells()]
     assert [(cell.folder.name, cell.stale()) for cell in moved if not cell.finished] == []
+
+
+def test_a_file_that_changes_during_a_run_makes_it_stale(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = tmp_path / "read.json"
+    read.write_text("before")
+    cell = replace(plan.cells()[0], options=plan.cells()[0].options | {"x": str(read)})
+    monkeypatch.setattr(Cell, "arguments", lambda cell: ["-c", f"open({str(read)!r}, 'w').write('after')"])
+    run.run_cell(cell)
+    assert not cell.finished
+
+
+def test_a_variant_that_was_not_asked_the_first_questions_has_its_row_too() -> None:
+    names = ["asked.colour", "asked.count"]
+    found = {"tasks": {name: {"n": 4, "images": 2, "majority": 25.0} for name in names}}
+    given = {"a": {"accuracy": {names[1]: {"mean": 50.0, "spread": 1.0, "seeds": {1: 49.0, 2: 51.0}}}, "blind": False}}
+    assert "| a | 2 |  | 50.0 ± 1.0 |" in tables.accuracy(found, given, names)
+
+
+def test_figures_other_than_accuracies_have_three_digits() -> None:
+    given = {"a": {"figures": {"first.loss_rec": {"mean": 0.12345, "spread": 0.0012}}}}
+    assert "0.123 ± 0.001" in tables.figures(given, "first")

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
+from omegaconf import OmegaConf
 
 import lavis_xformer
 from lavis_xformer import check, evaluate
@@ -587,3 +588,32 @@ def test_values_of_another_kind_are_named(load, option: str, message: str):
     with pytest.raises(UserError) as raised:
         RunOptions.from_config(load(option, text=text).run_cfg)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "tested"),
+    [({"test_splits": ["test"], "valid_splits": ["val"]}, ["test"]), ({"valid_splits": ["val"]}, ["val"])],
+)
+def test_an_evaluation_is_of_the_test_splits_or_else_of_those_of_validation(given, tested):
+    run = OmegaConf.create(given)
+    check.to_evaluate(run)
+    assert (run.test_splits, run.valid_splits) == (tested, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        (YAML.replace("images: {storage: images}", "images: images"), ()),
+        (YAML, ("datasets.vg_caption.build_info.images=images",)),
+    ],
+)
+def test_a_plain_value_where_the_defaults_have_keys_is_one_line(load, text: str, options: tuple[str, ...]):
+    with pytest.raises(UserError, match=r"build_info\.images is 'images'; it must hold keys such as storage"):
+        load(*options, text=text)
+
+
+@pytest.mark.parametrize("key", ["pretrained", "finetuned", "blip2_pretrained", "vit_model", "bert"])
+def test_a_tilde_is_the_home_folder_for_every_file_of_the_model(load, monkeypatch, tmp_path: Path, key: str):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "x.pth").touch()
+    assert load(f"model.{key}=~/x.pth").model_cfg[key] == str(tmp_path / "x.pth")

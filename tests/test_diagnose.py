@@ -186,3 +186,26 @@ def test_a_split_without_texts_to_learn_from_has_the_other_checks(
     said = diagnose.text({**found, "with_own_m": {}, "with_anothers_m": {}}, [])
     assert "2. what M changes" in said
     assert "3. gradient" not in said
+
+
+def test_looking_again_finds_the_same(make_xformer: Any, batch: dict[str, Any]) -> None:
+    model = make_xformer("dual", init="normal")
+    assert diagnose.look(model, [batch]) == diagnose.look(model, [batch])
+
+
+def test_own_m_is_the_first_column_and_as_many_batches_are_looked_at_as_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, look = [], diagnose.look
+    monkeypatch.setattr(diagnose, "look", lambda model, batches: look(model, seen.extend(batches) or seen))
+    monkeypatch.setattr(diagnose, "rows_of", lambda task, figures: [("itm", f"{figures['loss_itm']:.8f}", "")])
+    options = [
+        "datasets.xformer_scenes.splits.train.scenes=0", "datasets.xformer_scenes.splits.val.scenes=3",
+        "run.batch_size_eval=1", f"run.output_dir={tmp_path}", "run.job_id=d", "model.fusion_init=normal",
+    ]  # fmt: skip
+    given = ["--cfg-path", "projects/xformer/pretrain.yaml", "--batches", "2", "--options", *options]
+    assert diagnose.main(given) == 0
+    found = json.loads((tmp_path / "d" / "diagnosis.json").read_text())
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["itm", *(f"{found[of]['loss_itm']:.8f}" for of in ("with_own_m", "with_anothers_m"))] in said
+    assert len(seen) == 2

@@ -16,7 +16,7 @@ from test_checkpoints import Malicious, perturb, trainable_state
 import lavis_xformer
 from lavis_xformer import cli
 from lavis_xformer.errors import UserError
-from lavis_xformer.export import export
+from lavis_xformer.export import _take_normalisation, export
 from lavis_xformer.files import sha256
 from lavis_xformer.images import CLIP_MEAN
 from lavis_xformer.models.stage1 import XFormer
@@ -434,3 +434,11 @@ def test_a_model_of_lavis_is_not_exported(checkpoint: Path, tmp_path: Path) -> N
     ):
         with pytest.raises(UserError, match=said):
             export(checkpoint, tmp_path / "out", arch=name)
+
+
+def test_of_several_normalisations_the_folder_has_those_of_the_first_dataset(caplog: pytest.LogCaptureFixture) -> None:
+    cfg = OmegaConf.create({"preprocess": {"vis_processor": {"eval": {"name": "xformer_image_eval"}}}})
+    runs = {name: {"vis_processor": {"eval": {"mean": [share] * 3}}} for name, share in (("a", 0.1), ("b", 0.2))}
+    _take_normalisation(cfg, runs)
+    assert cfg.preprocess.vis_processor.eval["mean"] == [0.1] * 3
+    assert "the folder has those of a" in caplog.text

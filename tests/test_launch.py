@@ -98,3 +98,12 @@ def test_processes_that_cannot_meet_are_told_where(port, monkeypatch):
             launch.process_group("cpu"),
         ):
             pass
+
+
+def test_a_cpu_may_be_chosen_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: True)
+    assert [device_of(wanted) for wanted in ("auto", "cuda", "cpu")] == ["cuda", "cuda", "cpu"]
+
+
+def test_every_job_has_a_port_that_exists():
+    assert all(1024 < launch.port_of(job) < 2**16 for job in ("0", "123", "4000000", "77_3"))

@@ -773,3 +773,81 @@ def test_an_evaluation_of_untrained_weights_says_so(unbroken, tmp_path, caplog):
         assert "weights are evaluated that were never trained" not in caplog.text
         runner.train()
     assert "weights are evaluated that were never trained: all" in caplog.text
+
+
+def test_a_named_checkpoint_comes_before_a_run_of_the_very_same_configuration(unbroken, tmp_path):
+    own = toy_training.make_runner(tmp_path, max_epoch=2)
+    own.train()
+    path = str(unbroken.output_dir / "checkpoint_0.pth")
+    again = toy_training.make_runner(tmp_path, max_epoch=2, resume="auto", resume_ckpt_path=path)
+    assert again.output_dir != own.output_dir
+
+
+@pytest.mark.parametrize("change", [{"max_grad_norm": 1.0}, {"seed": 2}, {"init_lr": 1e-2}, {"accum_grad_iters": 2}])
+def test_a_run_that_computes_something_else_is_not_resumed(tmp_path, change):
+    own = toy_training.make_runner(tmp_path, max_epoch=1)
+    own.train()
+    assert toy_training.make_runner(tmp_path, max_epoch=1, resume="auto").output_dir == own.output_dir
+    assert toy_training.make_runner(tmp_path, max_epoch=1, resume="auto", **change).output_dir != own.output_dir
+
+
+def test_a_finished_run_that_trains_on_is_finished_no_more(tmp_path):
+    toy_training.make_runner(tmp_path, job_id="a", max_epoch=1).train()
+    again = toy_training.make_runner(tmp_path, job_id="a", max_epoch=2, resume="auto")
+    seen = []
+    signal_in_step(again, 7, lambda: seen.append(jobs.read_summary(again.output_dir)))
+    again.train()
+    assert seen == [None]
+
+
+def test_the_runs_seed_is_that_of_its_evaluations(tmp_path):
+    def drawn(seed):
+        runner = toy_training.make_runner(tmp_path, seed=seed)
+        runner.task.evaluation = lambda model, loader, cuda_enabled: torch.rand(1).item()
+        runner.task.after_evaluation = lambda val_result, split_name, epoch: {"agg_metrics": val_result}
+        return runner.eval_epoch("val", 0)
+
+    assert drawn(1) == drawn(1) != drawn(2)
+
+
+def test_checking_the_splits_leaves_the_random_state_alone(tmp_path):
+    runner = toy_training.make_runner(tmp_path)
+    runner.task.check_split = lambda name, dataset: dataset[0]  # draws
+    assert runner.dataloaders
+    before = torch.get_rng_state()
+    runner.check_splits_to_come()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_splits_to_test_are_checked_before_the_first_step_too(tmp_path):
+    runner, checked = toy_training.make_runner(tmp_path, valid_splits=[], test_splits=["val"]), []
+    runner.task.check_split = lambda name, dataset: checked.append(name)
+    runner.check_splits_to_come()
+    assert checked == ["val"]
+
+
+def test_the_file_of_a_step_that_is_not_finite_holds_the_random_state_before_it(tmp_path):
+    runner = toy_training.make_runner(tmp_path, job_id="a", broken=range(48))
+    gradients, before = runner.stepper.gradients, []
+    runner.stepper.gradients = lambda window: before.append(rng.capture()) or gradients(window)
+    with pytest.raises(UserError, match="not finite in step 1"):
+        runner.train()
+    saved = torch.load(next(runner.output_dir.glob("nonfinite_*.pt")), weights_only=True)
+    assert torch.equal(saved["rng"]["torch"], before[0]["torch"])
+    assert not list(runner.output_dir.glob("*.pth")), "nothing was trained"
+
+
+def test_an_epoch_of_fewer_samples_is_told_where_its_batches_are_counted(tmp_path, caplog):
+    steps = {"iters_per_epoch": 6, "save_every_steps": 2, "keep_last": 0}
+    toy_training.make_runner(tmp_path, job_id="a", max_epoch=1, **steps).train()
+    start = {"max_epoch": 1, "batch_size_train": 4, "resume_ckpt_path": str(tmp_path / "a" / "checkpoint_0_step2.pth")}
+    toy_training.make_runner(tmp_path, job_id="b", iters_per_epoch=12, **start).train()
+    assert "its epochs had" not in caplog.text
+    toy_training.make_runner(tmp_path, job_id="c", iters_per_epoch=11, **start).train()
+    assert "its epochs had 48 samples, now they have 44" in caplog.text
+
+
+def test_the_checkpoint_that_a_run_ends_with_is_its_best(unbroken, capsys):
+    conclude.conclude(unbroken, unbroken.summary)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("checkpoint ")]
+    assert line.endswith(checkpoint.BEST)

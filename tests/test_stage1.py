@@ -552,3 +552,35 @@ def test_what_is_no_dict_of_samples_is_one_clear_line(make_xformer: Any, batch: 
             call(batch["image"])
     with pytest.raises(UserError, match=r"samples\['image'\] is missing; given: \['text_input'\]"):
         model({"text_input": batch["text_input"]})
+
+
+def test_tokens_are_split_where_m_begins_though_c_has_another_number(make_xformer: Any) -> None:
+    joined = torch.arange(5 + 17.0)[None, :, None]  # as of a CLIP with other patches than MAE's 16
+    clip, mae = make_xformer("dual").split_tokens(joined, dim=1)
+    assert (clip.shape[1], float(mae[0, 0, 0])) == (5, 5.0)
+
+
+def test_a_ratio_that_leaves_no_patch_is_refused_and_one_that_leaves_some_reconstructs(make_xformer: Any) -> None:
+    with pytest.raises(UserError, match=r"of 16 patches MAE would see none"):
+        make_xformer("dual", mask_ratio=0.95)  # 0.8 of a patch, and MAE rounds down
+    assert make_xformer("dual", mask_ratio=0.02).reconstructs  # 15.7 patches: one is hidden
+
+
+def test_queries_start_as_small_as_berts_weights(make_xformer: Any) -> None:
+    model = make_xformer("dual")
+    assert float(model.query_tokens.detach().std()) == pytest.approx(model.Qformer.config.initializer_range, rel=0.3)
+
+
+def test_features_of_a_text_are_those_of_all_of_it_and_not_of_the_training_length(make_xformer: Any) -> None:
+    model = make_xformer("dual").eval()
+    text = {"text_input": [" ".join(["red"] * 20)]}
+    assert model.max_txt_len < 22
+    assert model.extract_features(text, mode="text").text_embeds.shape[1] == 22  # with [CLS] and [SEP]
+
+
+def test_the_captions_reader_starts_as_large_as_berts_weights(make_parts: Any) -> None:
+    parts = make_parts("dual", "identity")
+    parts["qformer"].config.initializer_range = 0.5
+    model = XFormer(**parts, embed_dim=16, itg_source="xformer", fusion_init="normal")
+    largest = max(float(p.detach().std()) for p in model.itg_reader.parameters() if p.dim() == 2)
+    assert largest == pytest.approx(0.5, rel=0.2)

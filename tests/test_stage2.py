@@ -862,3 +862,13 @@ def test_no_penalty_is_told_too(make_stage2: Any, batch: dict[str, Any], monkeyp
     monkeypatch.setattr(model.language, "answer", lambda *given, **options: told.append(options) or ["a"] * 4)
     model.predict_answers(batch, length_penalty=0)
     assert told[0]["length_penalty"] == 0, "and not T5's own, -1"
+
+
+def test_a_prompt_counts_in_the_fewest_tokens_that_can_be_reached(make_stage2: Any) -> None:
+    language = make_stage2("opt").language
+    options = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1, "max_new_tokens": 3}
+    visual = torch.zeros(1, 2, language.width)
+    most = 3 + len(language.tokenizer("a red circle").input_ids)
+    assert len(language.generate(visual, ["a red circle"], min_length=most, **options)) == 1
+    with pytest.raises(UserError, match=rf"min_length is {most + 1}, but at most {most} tokens count"):
+        language.generate(visual, ["a red circle"], min_length=most + 1, **options)

@@ -401,3 +401,13 @@ def test_an_image_encoder_tuned_at_another_size_comes_with_its_positions(make_st
     load_pretrained(model, config(pretrained=str(tmp_path / "larger.pth")))
     assert torch.allclose(model.visual_encoder.pos_embed, grid[:, :17], atol=1e-3)
     assert torch.equal(model.visual_encoder.cls_token, larger.visual_encoder.cls_token)
+
+
+def test_a_pad_token_that_the_model_has_no_embedding_for_is_refused(opt_folder: Path, tmp_path: Path) -> None:
+    for file in opt_folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    said = json.loads((opt_folder / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**said, "pad_token": "<filler>"}))
+    known = len(json.loads((opt_folder / "vocab.json").read_text()))
+    with pytest.raises(UserError, match=rf"has {known + 1} tokens, its model only {known}"):
+        XFormerOPT.LANGUAGE.from_source(str(tmp_path))

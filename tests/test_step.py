@@ -167,3 +167,19 @@ def test_options_are_typed_and_checked():
     ):
         with pytest.raises(UserError, match=message):
             RunOptions.from_config(wrong)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_what_another_rank_asks_for_or_suffers_is_for_all(tmp_path, monkeypatch, place):
+    others = torch.zeros(4, dtype=torch.float64)
+    others[place] = 15 if place == 1 else 1  # a bad loss, a signal or a save that is due, there and not here
+    monkeypatch.setattr(distributed, "total", lambda values: values + others)
+    verdict = make_loop(tmp_path)._agree({"loss": torch.tensor(1.0)})
+    assert (verdict.finite, verdict.signum, verdict.save) == (place != 0, 15 * (place == 1), place == 2)
+
+
+def test_progress_goes_on_where_the_epoch_was(tmp_path):
+    loop = make_loop(tmp_path)
+    loop.accumulate, loop.position.batches = 2, 4
+    progress = loop._progress(7)
+    assert (progress.done, progress.total) == (2, 4)
