@@ -58,8 +58,7 @@ def placement(environ: Mapping[str, str] = os.environ) -> Placement:
         else:  # alone, unless one of torchrun's variables says that there are others
             place = Placement(rank=int(environ.get("RANK", 0)), world_size=int(environ.get("WORLD_SIZE", 1)))
             if place != Placement():
-                given = "RANK" if "RANK" in environ else "WORLD_SIZE"
-                raise KeyError("WORLD_SIZE" if given == "RANK" else "RANK")
+                raise KeyError("WORLD_SIZE" if "RANK" in environ else "RANK")
     except KeyError as error:
         raise UserError(f"the variable {error} is missing; start with torchrun or srun") from None
     except ValueError as error:

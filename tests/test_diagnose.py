@@ -131,13 +131,17 @@ def test_a_split_that_does_not_exist_is_called_as_the_user_calls_it(tmp_path: Pa
         diagnose.main(["--cfg-path", "projects/xformer/pretrain.yaml", "--split", "vall", "--options", *options])
 
 
-def test_the_command_takes_any_batch_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def one_by_one(folder: Path, *, batches: int) -> list[str]:
+    """A command line that looks at three scenes, each a batch."""
     options = [
         "datasets.xformer_scenes.splits.train.scenes=0", "datasets.xformer_scenes.splits.val.scenes=3",
-        "run.batch_size_eval=1", f"run.output_dir={tmp_path}", "run.job_id=d", "model.fusion_init=normal",
+        "run.batch_size_eval=1", f"run.output_dir={folder}", "run.job_id=d", "model.fusion_init=normal",
     ]  # fmt: skip
-    given = ["--cfg-path", "projects/xformer/pretrain.yaml", "--batches", "1", "--options", *options]
-    assert diagnose.main(given) == 0
+    return ["--cfg-path", "projects/xformer/pretrain.yaml", "--batches", str(batches), "--options", *options]
+
+
+def test_the_command_takes_any_batch_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert diagnose.main(one_by_one(tmp_path, batches=1)) == 0
     found = json.loads((tmp_path / "d" / "diagnosis.json").read_text())
     assert found["with_own_m"]["loss_itm"] != found["with_anothers_m"]["loss_itm"]
     assert "share differing" not in capsys.readouterr().out, "one image differs from no other"
@@ -199,12 +203,7 @@ def test_own_m_is_the_first_column_and_as_many_batches_are_looked_at_as_asked_fo
     seen, look = [], diagnose.look
     monkeypatch.setattr(diagnose, "look", lambda model, batches: look(model, seen.extend(batches) or seen))
     monkeypatch.setattr(diagnose, "rows_of", lambda task, figures: [("itm", f"{figures['loss_itm']:.8f}", "")])
-    options = [
-        "datasets.xformer_scenes.splits.train.scenes=0", "datasets.xformer_scenes.splits.val.scenes=3",
-        "run.batch_size_eval=1", f"run.output_dir={tmp_path}", "run.job_id=d", "model.fusion_init=normal",
-    ]  # fmt: skip
-    given = ["--cfg-path", "projects/xformer/pretrain.yaml", "--batches", "2", "--options", *options]
-    assert diagnose.main(given) == 0
+    assert diagnose.main(one_by_one(tmp_path, batches=2)) == 0
     found = json.loads((tmp_path / "d" / "diagnosis.json").read_text())
     said = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["itm", *(f"{found[of]['loss_itm']:.8f}" for of in ("with_own_m", "with_anothers_m"))] in said
