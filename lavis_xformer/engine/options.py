@@ -90,7 +90,7 @@ def check_lavis_keys(run_cfg: MutableMapping[str, Any]) -> None:
         given.add("max_epoch")
     missing = [f"run.{name}" for name in needed if name not in given]
     if missing:
-        raise UserError(f"{', '.join(missing)}: missing, and there is no default; {run_keys_table()}")
+        raise UserError(f"{', '.join(missing)}: missing, and there is no default; see {run_keys_table()}")
     for name, (kind, least) in NUMBERS.items():
         if run_cfg.get(name) is not None:
             checked = _number(name, run_cfg[name], kind, least=least)
