@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lavis_xformer.engine import checkpoint, rng
-from lavis_xformer.engine.state import TrainingState
+from lavis_xformer.engine.state import Corrupt, TrainingState
 from lavis_xformer.errors import UserError
 from lavis_xformer.state_dicts import load_trainable, trainable_state
 
@@ -253,3 +253,10 @@ def test_a_tied_weight_is_saved_under_each_of_its_names():
     model = nn.ModuleDict({"table": nn.Embedding(3, 3), "head": nn.Linear(3, 3, bias=False)})
     model["head"].weight = model["table"].weight
     assert trainable_state(model).keys() == {"table.weight", "head.weight"}
+
+
+def test_names_of_corrupt_samples_are_kept_up_to_a_number_and_all_are_counted():
+    corrupt = Corrupt([f"a{number}" for number in range(Corrupt.MOST - 1)], 2000)
+    corrupt.update(["a1", "b1", "b2"])
+    assert len(corrupt.names) == Corrupt.MOST
+    assert corrupt.count == 2002
