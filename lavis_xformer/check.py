@@ -23,6 +23,7 @@ from lavis_xformer.config.keys import is_ours
 from lavis_xformer.config.load import DEFAULT_RUNNER, load_config
 from lavis_xformer.data.image_text_datasets import LocalFilesBuilder
 from lavis_xformer.engine.options import RunOptions, check_lavis_keys
+from lavis_xformer.engine.sampling import members
 from lavis_xformer.errors import UserError
 from lavis_xformer.launch import device_of
 from lavis_xformer.models.generation import english
@@ -121,8 +122,9 @@ def check_sizes(config: Any, datasets: Mapping[str, Collection[str]]) -> None:
     wanted = {key: model.get(key) for key in ("image_size", *(["mae_image_size"] if reads_mae(model) else []))}
     used = {"train": [] if run.evaluate else ["train"]}
     used["eval"] = [*(run.get("valid_splits") or []), *(run.get("test_splits") or [])]
-    for dataset, splits in datasets.items():
-        processors = config.datasets_cfg[dataset].get("vis_processor") or {}
+    for dataset, given in config.datasets_cfg.items():
+        splits = datasets.get(dataset, ("train",))  # of one that was joined with others
+        processors = given.get("vis_processor") or {}
         for mode in (mode for mode in processors if set(used.get(mode, ())) & set(splits)):
             for key, size in wanted.items():
                 own = (processors[mode] or {}).get(key)
@@ -138,11 +140,12 @@ def check_answers(datasets: Mapping[str, Mapping[str, Any]]) -> None:
         UserError: those of a row are not a list of texts, or there are none.
     """
     for name, splits in datasets.items():
-        rows = dataset.annotation if isinstance(dataset := splits.get("train"), COCOVQADataset) else []
-        for number, row in enumerate(rows, start=1):
-            said = row.get("answer")
-            if not (said and isinstance(said, list) and all(isinstance(each, str) for each in said)):
-                raise UserError(f"datasets.{name}: train: row {number}: its answer is {said!r}; it must list texts")
+        parts = members(splits["train"]) if "train" in splits else []
+        for part in (part for part in parts if isinstance(part, COCOVQADataset)):
+            for number, row in enumerate(part.annotation, start=1):
+                said = row.get("answer")
+                if not (said and isinstance(said, list) and all(isinstance(each, str) for each in said)):
+                    raise UserError(f"datasets.{name}: train: row {number}: its answer is {said!r}; it must list texts")
 
 
 def check_weights(model_cfg: Mapping[str, Any], made: Collection[Path] = ()) -> None:

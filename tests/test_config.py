@@ -544,6 +544,8 @@ def test_images_of_another_size_than_the_models_are_told_before_the_model_is_bui
         sizes(f"{key}.train.image_size=32")
     sizes(f"{key}.train.image_size=32", "run.evaluate=True")
     sizes(f"{key}.train.image_size=32", splits={"xformer_scenes": ["val"]})
+    with pytest.raises(UserError, match=rf"{key}\.train\.image_size is 32"):
+        sizes(f"{key}.train.image_size=32", splits={"captions_and_questions": ["train", "val"]})
     sizes(f"{key}.eval.image_size=32")  # nothing is evaluated
     with pytest.raises(UserError, match=rf"{key}\.eval\.image_size is 32"):
         sizes(f"{key}.eval.image_size=32", "run.valid_splits=[val]")

@@ -16,7 +16,7 @@ from lavis.datasets.datasets.gqa_datasets import GQAEvalDataset
 from lavis.tasks.vqa import GQATask, VQATask
 from omegaconf import OmegaConf
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 from torchvision.transforms.functional import to_tensor
 
 from lavis_xformer import check
@@ -575,3 +575,5 @@ def test_answers_that_laviss_datasets_would_take_apart_are_refused(said: Any) ->
     dataset.annotation.append({"answer": said})
     with pytest.raises(UserError, match=r"datasets\.coco_vqa: train: row 2: its answer is .*; it must list texts"):
         check.check_answers({"coco_vqa": {"train": dataset}})
+    with pytest.raises(UserError, match=r"datasets\.captions_and_questions: train: row 2"):
+        check.check_answers({"captions_and_questions": {"train": ConcatDataset([[0], dataset])}})
