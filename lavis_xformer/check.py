@@ -1,4 +1,4 @@
-"""What can be known about a run before its model and datasets are built.
+"""What can be known about a run before its model is built, most of it before its datasets are.
 
 ``python -m lavis_xformer.check`` checks many runs' configurations at once, as each run checks its own. Its input is a
 JSON list of runs: a name, the YAML's path, the options, and whether it is evaluated rather than trained. The first
@@ -87,13 +87,13 @@ def check_run(config: Any) -> tuple[Any, RunOptions, Any]:
     runner_class = runner_of(config.run_cfg)
     if runner_class is None:
         raise UserError(f"run.runner: LAVIS's own runners can't be started from here; set it to {DEFAULT_RUNNER}")
-    checked = runner_class, RunOptions.from_config(config.run_cfg), task_of(config)
-    if evaluates(config.run_cfg) and config.model_cfg.get("apply_lemmatizer") and asks(checked[2]):
+    options, task = RunOptions.from_config(config.run_cfg), task_of(config)
+    if evaluates(config.run_cfg) and config.model_cfg.get("apply_lemmatizer") and "predict_answers" in called_by(task):
         english()
     for dataset, given in config.datasets_cfg.items():
         if issubclass(builder := registry.get_builder_class(dataset), LocalFilesBuilder):
             builder(given).given_splits()
-    return checked
+    return runner_class, options, task
 
 
 def evaluates(run: Mapping[str, Any]) -> bool:
@@ -101,9 +101,9 @@ def evaluates(run: Mapping[str, Any]) -> bool:
     return bool(run.get("valid_splits") or run.get("test_splits"))
 
 
-def asks(task: Any) -> bool:
-    """Whether a task asks its model for answers."""
-    return any(isinstance(task, kind) for kind, method in METHODS.items() if method == "predict_answers")
+def called_by(task: Any) -> list[str]:
+    """The :data:`METHODS` that a task calls to evaluate a model."""
+    return [method for kind, method in METHODS.items() if isinstance(task, kind)]
 
 
 def check_sizes(config: Any, datasets: Mapping[str, Collection[str]]) -> None:
@@ -139,13 +139,13 @@ def check_answers(datasets: Mapping[str, Mapping[str, Any]]) -> None:
     Raises:
         UserError: those of a row are not a list of texts, or there are none.
     """
-    for name, splits in datasets.items():
-        parts = members(splits["train"]) if "train" in splits else []
-        for part in (part for part in parts if isinstance(part, COCOVQADataset)):
-            for number, row in enumerate(part.annotation, start=1):
-                said = row.get("answer")
-                if not (said and isinstance(said, list) and all(isinstance(each, str) for each in said)):
-                    raise UserError(f"datasets.{name}: train: row {number}: its answer is {said!r}; it must list texts")
+    trained = [(name, part) for name, splits in datasets.items() for part in members(splits.get("train"))]
+    answers = [(name, part.annotation) for name, part in trained if isinstance(part, COCOVQADataset)]
+    for name, rows in answers:
+        for number, row in enumerate(rows, start=1):
+            said = row.get("answer")
+            if not (said and isinstance(said, list) and all(isinstance(each, str) for each in said)):
+                raise UserError(f"datasets.{name}: train: row {number}: its answer is {said!r}; it must list texts")
 
 
 def check_weights(model_cfg: Mapping[str, Any], made: Collection[Path] = ()) -> None:
@@ -179,8 +179,8 @@ def task_of(config: Any) -> Any:
     except ConfigAttributeError as error:
         raise UserError(f"{error.full_key}: missing; run.task {run.task} needs it") from error
     arch = config.model_cfg.arch
-    for kind, method in METHODS.items():
-        if evaluates(run) and isinstance(task, kind) and not hasattr(registry.get_model_class(arch), method):
+    for method in called_by(task) if evaluates(run) else ():
+        if not hasattr(registry.get_model_class(arch), method):
             raise UserError(f"run.task: {run.task} needs a model with {method}(), which model.arch {arch} lacks")
     return task
 

@@ -86,11 +86,9 @@ def _flushed(command: Callable[[list[str]], int | None], arguments: list[str]) -
     try:
         status = command(arguments) or 0
     except SystemExit:  # of argparse, after its help
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        print(end="", flush=True)
         raise
-    if sys.stdout is not None:  # closed
-        sys.stdout.flush()
+    print(end="", flush=True)
     return status
 
 

@@ -35,7 +35,7 @@ def placement(environ: Mapping[str, str] = os.environ) -> Placement:
     """Read torchrun's variables, or else those of a SLURM step with several tasks.
 
     Raises:
-        UserError: a required variable is missing, not a number or too large.
+        UserError: a required variable is missing, not a number or too large, or SLURM's node list can't be read.
     """
     try:
         if "RANK" in environ and "WORLD_SIZE" in environ:
@@ -55,12 +55,14 @@ def placement(environ: Mapping[str, str] = os.environ) -> Placement:
                 address=environ.get("MASTER_ADDR") or first_node(nodes),
                 port=int(environ.get("MASTER_PORT") or port_of(environ.get("SLURM_JOB_ID", "0"))),
             )
-        else:  # alone, unless one of torchrun's variables says that there are others
-            place = Placement(rank=int(environ.get("RANK", 0)), world_size=int(environ.get("WORLD_SIZE", 1)))
-            if place != Placement():
-                raise KeyError("WORLD_SIZE" if "RANK" in environ else "RANK")
+        elif int(environ.get("RANK", 0)) or int(environ.get("WORLD_SIZE", 1)) != 1:
+            raise KeyError("WORLD_SIZE" if "RANK" in environ else "RANK")  # there are others
+        else:
+            place = Placement()
     except KeyError as error:
         raise UserError(f"the variable {error} is missing; start with torchrun or srun") from None
+    except UserError:  # which is a ValueError too
+        raise
     except ValueError as error:
         raise UserError(f"a variable of torchrun or SLURM is not a number: {error}") from None
     if not 0 <= place.rank < place.world_size:

@@ -82,7 +82,7 @@ def run(config: Any, split: str, *, batches: int) -> str:
     model = runner.unwrap_dist_model(runner.model).eval()
     pair = two_images(split, runner.dataloaders[split].dataset) if model.fusion.needs_mae else None
     model.shuffle_mae = False  # whatever the configuration says
-    seen = look(model, (to_device(samples, model.device) for samples in islice(runner.dataloaders[split], batches)))
+    seen = look(model, [to_device(samples, model.device) for samples in islice(runner.dataloaders[split], batches)])
     other: Mapping[str, float] = {}
     if pair is not None:
         model.shuffle_mae = True
@@ -116,14 +116,13 @@ def two_images(split: str, dataset: Any) -> Tensor:
     return torch.stack(found)
 
 
-def look(model: Any, batches: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def look(model: Any, batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return checks 2 to 4, as means over batches of samples on the model's device."""
     torch.manual_seed(0)  # for MAE's masks and the hard negatives
-    kept = list(batches)
     return {
-        "enrichment": mean(enrichment(model, samples["image"]) for samples in kept),
-        "gradients": learned(model, kept),
-        "reconstruction": mean(reconstruction(model, samples["image"]) for samples in kept),
+        "enrichment": mean(enrichment(model, samples["image"]) for samples in batches),
+        "gradients": learned(model, batches),
+        "reconstruction": mean(reconstruction(model, samples["image"]) for samples in batches),
     }
 
 

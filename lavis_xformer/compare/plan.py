@@ -71,7 +71,8 @@ class Cell:
 
     def inputs(self) -> dict[str, str]:
         """Return everything its result depends on, as it is now; not where the results lie."""
-        found, place = inputs_of(self.stage.config, self.options), json.dumps(f"{self.folder.parent}/")[1:-1]
+        place = json.dumps(f"{self.folder.parent}/").strip('"')  # as the values, which are JSON, have it
+        found = inputs_of(self.stage.config, self.options)
         return {name: value.replace(place, "") for name, value in found.items()}
 
     def stale(self) -> list[str]:

@@ -71,10 +71,10 @@ def _check_annotation(key: str, annotation: DictConfig, local: bool) -> None:
 
 def _refuse_object(key: str, file: str) -> None:
     """Raise a UserError if a JSON file holds an object, such as COCO's own: LAVIS's images come with a list of rows."""
-    if not Path(file).is_file():  # to be downloaded
+    if not (file.endswith(".json") and Path(file).is_file()):  # else it is to be downloaded
         return
     with open(file, encoding="utf-8-sig", errors="replace") as opened:
-        if file.endswith(".json") and opened.read(_PEEK).lstrip().startswith("{"):
+        if opened.read(_PEEK).lstrip().startswith("{"):
             raise UserError(
                 f"{key}.storage: {file} is a JSON object, perhaps a benchmark's own file; LAVIS's datasets read a list "
                 "of rows: use the file that LAVIS converted (leave storage out to download it), or the dataset "

@@ -59,13 +59,13 @@ def fetch_truths(split: str) -> Path:
     """Return the file of COCO's captions of a Karpathy split, downloaded into LAVIS's cache if needed.
 
     Raises:
-        OSError: it can't be downloaded.
+        UserError: it can't be downloaded.
     """
     url, folder = TRUTHS_URL.format(split), Path(registry.get_path("cache_root")) / "coco_gt"
     try:
         download_url(url, str(folder))
     except OSError as error:
-        raise OSError(
+        raise UserError(
             f"{url} can't be downloaded ({first_line(error)}); put a copy in {folder}, or set run.caption_truths to a "
             "file with the captions of all splits that the run scores"
         ) from error

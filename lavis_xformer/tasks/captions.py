@@ -90,10 +90,7 @@ class XFormerCaptionTask(WithProtocol, CaptionTask):
                 own can't be downloaded.
         """
         if self.truths is None and self.report_metric and not hasattr(dataset, "references") and is_main():
-            try:
-                fetch_truths(name)
-            except OSError as error:
-                raise UserError(str(error)) from error
+            fetch_truths(name)
         if not (self.truths and len(dataset)):
             return
         if not getattr(dataset, "has_ids", True):

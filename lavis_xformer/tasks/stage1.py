@@ -62,9 +62,9 @@ class Stage1Task(NamedLossTask):
         features = {name: image for images, _, _ in reversed(parts) for name, image in images.items()}
         rows = {name: row for row, name in enumerate(dict.fromkeys(names))}
         owners = torch.tensor([rows[name] for name in names])  # (T,)
-        images, texts = torch.stack([features[name] for name in rows]), torch.cat([part[2] for part in parts])
-        every = texts.to(self._device)
-        parted = [losses.similarity(some.to(self._device), every).cpu() for some in images.split(256)]
+        images = torch.stack([features[name] for name in rows])  # (I, Q, E)
+        texts = torch.cat([part[2] for part in parts]).to(self._device)  # (T, E)
+        parted = [losses.similarity(some.to(self._device), texts).cpu() for some in images.split(256)]
         similarity = torch.cat(parted)  # (I, T)
         ranks = metrics.ranks(similarity, owners)
         self.scores = metrics.hits(ranks, owners, [str(name) for name in rows])

@@ -23,7 +23,7 @@ from lavis_xformer.distributed import is_main
 from lavis_xformer.errors import UserError, one_of
 from lavis_xformer.tasks.protocols import Row, WithProtocol
 from lavis_xformer.tasks.rows import answer_row
-from lavis_xformer.tasks.vqa_files import answer_all, check_vqa
+from lavis_xformer.tasks.vqa_files import answer_all, check_storage, check_vqa
 
 logger = logging.getLogger(__name__)
 
@@ -139,15 +139,7 @@ class XFormerVQATask(AsksByProtocol, VQATask):
         scorer = one_of("run.scorer", cfg.run_cfg.get("scorer", "lavis"), SCORERS)
         task: XFormerVQATask = super().setup_task(cfg)
         task.scorer = scorer
-        for name, dataset in task.config.get("datasets", {}).items():
-            for split, files in (((dataset or {}).get("build_info") or {}).get("annotations") or {}).items():
-                if (
-                    split != "train" and len(files.get("storage") or ()) == 3
-                ):  # LAVIS would take it for one without truths
-                    raise UserError(
-                        f"datasets.{name}.build_info.annotations.{split}.storage has three files: it takes LAVIS's "
-                        "questions, the list of answers (which may be empty), VQA's own questions and VQA's annotations"
-                    )
+        check_storage(task.config.get("datasets", {}))
         return task
 
     def check_split(self, name: str, dataset: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,25 @@ logger = logging.getLogger(__name__)
 #: keys that VQA's scoring reads in a file of questions or annotations, the last one that of its rows, and in every row
 QUESTIONS = (("info", "task_type", "data_type", "data_subtype", "license", "questions"), ("question_id", "question"))
 ANNOTATIONS = (("annotations",), ("question_id", "image_id", "question_type", "answer_type", "answers"))
+
+
+def check_storage(datasets: Mapping[str, Any]) -> None:
+    """Check that no split lacks one of its four files: LAVIS would take it for one without true answers.
+
+    Args:
+        datasets: the section ``datasets``.
+
+    Raises:
+        UserError: one has three.
+    """
+    for name, dataset in datasets.items():
+        annotations = ((dataset or {}).get("build_info") or {}).get("annotations") or {}
+        for split, files in annotations.items():
+            if split != "train" and len(files.get("storage") or ()) == 3:
+                raise UserError(
+                    f"datasets.{name}.build_info.annotations.{split}.storage has three files: it takes LAVIS's "
+                    "questions, the list of answers (which may be empty), VQA's own questions and VQA's annotations"
+                )
 
 
 def check_vqa(dataset: Any) -> None:
